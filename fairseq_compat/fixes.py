@@ -1,0 +1,302 @@
+"""One function for each thing in fairseq 0.12.2 that newer libraries break, but data parallelism.
+
+A function marked ``@rewrite`` gets the syntax tree of the named module before it runs, the others
+get the module just after.  Each begins with a test for the problem.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import io
+import pickle
+import types
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from fairseq_compat.loader import rewrite
+
+__all__ = [
+    "avoid_encoder_fast_path",
+    "hash_dataclasses",
+    "pass_sacrebleu_sequences",
+    "restore_numpy_names",
+    "sign_block_indices",
+    "silence_autocast",
+    "silence_hydra_version_base",
+    "silence_pin_memory",
+    "trust_broadcast_globals",
+    "trust_checkpoint_globals",
+    "widen_index_sizes",
+]
+
+
+# --- Python 3.11: a dataclass default must be hashable ---------------------------------------
+
+
+def _refuses_dataclass_defaults() -> bool:
+    @dataclasses.dataclass
+    class Inner:
+        pass
+
+    try:
+
+        @dataclasses.dataclass
+        class Outer:
+            inner: Inner = Inner()
+
+    except ValueError:
+        return True
+    return False
+
+
+@rewrite
+def hash_dataclasses(tree: ast.Module) -> None:
+    """``fairseq.dataclass.configs`` nests configurations by giving instances as defaults.
+
+    Python 3.11 refuses defaults without a hash, and ``@dataclass`` removes the hash of a class
+    that has none of its own.  So every subclass of ``FairseqDataclass``, a user's included, is
+    given the identity hash before its decorator runs.  (A ``default_factory`` would not do:
+    ``hydra_init`` reads the defaults themselves.)
+    """
+    if not _refuses_dataclass_defaults():
+        return
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == "FairseqDataclass":
+            if not any(getattr(item, "name", None) == "__init_subclass__" for item in node.body):
+                node.body.extend(ast.parse(_INIT_SUBCLASS).body)
+
+
+_INIT_SUBCLASS = """
+def __init_subclass__(cls, **kwargs):
+    super().__init_subclass__(**kwargs)
+    if "__hash__" not in cls.__dict__:
+        cls.__hash__ = object.__hash__
+"""
+
+
+# --- torch 2.6: torch.load reads tensors and plain containers only -----------------------------
+
+
+def trust_checkpoint_globals(module: ModuleType) -> None:
+    """Lets ``fairseq.checkpoint_utils`` load the classes that fairseq puts into checkpoints."""
+    _load_with_safe_globals(module, "load_checkpoint_to_cpu", "load_ema_from_checkpoint")
+
+
+def trust_broadcast_globals(module: ModuleType) -> None:
+    """The same for the objects that ``fairseq.distributed.utils`` sends to other workers."""
+    _load_with_safe_globals(module, "_broadcast_object_slow")
+
+
+def _load_with_safe_globals(module: ModuleType, *names: str) -> None:
+    """Widens, while the named functions run, what ``torch.load`` accepts by a few harmless names.
+
+    ``weights_only`` stays in force: a checkpoint still cannot run code of its own.
+    """
+    if not _refuses_namespaces():
+        return
+    for name in names:
+        function = getattr(module, name, None)
+        if function is not None:
+            setattr(module, name, _with_safe_globals(function))
+
+
+def _refuses_namespaces() -> bool:
+    import argparse
+
+    import torch
+
+    checkpoint = io.BytesIO()
+    torch.save(argparse.Namespace(), checkpoint)
+    checkpoint.seek(0)
+    try:
+        torch.load(checkpoint)
+    except pickle.UnpicklingError:
+        return True
+    return False
+
+
+def _with_safe_globals(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def loading(*args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        with torch.serialization.safe_globals(_safe_globals()):
+            return function(*args, **kwargs)
+
+    return loading
+
+
+@functools.lru_cache(maxsize=None)
+def _safe_globals() -> list[Any]:
+    """``argparse.Namespace`` (old checkpoints) and numpy scalars (scores, as of --eval-bleu).
+
+    numpy moved ``scalar`` in version 2.0, and a checkpoint holds the name of the numpy that wrote
+    it, so both names are given.
+    """
+    import argparse
+
+    import numpy
+
+    try:
+        from numpy._core.multiarray import scalar
+    except ImportError:
+        from numpy.core.multiarray import scalar
+    numbers = [numpy.dtype(code) for code in "?bBhHiIlLqQefd"]
+    return [
+        argparse.Namespace,
+        numpy.dtype,
+        *dict.fromkeys(type(number) for number in numbers),
+        (scalar, "numpy._core.multiarray.scalar"),
+        (scalar, "numpy.core.multiarray.scalar"),
+    ]
+
+
+# --- numpy 1.24 and 2.0: names that are gone; numpy 2.0: integers that overflow ----------------
+
+
+def restore_numpy_names(module: ModuleType) -> None:
+    """Gives the module a view of numpy that still has ``int``, ``float`` and ``compat.long``."""
+    import numpy
+
+    gone = {
+        name: value
+        for name, value in {
+            "int": int,
+            "float": float,
+            "compat": types.SimpleNamespace(long=int),
+        }.items()
+        if not _has(numpy, name)
+    }
+    if not gone or getattr(module, "np", None) is not numpy:
+        return
+    view = ModuleType("numpy", numpy.__doc__)
+    view.__dict__.update({**vars(numpy), **gone, "__getattr__": functools.partial(getattr, numpy)})
+    module.np = view  # type: ignore[attr-defined]
+
+
+def _has(library: ModuleType, name: str) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return hasattr(library, name)
+
+
+def _small_integers_wrap() -> bool:
+    """Whether a numpy scalar keeps its width beside a Python integer (numpy 2, NEP 50)."""
+    import numpy
+
+    with numpy.errstate(over="ignore"):
+        return bool(numpy.uint16(1) - 2 > 0)
+
+
+def widen_index_sizes(module: ModuleType) -> None:
+    """Keeps the offsets of ``fairseq-preprocess --workers N`` right beyond 2 GiB.
+
+    The sizes read from the other workers' files are 32-bit numpy integers, and so are then the
+    byte offsets that are summed up from them.
+    """
+    builder = getattr(module, "MMapIndexedDatasetBuilder", None)
+    if builder is None or not _small_integers_wrap():
+        return
+    finalize = builder.finalize
+
+    @functools.wraps(finalize)
+    def finalize_with_python_integers(self: Any, index_file: str) -> None:
+        self._sizes = [int(size) for size in self._sizes]
+        finalize(self, index_file)
+
+    builder.finalize = finalize_with_python_integers
+
+
+def sign_block_indices(module: ModuleType) -> None:
+    """``TokenBlockDataset`` subtracts 2 from an index that may be 1: keep its indices signed."""
+    if not hasattr(module, "best_fitting_int_dtype") or not _small_integers_wrap():
+        return
+    import numpy
+
+    def best_fitting_signed_dtype(largest: int | None) -> type:
+        # A little room, since indices are also added to.
+        return numpy.int32 if largest is not None and largest < 2**31 - 16 else numpy.int64
+
+    module.best_fitting_int_dtype = best_fitting_signed_dtype  # type: ignore[attr-defined]
+
+
+# --- torch 1.13: the fused transformer encoder layer wants to know the kind of mask ------------
+
+
+def avoid_encoder_fast_path(module: ModuleType) -> None:
+    """Keeps encoder layers on the ordinary path at inference; the result is the same."""
+    import torch
+
+    layer = getattr(module, "TransformerEncoderLayerBase", None)
+    fused = getattr(torch.ops.aten, "_transformer_encoder_layer_fwd", None)
+    if layer is None or fused is None:
+        return
+    arguments = {argument.name for argument in fused.default._schema.arguments}
+    if "mask_type" not in arguments:
+        return
+    init = layer.__init__
+
+    @functools.wraps(init)
+    def init_without_fast_path(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.can_use_fastpath = False
+
+    layer.__init__ = init_without_fast_path
+
+
+# --- sacrebleu 2: sequences of lines instead of open files -------------------------------------
+
+
+@rewrite
+def pass_sacrebleu_sequences(tree: ast.Module) -> None:
+    """``fairseq-score --sacrebleu`` hands over open files: make lists of their lines."""
+    if _refuses_iterators():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "sacrebleu.corpus_bleu":
+                node.args = [_listed(argument) for argument in node.args]
+
+
+def _refuses_iterators() -> bool:
+    import sacrebleu
+
+    try:
+        sacrebleu.corpus_bleu(iter(["a b c d"]), [iter(["a b c d"])])
+    except (TypeError, EOFError):
+        return True
+    return False
+
+
+def _listed(argument: ast.expr) -> ast.expr:
+    """``x`` becomes ``list(x)``, ``[x, y]`` becomes ``[list(x), list(y)]``."""
+    if isinstance(argument, ast.List):
+        argument.elts = [_listed(element) for element in argument.elts]
+        return argument
+    return ast.Call(func=ast.Name("list", ast.Load()), args=[argument], keywords=[])
+
+
+# --- deprecation warnings that every command would print ---------------------------------------
+
+
+def silence_pin_memory(module: ModuleType) -> None:
+    """Data loaders ask for pinned memory, which torch remarks upon where there is no GPU."""
+    _ignore(UserWarning, "'pin_memory' argument is set as true but no accelerator", "torch")
+
+
+def silence_autocast(module: ModuleType) -> None:
+    """``torch.cuda.amp.autocast`` has a new name."""
+    _ignore(FutureWarning, r"`torch\.cuda\.amp\.autocast\(args", module.__name__)
+
+
+def silence_hydra_version_base(module: ModuleType) -> None:
+    """hydra 1.2 and newer ask for a ``version_base``, which fairseq does not know of."""
+    _ignore(UserWarning, "\nThe version_base parameter is not specified", module.__name__)
+
+
+def _ignore(category: type[Warning], message: str, package: str) -> None:
+    """Ignores one message, told by its beginning, where it is attributed to one package."""
+    package = package.replace(".", r"\.")
+    warnings.filterwarnings("ignore", message, category, rf"{package}(\.|$)")

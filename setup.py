@@ -1,0 +1,88 @@
+"""Packages fairseq_lightrnn and fairseq_compat, with the ``.pth`` file that activates the latter."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
+
+ROOT = Path(__file__).resolve().parent
+VERSION = runpy.run_path(str(ROOT / "fairseq_lightrnn" / "version.py"))["__version__"]
+
+# Read by ``site`` when the interpreter starts.  Files of this kind are read in the order of their
+# names, and in an editable install fairseq_compat can be imported only after __editable__*.pth.
+BOOT_NAME = "fairseq_compat.pth"
+BOOT_TEXT = "import fairseq_compat; fairseq_compat.install()\n"
+
+
+class BuildWithBoot(build_py):
+    """Puts the ``.pth`` file beside the packages, hence into wheels and regular installs."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            Path(self.build_lib, BOOT_NAME).write_text(BOOT_TEXT, encoding="utf-8")
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        outputs = super().get_outputs(include_bytecode)
+        return outputs if self.editable_mode else [*outputs, str(Path(self.build_lib, BOOT_NAME))]
+
+
+class EditableWithBoot(editable_wheel):
+    """Puts the ``.pth`` file into the small wheel that an editable install consists of."""
+
+    def _select_strategy(self, *args, **kwargs):
+        return _StrategyWithBoot(super()._select_strategy(*args, **kwargs))
+
+
+class _StrategyWithBoot:
+    def __init__(self, strategy) -> None:
+        self.strategy = strategy
+
+    def __call__(self, wheel, files, mapping) -> None:
+        self.strategy(wheel, files, mapping)
+        wheel.writestr(BOOT_NAME, BOOT_TEXT.encode())
+
+    def __enter__(self):
+        self.strategy.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self.strategy.__exit__(*error)
+
+
+readme = ROOT / "README.md"
+
+setup(
+    name="fairseq-lightrnn",
+    version=VERSION,
+    description="LightRNN word tables, models and reallocation for fairseq",
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    author="fairseq_lightrnn contributors",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["fairseq_lightrnn*", "fairseq_compat*"]),
+    # Not fairseq: it is installed without its own requirements, which no longer resolve.
+    install_requires=[
+        "torch>=2.0",
+        "numpy",
+        "scipy",
+        "numba",
+        "tqdm",
+    ],
+    extras_require={
+        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "tensorboard"],
+        "kenlm": ["kenlm"],
+    },
+    entry_points={
+        "console_scripts": [
+            # name = fairseq_lightrnn.commands.module:function
+        ],
+    },
+    cmdclass={"build_py": BuildWithBoot, "editable_wheel": EditableWithBoot},
+)
