@@ -1,0 +1,1 @@
+"""Criterions: fairseq adapters, registered when a module of this folder is imported."""

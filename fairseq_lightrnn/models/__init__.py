@@ -1,0 +1,1 @@
+"""Models: fairseq adapters, registered when fairseq imports this folder's modules."""

@@ -1,0 +1,297 @@
+"""``--arch lightrnn_lm``: the LightRNN language model of arXiv 1610.09893."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+from fairseq.dataclass import FairseqDataclass
+from fairseq.models import (
+    FairseqIncrementalDecoder,
+    FairseqLanguageModel,
+    register_model,
+    register_model_architecture,
+)
+from torch import Tensor
+
+from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax, TableLookup
+from fairseq_lightrnn.distribution import next_word_log_probs
+from fairseq_lightrnn.errors import UsageError, usage_errors
+from fairseq_lightrnn.recurrent import Context, RecurrentComposition
+from fairseq_lightrnn.word_table import check_shape, default_shape
+
+__all__ = ["LightRNNDecoder", "LightRNNLanguageModel", "LightRNNLanguageModelConfig"]
+
+
+@dataclass
+class LightRNNLanguageModelConfig(FairseqDataclass):
+    num_components: int = field(
+        default=2,
+        metadata={
+            "help": "components of the word table: 2 are rows and columns, 1 is an ordinary "
+            "softmax, 3 or more shrink very large vocabularies further"
+        },
+    )
+    table_shape: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "sizes of the word table, such as 100x100 (default: the smallest that is "
+            "nearly square, or that of the --initial-table file)"
+        },
+    )
+    embed_dim: int = field(default=200, metadata={"help": "width of the input component vectors"})
+    hidden_size: int = field(
+        default=200, metadata={"help": "width of the LSTM and of the output component vectors"}
+    )
+    num_layers: int = field(default=1, metadata={"help": "layers of the LSTM"})
+    dropout: float = field(
+        default=0.1, metadata={"help": "dropout wherever a flag of its own does not say otherwise"}
+    )
+    dropout_in: Optional[float] = field(
+        default=None, metadata={"help": "dropout on the input vectors (default: --dropout)"}
+    )
+    dropout_between: Optional[float] = field(
+        default=None, metadata={"help": "dropout between the layers (default: --dropout)"}
+    )
+    dropout_out: Optional[float] = field(
+        default=None, metadata={"help": "dropout on the LSTM's outputs (default: --dropout)"}
+    )
+    share_component_vectors: bool = field(
+        default=False,
+        metadata={
+            "help": "use the same component vectors for input and output; needs --embed-dim equal "
+            "to --hidden-size"
+        },
+    )
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Reads the value of ``--table-shape``, such as ``100x100``."""
+    try:
+        return tuple(int(size) for size in text.lower().replace("×", "x").split("x"))
+    except ValueError:
+        raise UsageError(
+            f"--table-shape {text}: expected sizes joined by x, such as 100x100"
+        ) from None
+
+
+def table_shape(cfg: LightRNNLanguageModelConfig, num_words: int) -> tuple[int, ...]:
+    """Returns the shape that ``--table-shape`` and ``--num-components`` ask for.
+
+    Raises:
+        UsageError: if they contradict each other or the vocabulary.
+    """
+    if cfg.table_shape is None:
+        with usage_errors("--num-components"):
+            return default_shape(num_words, cfg.num_components)
+    with usage_errors(f"--table-shape {cfg.table_shape}"):
+        shape = check_shape(parse_shape(cfg.table_shape), num_words)
+    if len(shape) != cfg.num_components:
+        raise UsageError(
+            f"--table-shape {cfg.table_shape} has {len(shape)} components, --num-components is "
+            f"{cfg.num_components}; make them equal"
+        )
+    return shape
+
+
+def _check(cfg: LightRNNLanguageModelConfig) -> None:
+    for name in ("embed_dim", "hidden_size", "num_layers"):
+        if getattr(cfg, name) < 1:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1"
+            )
+    for name in ("dropout", "dropout_in", "dropout_between", "dropout_out"):
+        value = getattr(cfg, name)
+        if value is not None and not 0 <= value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 0 and below 1")
+    if cfg.share_component_vectors and cfg.embed_dim != cfg.hidden_size:
+        raise UsageError(
+            f"--share-component-vectors needs --embed-dim ({cfg.embed_dim}) equal to "
+            f"--hidden-size ({cfg.hidden_size})"
+        )
+
+
+class LightRNNDecoder(FairseqIncrementalDecoder):
+    """Predicts words as components of a word table.
+
+    Attributes:
+        table: the word table in force.
+        reallocation_round: int64 scalar buffer; how often the words were reallocated, -1 before
+            the initial table is seated. A buffer, since fairseq restores no state of tasks.
+        reallocation_epoch: int64 scalar buffer; the last epoch after which they were.
+    """
+
+    reallocation_round: Tensor
+    reallocation_epoch: Tensor
+
+    def __init__(self, cfg: LightRNNLanguageModelConfig, dictionary: Any) -> None:
+        super().__init__(dictionary)
+        _check(cfg)
+        shape = table_shape(cfg, len(dictionary))
+
+        def dropout(value: float | None) -> float:
+            return cfg.dropout if value is None else value
+
+        self.table = TableLookup(len(dictionary), shape)
+        embedding = ComponentEmbedding(shape, cfg.embed_dim)
+        self.composition = RecurrentComposition(
+            embedding,
+            cfg.hidden_size,
+            cfg.num_layers,
+            dropout_in=dropout(cfg.dropout_in),
+            dropout_between=dropout(cfg.dropout_between),
+            dropout_out=dropout(cfg.dropout_out),
+        )
+        shared = embedding.weight if cfg.share_component_vectors else None
+        self.softmax = ComponentSoftmax(self.table, cfg.hidden_size, shared)
+        self.register_buffer("reallocation_round", torch.tensor(-1))
+        self.register_buffer("reallocation_epoch", torch.tensor(0))
+
+    def forward(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: Any = None,
+        incremental_state: dict[str, Any] | None = None,
+        target_tokens: Tensor | None = None,
+        src_lengths: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Predicts the word after each given word.
+
+        Args:
+            prev_output_tokens: words of shape (B, T), padding on the right.
+            encoder_out: not used.
+            incremental_state: fairseq's store of states between the steps of a generation.
+            target_tokens: the words to predict, shape (B, T).
+            src_lengths: not used.
+
+        Returns:
+            With ``target_tokens``: features of shape (B, T, k·d) that
+            :meth:`get_normalized_probs` turns into the targets' log-probabilities. Without:
+            log-probabilities over all words, (B, T, V); with an incremental state only after the
+            last word, (B, 1, V). And fairseq's dictionary of extras.
+        """
+        if target_tokens is not None:
+            hidden = self.extract_features(prev_output_tokens, target_tokens)
+            return hidden.flatten(2), {"attn": None, "features": True}
+        if incremental_state is None:
+            log_probs = self._all_log_probs(prev_output_tokens)
+        else:
+            log_probs = self._next_log_probs(prev_output_tokens, incremental_state)
+        return log_probs, {"attn": None, "features": False}
+
+    def extract_features(  # type: ignore[override]
+        self, prev_output_tokens: Tensor, target_tokens: Tensor
+    ) -> Tensor:
+        """Returns the hidden outputs, (B, T, k, d), that predict the targets' components."""
+        # A text's next source word is its target, but where padding begins it is not the last one.
+        upcoming = torch.cat([prev_output_tokens[:, 1:], target_tokens[:, -1:]], dim=1)
+        upcoming = torch.where(upcoming.eq(self.dictionary.pad()), target_tokens, upcoming)
+        words = torch.cat([prev_output_tokens[:, :1], upcoming], dim=1)  # (B, T+1)
+        hidden, _ = self.composition(self.table(words))
+        return hidden
+
+    def component_log_probs(self, features: Tensor, words: Tensor) -> Tensor:
+        """Scores words by the features that predict them.
+
+        Args:
+            features: shape (..., k·d), as :meth:`forward` returns them.
+            words: of shape (...).
+
+        Returns:
+            Log-probabilities in nats, shape (..., k); a word's is their sum.
+        """
+        components = self.table.num_components
+        hidden = features.reshape(words.numel(), components, -1)
+        scores = self.softmax(hidden, self.table(words.reshape(-1)))
+        return scores.reshape(*words.shape, components)
+
+    def get_normalized_probs(
+        self,
+        net_output: tuple[Tensor, dict[str, Any] | None],
+        log_probs: bool,
+        sample: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """Returns (log-)probabilities of shape (B, T, V).
+
+        After scoring, every entry of the last axis is the target's: a view that takes no memory,
+        from which fairseq gathers the target. After generation, all words' own, normalised again
+        since fairseq has divided them by the temperature.
+        """
+        extra = net_output[1] or {}
+        if not extra.get("features"):
+            normalise = torch.log_softmax if log_probs else torch.softmax
+            return normalise(net_output[0].float(), -1)
+        if sample is None or sample.get("target") is None:
+            raise UsageError(
+                "this model scores the target words alone: train it with "
+                "--criterion two_component_cross_entropy"
+            )
+        scores = self.component_log_probs(net_output[0], sample["target"]).sum(-1, keepdim=True)
+        scores = scores if log_probs else scores.exp()
+        return scores.expand(*sample["target"].shape, len(self.dictionary))
+
+    def _all_log_probs(self, words: Tensor) -> Tensor:
+        context: Context | None = None
+        steps = []
+        for step in self.table(words).split(1, dim=1):
+            context = self.composition.read(step, context)
+            steps.append(next_word_log_probs(self.composition, self.softmax, context))
+        return torch.stack(steps, dim=1)
+
+    def _next_log_probs(self, words: Tensor, incremental_state: dict[str, Any]) -> Tensor:
+        stored = self.get_incremental_state(incremental_state, "context")
+        context = None
+        if stored is not None:
+            words = words[:, -1:]
+            context = Context(stored["output"], (stored["hidden"], stored["cell"]))
+        context = self.composition.read(self.table(words), context)
+        self._store(incremental_state, context)
+        return next_word_log_probs(self.composition, self.softmax, context)[:, None]
+
+    def _store(self, incremental_state: dict[str, Any], context: Context) -> None:
+        hidden, cell = context.state
+        stored = {"output": context.output, "hidden": hidden, "cell": cell}
+        self.set_incremental_state(incremental_state, "context", stored)
+
+    def reorder_incremental_state(
+        self, incremental_state: dict[str, Any], new_order: Tensor
+    ) -> None:
+        """Reorders, repeats or drops the texts of a generation."""
+        stored = self.get_incremental_state(incremental_state, "context")
+        if stored is not None:
+            context = Context(stored["output"], (stored["hidden"], stored["cell"]))
+            self._store(incremental_state, context.select(new_order))
+
+
+@register_model("lightrnn_lm", dataclass=LightRNNLanguageModelConfig)
+class LightRNNLanguageModel(FairseqLanguageModel):
+    """The LightRNN language model as a fairseq model."""
+
+    @classmethod
+    def build_model(cls, cfg: LightRNNLanguageModelConfig, task: Any) -> LightRNNLanguageModel:
+        """Builds the model for a LightRNN task."""
+        if not getattr(task, "seats_words", False):
+            raise UsageError(
+                "--arch lightrnn_lm needs a task that seats words in a table: use "
+                "--task lightrnn_language_modeling"
+            )
+        return cls(LightRNNDecoder(cfg, task.target_dictionary))
+
+
+def _preset(name: str, **values: Any) -> None:
+    """Registers an architecture that sets what the user does not."""
+
+    @register_model_architecture("lightrnn_lm", name)
+    def preset(args: Namespace) -> None:
+        for key, value in values.items():
+            setattr(args, key, getattr(args, key, value))
+
+
+# The sizes published in arXiv 1610.09893, table 4, and with the authors' release.
+_preset("lightrnn_lm_500", embed_dim=500, hidden_size=500, num_layers=2, dropout=0.2)
+_preset("lightrnn_lm_1000", embed_dim=1000, hidden_size=1000, num_layers=2, dropout=0.2)
+_preset("lightrnn_lm_1500", embed_dim=1500, hidden_size=1500, num_layers=2, dropout=0.2)
+_preset("lightrnn_lm_ptb", embed_dim=200, hidden_size=200, num_layers=1, dropout=0.2)
+_preset("lightrnn_lm_wikitext2", embed_dim=400, hidden_size=400, num_layers=1, dropout=0.3)

@@ -1,0 +1,1 @@
+"""Tasks: fairseq adapters, registered when fairseq imports this folder's modules."""

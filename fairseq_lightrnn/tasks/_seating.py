@@ -1,0 +1,353 @@
+"""What every LightRNN task shares: seating words in the table, at first and between epochs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import torch
+import torch.distributed
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.logging import progress_bar
+from omegaconf import II
+from torch import Tensor, nn
+
+from fairseq_lightrnn.allocation.initial_table import initial_table
+from fairseq_lightrnn.allocation.reallocation import Reallocation, reallocate
+from fairseq_lightrnn.allocation.statistics import AllocationStatistics
+from fairseq_lightrnn.errors import UsageError, usage_errors
+from fairseq_lightrnn.tasks._schedule import reallocation_epochs
+from fairseq_lightrnn.word_table import WordTable
+
+__all__ = ["SeatingConfig", "SeatingMixin"]
+
+logger = logging.getLogger(__name__)
+
+INITIAL_TABLES = ("random", "frequency", "cooccurrence")
+CRITERION = "two_component_cross_entropy"
+
+
+@dataclass
+class SeatingConfig(FairseqDataclass):
+    initial_table: str = field(
+        default="cooccurrence",
+        metadata={
+            "help": "how words are seated before training: random, frequency (frequent words "
+            "share rows), cooccurrence (words used alike share rows and columns), or a word "
+            "table file that this plugin wrote"
+        },
+    )
+    table_seed: int = field(default=1, metadata={"help": "seed of the initial table"})
+    reallocate_epochs: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "re-seat the words after these epochs, such as 3,6 (default: the table stays)"
+        },
+    )
+    reallocate_interval: Optional[int] = field(
+        default=None,
+        metadata={"help": "re-seat the words after every N epochs, but not after the last"},
+    )
+    reallocation_objective: ChoiceEnum(["row-first", "joint"]) = field(  # type: ignore[valid-type]
+        default="row-first",
+        metadata={
+            "help": "what a reallocation minimises: the loss of rows, then that of columns within "
+            "each row (row-first), or the sum of both as in the paper (joint)"
+        },
+    )
+    max_epoch: int = II("optimization.max_epoch")
+    max_tokens: Optional[int] = II("dataset.max_tokens")
+    train_subset: str = II("dataset.train_subset")
+    num_workers: int = II("dataset.num_workers")
+    save_dir: str = II("checkpoint.save_dir")
+    no_save: bool = II("checkpoint.no_save")
+    log_format: Optional[str] = II("common.log_format")
+    log_interval: int = II("common.log_interval")
+
+
+class SeatingMixin:
+    """Adds a word table and its reallocation to a fairseq task.
+
+    Mix in before the task. ``self.args`` must be a :class:`SeatingConfig` with the task's own
+    fields, and :meth:`training_text` must be defined.
+    """
+
+    seats_words = True
+    args: Any
+    datasets: dict[str, Any]
+    _given_table: WordTable | None = None
+    _started: float | None = None
+    _reallocation_seconds = 0.0
+
+    def training_text(self) -> Iterable[np.ndarray]:
+        """Yields the words to be predicted as arrays of consecutive text."""
+        raise NotImplementedError
+
+    @classmethod
+    def setup_task(cls, args: Any, **kwargs: Any) -> Any:
+        """Sets the task up, after checking the flags and the dictionary."""
+        reallocation_epochs(args.reallocate_epochs, args.reallocate_interval, args.max_epoch)
+        if args.initial_table not in INITIAL_TABLES and not os.path.isfile(args.initial_table):
+            raise UsageError(
+                f"--initial-table {args.initial_table}: neither one of "
+                f"{', '.join(INITIAL_TABLES)} nor a file"
+            )
+        task = super().setup_task(args, **kwargs)  # type: ignore[misc]
+        dictionary = task.target_dictionary
+        words = range(dictionary.nspecial, len(dictionary))
+        if all(dictionary[word].startswith("madeupword") for word in words):
+            raise UsageError(
+                f"{args.data}: the dictionary has no words but fairseq's own symbols; was "
+                "fairseq-preprocess given an empty text?"
+            )
+        return task
+
+    def build_model(self, cfg: Any, from_checkpoint: bool = False) -> nn.Module:
+        """Builds a model that seats words; the initial table is seated when training begins."""
+        self._read_table_file(cfg, from_checkpoint)
+        model: nn.Module = super().build_model(cfg, from_checkpoint)  # type: ignore[misc]
+        if not hasattr(getattr(model, "decoder", None), "reallocation_round"):
+            raise UsageError(
+                f"--arch {getattr(cfg, 'arch', None) or cfg._name} has no word table: use "
+                "--arch lightrnn_lm with this task, or --task language_modeling with that model"
+            )
+        return model
+
+    def _read_table_file(self, cfg: Any, from_checkpoint: bool) -> None:
+        """Loads the file named by --initial-table and gives the model its shape."""
+        if from_checkpoint or self.args.initial_table in INITIAL_TABLES:
+            return
+        symbols = self.target_dictionary.symbols  # type: ignore[attr-defined]
+        with usage_errors("--initial-table"):
+            self._given_table = WordTable.load(self.args.initial_table, symbols)
+        shape = "x".join(map(str, self._given_table.shape))
+        if (getattr(cfg, "table_shape", None) or shape) != shape:
+            raise UsageError(
+                f"--table-shape {cfg.table_shape} is not the shape of the table in "
+                f"{self.args.initial_table}, {shape}; leave the flag out"
+            )
+        cfg.table_shape = shape
+        cfg.num_components = len(self._given_table.shape)
+
+    def build_criterion(self, cfg: Any) -> Any:
+        """Builds the criterion, which must be one that knows components."""
+        name = getattr(cfg, "_name", None) or getattr(cfg, "criterion", None)
+        if name != CRITERION:
+            raise UsageError(
+                f"--criterion {name} cannot train a model with a word table: use "
+                f"--criterion {CRITERION}"
+            )
+        return super().build_criterion(cfg)  # type: ignore[misc]
+
+    def begin_epoch(self, epoch: int, model: nn.Module) -> None:
+        """Seats the initial table, or re-seats the words after an epoch of the schedule.
+
+        fairseq calls this again for the same epoch after a resume in mid-epoch; the model's
+        buffers tell that the work is done.
+        """
+        super().begin_epoch(epoch, model)  # type: ignore[misc]
+        decoder = model.decoder
+        if self._started is None:
+            self._started = time.monotonic()
+        schedule = reallocation_epochs(
+            self.args.reallocate_epochs, self.args.reallocate_interval, self.args.max_epoch
+        )
+        if decoder.reallocation_round < 0:
+            self._seat_initial_table(decoder)
+        elif schedule(epoch - 1) and decoder.reallocation_epoch < epoch - 1:
+            self._reallocate(epoch - 1, model)
+
+    def _seat_initial_table(self, decoder: Any) -> None:
+        start = time.monotonic()
+        table = None
+        if _rank() == 0:
+            table = self._given_table or self._make_initial_table(decoder.table)
+        decoder.table.seat(_broadcast_table(table, decoder.table))
+        decoder.reallocation_round.fill_(0)
+        table = decoder.table.table()
+        logger.info(
+            f"initial table: {self.args.initial_table}, {table}, "
+            f"{time.monotonic() - start:.1f} seconds"
+        )
+        self._save_table(table, 0)
+
+    def _make_initial_table(self, lookup: Any) -> WordTable:
+        dictionary = self.target_dictionary  # type: ignore[attr-defined]
+        return initial_table(
+            self.args.initial_table,
+            lookup.num_words,
+            lookup.shape,
+            seed=self.args.table_seed,
+            counts=np.array(dictionary.count, dtype=np.int64),
+            tokens=self.training_text(),
+        )
+
+    def _reallocate(self, epoch: int, model: nn.Module) -> None:
+        decoder: Any = model.decoder
+        start = time.monotonic()
+        logger.info(f"reallocation after epoch {epoch}: gathering statistics")
+        statistics = self._gather_statistics(model)
+        gathered = time.monotonic()
+        table, result = None, None
+        if _rank() == 0:
+            logger.info(f"reallocation after epoch {epoch}: solving")
+            result = self._solve(decoder, statistics)
+            table = result.table
+        decoder.table.seat(_broadcast_table(table, decoder.table))
+        decoder.reallocation_round += 1
+        decoder.reallocation_epoch.fill_(epoch)
+        end = time.monotonic()
+        self._reallocation_seconds += end - start
+        if result is not None:
+            seconds = {
+                "statistics": gathered - start,
+                "solve": end - gathered,
+                "total": end - start,
+            }
+            words = float(statistics.counts.sum())
+            self._report(epoch, decoder, result, words, seconds)
+
+    def _solve(self, decoder: Any, statistics: AllocationStatistics) -> Reallocation:
+        components = range(decoder.table.num_components)
+        vectors, biases = zip(*(decoder.softmax.vectors(i) for i in components), strict=True)
+        return reallocate(
+            decoder.table.table(),
+            statistics,
+            [vector.detach() for vector in vectors],
+            [bias.detach() for bias in biases],
+            objective=str(self.args.reallocation_objective),
+        )
+
+    @torch.no_grad()
+    def _gather_statistics(self, model: nn.Module) -> AllocationStatistics:
+        """Sums the hidden outputs over the training split, in evaluation mode."""
+        decoder: Any = model.decoder
+        table = decoder.table
+        dim = decoder.softmax.weight.size(1)
+        statistics = AllocationStatistics(table.num_words, table.num_components, dim)
+        training = model.training
+        model.eval()
+        try:
+            device = decoder.softmax.weight.device
+            for sample in self._training_batches():
+                sample = _to_device(sample, device)
+                target = sample["target"]
+                features, _ = model(**sample["net_input"])
+                real = target.ne(decoder.dictionary.pad())
+                hidden = features[real].reshape(int(real.sum()), table.num_components, dim)
+                statistics.add(target[real], hidden)
+        finally:
+            model.train(training)
+        if _world_size() > 1:
+            for tensor in (statistics.sums, statistics.counts):
+                torch.distributed.all_reduce(tensor)
+        return statistics
+
+    def _training_batches(self) -> Iterator[Any]:
+        """Yields this worker's share of the training split, without fairseq's dummy batches."""
+        batches = self.get_batch_iterator(  # type: ignore[attr-defined]
+            dataset=self.datasets[self.args.train_subset],
+            max_tokens=self.args.max_tokens,
+            max_sentences=self.args.batch_size,
+            max_positions=self.max_positions(),  # type: ignore[attr-defined]
+            ignore_invalid_inputs=True,
+            seed=self.args.seed,
+            num_shards=_world_size(),
+            shard_id=_rank(),
+            num_workers=self.args.num_workers,
+            # A cached iterator would be the one that training goes on with.
+            disable_iterator_cache=True,
+        ).next_epoch_itr(shuffle=False)
+        progress = progress_bar.progress_bar(
+            batches,
+            log_format=self.args.log_format,
+            log_interval=self.args.log_interval,
+            prefix="reallocation statistics",
+            default_log_format="simple",
+        )
+        return (sample for sample in progress if sample)
+
+    def _report(
+        self,
+        epoch: int,
+        decoder: Any,
+        result: Reallocation,
+        words: float,
+        seconds: dict[str, float],
+    ) -> None:
+        """Logs a reallocation, appends it to ``reallocations.jsonl`` and writes the table."""
+        elapsed = time.monotonic() - (self._started or 0.0)
+        share = self._reallocation_seconds / elapsed
+        record = {
+            "epoch": epoch,
+            "round": int(decoder.reallocation_round),
+            "objective": str(self.args.reallocation_objective),
+            "moved": result.moved,
+            "words": decoder.table.num_words,
+            "tokens": int(words),
+            "cost_before": result.cost_before / words,
+            "cost_after": result.cost_after / words,
+            "lower_bound": result.lower_bound / words,
+            "gap": result.gap / words,
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "share_of_training": round(share, 5),
+            "table": result.table.digest(),
+        }
+        logger.info(
+            f"reallocation after epoch {epoch} ({record['objective']}): {result.moved} of "
+            f"{record['words']} words moved, cost per word {record['cost_before']:.5f} -> "
+            f"{record['cost_after']:.5f} nats, lower bound {record['lower_bound']:.5f}, gap "
+            f"{record['gap']:.2e}; statistics {seconds['statistics']:.1f} s, solve "
+            f"{seconds['solve']:.1f} s, reallocations are {100 * share:.1f} % of the training "
+            f"time so far; {result.table}"
+        )
+        self._save_table(result.table, epoch)
+        if not self.args.no_save:
+            with open(Path(self.args.save_dir) / "reallocations.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def _save_table(self, table: WordTable, epoch: int) -> None:
+        """Writes the table next to the checkpoints, under its epoch and as the newest."""
+        if _rank() != 0 or self.args.no_save:
+            return
+        directory = Path(self.args.save_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        symbols = self.target_dictionary.symbols  # type: ignore[attr-defined]
+        table.save(directory / f"word_table.epoch{epoch}.txt", symbols)
+        table.save(directory / "word_table.txt", symbols)
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _broadcast_table(table: WordTable | None, lookup: Any) -> WordTable:
+    """Returns the first worker's table on every worker."""
+    if _world_size() == 1:
+        if table is None:
+            raise ValueError("the only worker made no table")
+        return table
+    cells = torch.empty_like(lookup.cells)
+    if table is not None:
+        cells.copy_(torch.from_numpy(np.array(table.cells)))
+    torch.distributed.broadcast(cells, 0)
+    return WordTable.from_cells(cells.cpu().numpy(), lookup.shape)
+
+
+def _to_device(sample: Any, device: torch.device) -> Any:
+    if isinstance(sample, Tensor):
+        return sample.to(device)
+    if isinstance(sample, dict):
+        return {key: _to_device(value, device) for key, value in sample.items()}
+    return sample

@@ -1,0 +1,98 @@
+"""``--task lightrnn_language_modeling``: fairseq's language modelling with a word table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from fairseq import utils
+from fairseq.data import BaseWrapperDataset, FairseqDataset, LMContextWindowDataset, data_utils
+from fairseq.tasks import register_task
+from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+
+from fairseq_lightrnn.criterions import two_component_cross_entropy  # noqa: F401  (registers)
+from fairseq_lightrnn.errors import UsageError
+from fairseq_lightrnn.tasks._seating import SeatingConfig, SeatingMixin
+
+__all__ = ["LightRNNLanguageModelingConfig", "LightRNNLanguageModelingTask", "TargetInputDataset"]
+
+_TEXT_CHUNK = 1 << 20
+
+
+@dataclass
+class LightRNNLanguageModelingConfig(SeatingConfig, LanguageModelingConfig):
+    pass
+
+
+class TargetInputDataset(BaseWrapperDataset):
+    """Gives the model the words to be predicted, whose first components are input too."""
+
+    def collater(self, samples: list[Any]) -> dict[str, Any]:
+        """Merges samples into a batch whose ``net_input`` has ``target_tokens``."""
+        batch: dict[str, Any] = self.dataset.collater(samples)
+        if batch:
+            batch["net_input"]["target_tokens"] = batch["target"]
+        return batch
+
+    def ordered_indices(self) -> np.ndarray:
+        """Returns the order of the wrapped dataset."""
+        return self.dataset.ordered_indices()
+
+
+@register_task("lightrnn_language_modeling", dataclass=LightRNNLanguageModelingConfig)
+class LightRNNLanguageModelingTask(SeatingMixin, LanguageModelingTask):
+    """Language modelling in which words are seated in a table."""
+
+    @classmethod
+    def setup_task(cls, args: Any, **kwargs: Any) -> Any:
+        """Sets the task up, after checking the flags and the dictionary."""
+        for flag in ("self_target", "past_target"):
+            if getattr(args, flag, False):
+                raise UsageError(
+                    f"--{flag.replace('_', '-')}: a LightRNN language model predicts the next "
+                    "word only; leave the flag out"
+                )
+        return super().setup_task(args, **kwargs)
+
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:
+        """Loads a split."""
+        path = os.path.join(self._data_path(epoch), f"{split}.bin")
+        if os.path.exists(path) and os.path.getsize(path) == 0:
+            raise UsageError(f"{path}: the split has no text; give fairseq-preprocess some")
+        super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
+        self.datasets[split] = TargetInputDataset(self.datasets[split])
+
+    def _data_path(self, epoch: int) -> str:
+        paths: list[str] = utils.split_paths(self.args.data)
+        return paths[(epoch - 1) % len(paths)]
+
+    def training_text(self) -> Iterator[np.ndarray]:
+        """Yields the training split as arrays of consecutive text."""
+        path = os.path.join(self._data_path(1), self.args.train_subset)
+        sentences = data_utils.load_indexed_dataset(path, self.dictionary, self.args.dataset_impl)
+        chunk: list[np.ndarray] = []
+        size = 0
+        for index in range(len(sentences)):
+            chunk.append(sentences[index].numpy())
+            size += len(chunk[-1])
+            if size >= _TEXT_CHUNK or index + 1 == len(sentences):
+                yield np.concatenate(chunk)
+                chunk, size = [], 0
+
+    def eval_lm_dataloader(
+        self, dataset: FairseqDataset, context_window: int = 0, **kwargs: Any
+    ) -> Any:
+        """Returns batches for ``fairseq-eval-lm``."""
+        if context_window > 0:
+            # The window changes the targets, so they become input after it, not before.
+            window = LMContextWindowDataset(
+                dataset=dataset,
+                tokens_per_sample=self.args.tokens_per_sample,
+                context_window=context_window,
+                pad_idx=self.source_dictionary.pad(),
+            )
+            dataset = TargetInputDataset(window)
+        return super().eval_lm_dataloader(dataset, context_window=0, **kwargs)
