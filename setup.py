@@ -1,4 +1,4 @@
-"""Packages fairseq_lightrnn and fairseq_compat, with the ``.pth`` file that activates the latter."""
+"""Packages fairseq_lightrnn, and fairseq_compat with the ``.pth`` file that activates it."""
 
 from __future__ import annotations
 

@@ -34,15 +34,16 @@ FIXES: dict[str, tuple[str, ...]] = {
         "fixes:sign_block_indices",
     ),
     "fairseq.dataclass.configs": ("fixes:hash_dataclasses",),
+    "fairseq.dataclass.initialize": ("fixes:silence_hydra",),
     "fairseq.distributed.utils": (
         "fixes:trust_broadcast_globals",
         "data_parallel:train_on_cpu_workers",
     ),
     "fairseq.models.distributed_fairseq_model": ("data_parallel:wrap_cpu_models",),
     "fairseq.modules.dynamic_crf_layer": ("fixes:restore_numpy_names",),
+    "fairseq.modules.multihead_attention": ("fixes:silence_mask_types",),
     "fairseq.modules.transformer_layer": ("fixes:avoid_encoder_fast_path",),
     "fairseq.tasks.fairseq_task": ("fixes:silence_autocast",),
-    "fairseq_cli.hydra_train": ("fixes:silence_hydra_version_base",),
     "fairseq_cli.score": ("fixes:pass_sacrebleu_sequences",),
 }
 

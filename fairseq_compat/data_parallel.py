@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import socket
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -131,6 +132,7 @@ def wrap_cpu_models(module: ModuleType) -> None:
     if not hasattr(module, "DistributedDataParallel"):
         return
     wrap = module.DistributedDataParallel
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning, __name__)
 
     @functools.wraps(wrap, updated=())
     def wrap_on_its_device(module: Any, **kwargs: Any) -> Any:
@@ -138,4 +140,4 @@ def wrap_cpu_models(module: ModuleType) -> None:
             kwargs.update(device_ids=None, output_device=None)
         return wrap(module=module, **kwargs)
 
-    module.DistributedDataParallel = wrap_on_its_device
+    module.DistributedDataParallel = wrap_on_its_device  # type: ignore[attr-defined]

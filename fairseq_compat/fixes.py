@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import io
 import pickle
+import re
 import types
 import warnings
 from collections.abc import Callable
@@ -26,7 +27,8 @@ __all__ = [
     "restore_numpy_names",
     "sign_block_indices",
     "silence_autocast",
-    "silence_hydra_version_base",
+    "silence_hydra",
+    "silence_mask_types",
     "silence_pin_memory",
     "trust_broadcast_globals",
     "trust_checkpoint_globals",
@@ -66,8 +68,7 @@ def hash_dataclasses(tree: ast.Module) -> None:
         return
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == "FairseqDataclass":
-            if not any(getattr(item, "name", None) == "__init_subclass__" for item in node.body):
-                node.body.extend(ast.parse(_INIT_SUBCLASS).body)
+            node.body.extend(ast.parse(_INIT_SUBCLASS).body)
 
 
 _INIT_SUBCLASS = """
@@ -130,28 +131,26 @@ def _with_safe_globals(function: Callable[..., Any]) -> Callable[..., Any]:
     return loading
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _safe_globals() -> list[Any]:
-    """``argparse.Namespace`` (old checkpoints) and numpy scalars (scores, as of --eval-bleu).
+    """``argparse.Namespace`` (old checkpoints) and numbers of numpy (scores, as of --eval-bleu).
 
-    numpy moved ``scalar`` in version 2.0, and a checkpoint holds the name of the numpy that wrote
-    it, so both names are given.
+    numpy 2.0 moved the functions that make its scalars and arrays, and a checkpoint holds the
+    names that the numpy had which wrote it, so both are given.
     """
     import argparse
 
     import numpy
 
-    try:
-        from numpy._core.multiarray import scalar
-    except ImportError:
-        from numpy.core.multiarray import scalar
-    numbers = [numpy.dtype(code) for code in "?bBhHiIlLqQefd"]
+    makers: list[Any] = [numpy.float64(0).__reduce__()[0], numpy.zeros(0).__reduce__()[0]]
+    dtypes = [numpy.dtype(code) for code in "?bBhHiIlLqQefd"]
     return [
         argparse.Namespace,
+        numpy.ndarray,
         numpy.dtype,
-        *dict.fromkeys(type(number) for number in numbers),
-        (scalar, "numpy._core.multiarray.scalar"),
-        (scalar, "numpy.core.multiarray.scalar"),
+        *dict.fromkeys(type(dtype) for dtype in dtypes),
+        *((maker, f"numpy._core.multiarray.{maker.__name__}") for maker in makers),
+        *((maker, f"numpy.core.multiarray.{maker.__name__}") for maker in makers),
     ]
 
 
@@ -263,8 +262,9 @@ def pass_sacrebleu_sequences(tree: ast.Module) -> None:
 def _refuses_iterators() -> bool:
     import sacrebleu
 
+    lines: Any = ["a b c d"]
     try:
-        sacrebleu.corpus_bleu(iter(["a b c d"]), [iter(["a b c d"])])
+        sacrebleu.corpus_bleu(iter(lines), [iter(lines)])
     except (TypeError, EOFError):
         return True
     return False
@@ -278,7 +278,7 @@ def _listed(argument: ast.expr) -> ast.expr:
     return ast.Call(func=ast.Name("list", ast.Load()), args=[argument], keywords=[])
 
 
-# --- deprecation warnings that every command would print ---------------------------------------
+# --- remarks on deprecated usage that every command would print --------------------------------
 
 
 def silence_pin_memory(module: ModuleType) -> None:
@@ -288,15 +288,29 @@ def silence_pin_memory(module: ModuleType) -> None:
 
 def silence_autocast(module: ModuleType) -> None:
     """``torch.cuda.amp.autocast`` has a new name."""
-    _ignore(FutureWarning, r"`torch\.cuda\.amp\.autocast\(args", module.__name__)
+    _ignore(FutureWarning, "`torch.cuda.amp.autocast(args...)` is deprecated", module.__name__)
 
 
-def silence_hydra_version_base(module: ModuleType) -> None:
-    """hydra 1.2 and newer ask for a ``version_base``, which fairseq does not know of."""
-    _ignore(UserWarning, "\nThe version_base parameter is not specified", module.__name__)
+def silence_mask_types(module: ModuleType) -> None:
+    """Attention gets a boolean and a float mask, which torch would rather have alike."""
+    message = "Support for mismatched key_padding_mask and attn_mask is deprecated"
+    _ignore(UserWarning, message, "torch")
 
 
-def _ignore(category: type[Warning], message: str, package: str) -> None:
-    """Ignores one message, told by its beginning, where it is attributed to one package."""
-    package = package.replace(".", r"\.")
-    warnings.filterwarnings("ignore", message, category, rf"{package}(\.|$)")
+def silence_hydra(module: ModuleType) -> None:
+    """hydra's remarks on how fairseq calls it and on fairseq's own ``config.yaml``."""
+    for message in (
+        "hydra.experimental.initialize() is no longer experimental",
+        "hydra.experimental.compose() is no longer experimental",
+        "\nThe version_base parameter is not specified",
+        "\nThe strict flag in the compose API is deprecated",
+        "In 'config': Usage of deprecated keyword in package header",
+        "\n'config' is validated against ConfigStore schema with the same name",
+    ):
+        _ignore(UserWarning, message)
+
+
+def _ignore(category: type[Warning], message: str, package: str = "") -> None:
+    """Ignores one message, given by its beginning, if attributed to the package (default: any)."""
+    where = rf"{re.escape(package)}(\.|$)" if package else ""
+    warnings.filterwarnings("ignore", re.escape(message), category, where)
