@@ -36,7 +36,7 @@ FIXES: dict[str, tuple[str, ...]] = {
     "fairseq.dataclass.configs": ("fixes:hash_dataclasses",),
     "fairseq.dataclass.initialize": ("fixes:silence_hydra",),
     "fairseq.distributed.utils": (
-        "fixes:trust_broadcast_globals",
+        "fixes:trust_other_workers",
         "data_parallel:train_on_cpu_workers",
     ),
     "fairseq.models.distributed_fairseq_model": ("data_parallel:wrap_cpu_models",),

@@ -30,8 +30,8 @@ __all__ = [
     "silence_hydra",
     "silence_mask_types",
     "silence_pin_memory",
-    "trust_broadcast_globals",
     "trust_checkpoint_globals",
+    "trust_other_workers",
     "widen_index_sizes",
 ]
 
@@ -83,26 +83,33 @@ def __init_subclass__(cls, **kwargs):
 
 
 def trust_checkpoint_globals(module: ModuleType) -> None:
-    """Lets ``fairseq.checkpoint_utils`` load the classes that fairseq puts into checkpoints."""
-    _load_with_safe_globals(module, "load_checkpoint_to_cpu", "load_ema_from_checkpoint")
+    """Lets ``fairseq.checkpoint_utils`` load the classes that fairseq puts into checkpoints.
 
-
-def trust_broadcast_globals(module: ModuleType) -> None:
-    """The same for the objects that ``fairseq.distributed.utils`` sends to other workers."""
-    _load_with_safe_globals(module, "_broadcast_object_slow")
-
-
-def _load_with_safe_globals(module: ModuleType, *names: str) -> None:
-    """Widens, while the named functions run, what ``torch.load`` accepts by a few harmless names.
-
-    ``weights_only`` stays in force: a checkpoint still cannot run code of its own.
+    A few harmless names are added to what ``torch.load`` accepts, while fairseq's own functions
+    run.  ``weights_only`` stays in force: a checkpoint still cannot run code of its own.
     """
     if not _refuses_namespaces():
         return
-    for name in names:
+    for name in ("load_checkpoint_to_cpu", "load_ema_from_checkpoint"):
         function = getattr(module, name, None)
         if function is not None:
             setattr(module, name, _with_safe_globals(function))
+
+
+@rewrite
+def trust_other_workers(tree: ast.Module) -> None:
+    """Workers broadcast the state to resume from, configuration objects included.
+
+    They belong to one job, and ``all_gather_list`` unpickles what they send already, so
+    ``torch.load`` may as well in ``_broadcast_object_slow``.
+    """
+    if not _refuses_namespaces():
+        return
+    for function in tree.body:
+        if getattr(function, "name", None) == "_broadcast_object_slow":
+            for node in ast.walk(function):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                    node.keywords.append(ast.keyword("weights_only", ast.Constant(False)))
 
 
 def _refuses_namespaces() -> bool:
@@ -306,6 +313,7 @@ def silence_hydra(module: ModuleType) -> None:
         "\nThe strict flag in the compose API is deprecated",
         "In 'config': Usage of deprecated keyword in package header",
         "\n'config' is validated against ConfigStore schema with the same name",
+        "Future Hydra versions will no longer change working directory at job runtime",
     ):
         _ignore(UserWarning, message)
 
