@@ -1,0 +1,319 @@
+"""Balanced assignment: n words to m places of given capacities, at least cost, with a certificate."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from fairseq_lightrnn.allocation import _capacity_auction as kernels
+from fairseq_lightrnn.allocation import _shortest_paths
+from fairseq_lightrnn.allocation.costs import CostSource, as_costs, require_finite
+
+__all__ = ["BalancedAssignment", "balanced_assignment"]
+
+logger = logging.getLogger(__name__)
+
+_LINEAR_ASSIGNMENT_LIMIT = 1 << 22  # entries of a capacity-1 matrix up to which scipy is quickest
+_FLOAT64_LIMIT = 1 << 27  # entries up to which costs are held in float64
+_BLOCK_ENTRIES = 1 << 23
+_BIDS_PER_WORD = 60  # beyond this the raise is too small for an instance with many ties
+_UNIT = 2.0**-52
+
+
+@dataclass(frozen=True)
+class BalancedAssignment:
+    """An assignment of words to places and how far from the best it can be.
+
+    Attributes:
+      assignment: (n,) place of each word.
+      cost: total cost of the assignment, summed in float64.
+      lower_bound: no assignment costs less than this.
+      mean_cost: expected cost of an assignment drawn at random, the yardstick of `relative_gap`.
+      optimal: whether cost and bound agree to rounding error.
+      prices: (m,) dual prices of the places, a warm start for similar costs; None from the dense solver.
+      seconds: time it took.
+    """
+
+    assignment: np.ndarray
+    cost: float
+    lower_bound: float
+    mean_cost: float
+    optimal: bool
+    prices: np.ndarray | None
+    seconds: float
+
+    @property
+    def gap(self) -> float:
+        """Cost minus lower bound: an upper bound on what a better assignment could save."""
+        return max(0.0, self.cost - self.lower_bound)
+
+    @property
+    def relative_gap(self) -> float:
+        """The gap as a share of what the best assignment saves over a random one."""
+        gain = self.mean_cost - self.lower_bound
+        return self.gap / gain if gain > 0 else 0.0
+
+
+@dataclass
+class _Problem:
+    """Costs held in memory: each row less its least entry, and what was lost by that."""
+
+    matrix: np.ndarray  # (n, m), float64 or float32, least entry of each row 0
+    lows: np.ndarray  # (n,) the least entries
+    capacities: np.ndarray  # (m,)
+    mean_cost: float
+    rounding: float  # how much the sum over words of any entries may be off
+    spread: float  # the largest difference between two costs of one word
+    active: np.ndarray  # ids of the words that are not indifferent between places
+    source: CostSource
+
+    @property
+    def spare(self) -> int:
+        """Units that may lie anywhere at no cost: free capacity and indifferent words."""
+        return int(self.capacities.sum()) - len(self.active)
+
+
+def balanced_assignment(
+    costs: Tensor | np.ndarray | CostSource,
+    capacities: Sequence[int] | np.ndarray | Tensor,
+    *,
+    gap: float = 0.0,
+    time_limit: float | None = None,
+    prices: np.ndarray | None = None,
+    present: np.ndarray | None = None,
+    symbols: Sequence[str] | None = None,
+) -> BalancedAssignment:
+    """Assigns every word to a place so that no place takes more words than its capacity, at least total cost.
+
+    The linear-programming dual has one price a place, and any prices p >= 0 give a lower bound,
+    ``sum_w min_i (cost[w, i] + p[i]) - sum_i capacity[i] p[i]``. An auction with capacities finds prices that are
+    nearly right, shortest paths over the places make the assignment exact. The result is deterministic; where words are
+    indifferent, lower ids go first.
+
+    Args:
+      costs: (n, m) costs, or a source that forms them block by block.
+      capacities: (m,) words that each place takes; their sum is at least n.
+      gap: stop once the gap is this share of what can be saved over a random assignment; 0 asks for the optimum.
+      time_limit: seconds after which to stop with the best assignment and bound so far.
+      prices: (m,) prices of a similar problem to start from.
+      present: (n,) place of each word now; words that are indifferent stay there where they can.
+      symbols: names of the words, for error messages.
+
+    Returns:
+      The assignment and its certificate.
+
+    Raises:
+      ValueError: a cost is NaN or infinite (the word is named), the capacities do not hold the words, or shapes
+        do not fit.
+    """
+    started = time.monotonic()
+    deadline = None if time_limit is None else started + time_limit
+    source = as_costs(costs)
+    room = _check_capacities(capacities, source.shape)
+    open_places = np.flatnonzero(room)
+    if present is not None:
+        index = np.full(source.shape[1], -1, np.int64)
+        index[open_places] = np.arange(len(open_places))
+        present = index[np.asarray(present)]
+    if len(open_places) < len(room):
+        source = source.restrict(torch.from_numpy(open_places).to(source.device))
+    room = room[open_places]
+    problem = _prepare(source, room, symbols)
+    if room.max(initial=0) == 1 and problem.matrix.size <= _LINEAR_ASSIGNMENT_LIMIT:
+        found = _linear_assignment(problem, present)
+    else:
+        warm = None if prices is None else np.asarray(prices, np.float64)[open_places]
+        found = _solve(problem, gap, deadline, warm, present)
+    places, bound, final_prices = found
+    cost = _cost(problem, places)
+    all_prices = None
+    if final_prices is not None:
+        all_prices = np.zeros(len(np.asarray(capacities)))
+        all_prices[open_places] = final_prices
+    return BalancedAssignment(
+        assignment=open_places[places],
+        cost=cost,
+        lower_bound=min(cost, bound - problem.rounding),
+        mean_cost=problem.mean_cost,
+        optimal=cost - bound <= 2 * problem.rounding,
+        prices=all_prices,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _check_capacities(
+    capacities: Sequence[int] | np.ndarray | Tensor, shape: tuple[int, int]
+) -> np.ndarray:
+    room = np.asarray(capacities)
+    if room.shape != (shape[1],) or (room.size and room.dtype.kind not in "iu"):
+        raise ValueError(f"capacities must be {shape[1]} integers, got {room.dtype} of shape {room.shape}")
+    if room.size and room.min() < 0:
+        raise ValueError(f"capacity of place {int(room.argmin())} is {int(room.min())}; it must not be negative")
+    if room.sum() < shape[0]:
+        raise ValueError(f"places of total capacity {int(room.sum())} cannot take {shape[0]} words")
+    return room.astype(np.int64)
+
+
+def _prepare(source: CostSource, capacities: np.ndarray, symbols: Sequence[str] | None) -> _Problem:
+    """Forms the costs block by block, less each word's least cost, and bounds the rounding error."""
+    n, m = source.shape
+    dtype = np.float64 if n * m <= _FLOAT64_LIMIT else np.float32
+    matrix = np.empty((n, m), dtype)
+    lows = np.zeros(n)
+    active = np.zeros(n, bool)
+    weights = torch.from_numpy(capacities / max(1, capacities.sum())).to(source.device)
+    mean_cost = rounding = spread = 0.0
+    step = max(1, _BLOCK_ENTRIES // max(1, m))
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        block = source.block(rows)
+        require_finite(block, "the cost", start, symbols)
+        low, high = block.amin(dim=1), block.amax(dim=1)
+        mean_cost += float((block @ weights).sum())
+        rounding += _UNIT * (8 + source.terms) * float(torch.maximum(low.abs(), high.abs()).sum())
+        spread = max(spread, float((high - low).max()))
+        block = block - low[:, None]  # not in place: the block may be a view of the matrix
+        if dtype is np.float32:
+            rounding += 2.0**-24 * float((high - low).sum())
+        matrix[rows] = block.cpu().numpy()
+        lows[rows] = low.cpu().numpy()
+        active[rows] = (high > low).cpu().numpy()
+    movable = np.flatnonzero(active)
+    return _Problem(matrix, lows, capacities, mean_cost, rounding, spread, movable, source)
+
+
+def _cost(problem: _Problem, places: np.ndarray) -> float:
+    if len(places) == 0:
+        return 0.0
+    chosen = torch.from_numpy(places).to(problem.source.device)
+    return float(problem.source.chosen(chosen).sum())
+
+
+def _linear_assignment(
+    problem: _Problem, present: np.ndarray | None
+) -> tuple[np.ndarray, float, np.ndarray | None]:
+    """Solves a problem of capacity 1 with scipy's dense solver."""
+    places = np.full(len(problem.lows), -1, np.int64)
+    rows, columns = linear_sum_assignment(problem.matrix[problem.active])
+    places[problem.active[rows]] = columns
+    _place_indifferent(problem, places, present)
+    return places, _cost(problem, places), None
+
+
+def _solve(
+    problem: _Problem,
+    gap: float,
+    deadline: float | None,
+    warm: np.ndarray | None,
+    present: np.ndarray | None,
+) -> tuple[np.ndarray, float, np.ndarray]:
+    """Auction, then shortest paths where the auction's certificate does not do."""
+    n, m = problem.matrix.shape
+    active = problem.active
+    matrix = problem.matrix if len(active) == n else problem.matrix[active]
+    scale = max(problem.mean_cost - problem.lows.sum(), 0.0)
+    prices = np.zeros(m)
+    # Free units only fit prices of zero; prices further apart than costs would only cost precision.
+    if warm is not None and problem.spare == 0 and np.ptp(warm) <= 2 * problem.spread:
+        prices = warm - warm.min()
+    epsilon = max(0.5 * gap, 1e-6) * scale / max(1, len(active))
+    found = _auction(matrix, problem.capacities, prices, epsilon, deadline)
+    places = np.full(n, -1, np.int64)
+    places[active] = found
+    _place_indifferent(problem, places, present)
+    cost = _cost(problem, places)
+    values = np.empty(len(active))
+    nearest = np.empty(len(active), np.int64)
+    kernels.cheapest(matrix, prices, values, nearest)
+    bound = _bound(problem, values, prices)
+    enough = max(gap * (problem.mean_cost - bound), 2 * problem.rounding)
+    late = deadline is not None and time.monotonic() >= deadline
+    if cost - bound <= enough or late or len(active) == 0:
+        return places, bound, prices
+    logger.debug("auction left a gap of %.3g in %d words; repairing", cost - bound, len(active))
+    exact = prices.copy()
+    spare = _lay_spare(problem, nearest, exact)
+    if _shortest_paths.repair(matrix, problem.capacities, exact, nearest, spare, n) < 0:
+        return places, bound, prices
+    exact -= exact.min()
+    repaired = np.full(n, -1, np.int64)
+    repaired[active] = nearest
+    _place_indifferent(problem, repaired, present)
+    kernels.cheapest(matrix, exact, values, nearest)
+    better = _bound(problem, values, exact)
+    if better >= bound:
+        bound, prices = better, exact
+    return (repaired if _cost(problem, repaired) < cost else places), bound, prices
+
+
+def _auction(
+    matrix: np.ndarray,
+    capacities: np.ndarray,
+    prices: np.ndarray,
+    epsilon: float,
+    deadline: float | None,
+) -> np.ndarray:
+    """Runs the auction to its end or the deadline; raises ``epsilon`` where ties make it a war of attrition."""
+    n, m = matrix.shape
+    offsets = np.zeros(m + 1, np.int64)
+    np.cumsum(capacities, out=offsets[1:])
+    sizes = np.zeros(m, np.int64)
+    bids, words = np.zeros(offsets[-1]), np.zeros(offsets[-1], np.int64)
+    places, queue = np.full(n, -1, np.int64), np.arange(n)
+    state = np.array([0, n])
+    chunk = max(1024, (1 << 26) // max(1, m))
+    made = 0
+    while state[1] > 0:
+        made += kernels.auction(
+            matrix, prices, offsets, sizes, bids, words, places, queue, state, epsilon, chunk
+        )
+        if deadline is not None and time.monotonic() >= deadline:
+            break
+        if made > _BIDS_PER_WORD * n:
+            made, epsilon = 0, 8 * epsilon
+    if state[1] > 0:
+        kernels.settle(matrix, prices, capacities - sizes, places)
+    return places
+
+
+def _bound(problem: _Problem, values: np.ndarray, prices: np.ndarray) -> float:
+    """Returns the dual value of the prices: a lower bound on the cost of every assignment."""
+    # Free units and indifferent words are at the cheapest price.
+    total = problem.lows.sum() + values.sum() + problem.spare * prices.min(initial=0.0)
+    return float(total - (problem.capacities * prices).sum())
+
+
+def _lay_spare(problem: _Problem, nearest: np.ndarray, prices: np.ndarray) -> np.ndarray:
+    """Lays the free units at the places of least price, first where there is room."""
+    m = len(prices)
+    spare = np.zeros(m, np.int64)
+    left = problem.spare
+    load = np.bincount(nearest, minlength=m)
+    cheapest = np.flatnonzero(prices == prices.min())
+    for place in cheapest:
+        spare[place] = min(left, max(0, problem.capacities[place] - load[place]))
+        left -= spare[place]
+    spare[cheapest[0]] += left
+    return spare
+
+
+def _place_indifferent(problem: _Problem, places: np.ndarray, present: np.ndarray | None) -> None:
+    """Gives the words that are indifferent what the others left, their present place first."""
+    idle = np.flatnonzero(places < 0)
+    if len(idle) == 0:
+        return
+    room = problem.capacities - np.bincount(places[places >= 0], minlength=len(problem.capacities))
+    if present is not None:
+        for place in np.unique(present[idle]):
+            staying = idle[present[idle] == place][: room[place] if place >= 0 else 0]
+            places[staying] = place
+            room[place] -= len(staying)
+        idle = idle[places[idle] < 0]
+    places[idle] = np.repeat(np.arange(len(room)), room)[: len(idle)]

@@ -1,0 +1,115 @@
+"""Word vectors from neighbouring words: counts, positive pointwise mutual information, truncated SVD.
+
+The vectors of Bullinaria and Levy ("Extracting semantic representations from word co-occurrence statistics", 2007) with
+a window of one word on either side, left and right kept apart: words that can stand in the same place are alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from scipy import sparse
+
+__all__ = ["neighbour_counts", "positive_information", "word_vectors"]
+
+_CHUNK = 1 << 22  # tokens that are counted at once
+_CONTEXT_POWER = 0.75  # flattens the context distribution, so that rare contexts do not dominate
+_POWER_ITERATIONS = 4
+_OVERSAMPLING = 16
+
+
+def neighbour_counts(
+    tokens: Iterable[np.ndarray], num_words: int, num_contexts: int
+) -> tuple[sparse.csr_array, np.ndarray]:
+    """Counts how often each word has each other word on its left and on its right.
+
+    Args:
+      tokens: pieces of consecutive text, 1-D arrays of word ids; nothing is counted across pieces.
+      num_words: V, size of the dictionary.
+      num_contexts: only the most frequent words count as neighbours; bounds the memory.
+
+    Returns:
+      Counts (V, 2 M), right neighbours first, over the M <= ``num_contexts`` most frequent words; and the occurrences
+      of each word, (V,).
+
+    Raises:
+      ValueError: a word id is out of range.
+    """
+    pieces = [_piece(piece, num_words) for piece in tokens]
+    counts = np.zeros(num_words, np.int64)
+    for piece in pieces:
+        counts += np.bincount(piece, minlength=num_words)
+    order = np.argsort(-counts, kind="stable")[: min(num_contexts, num_words)]
+    order = np.sort(order[counts[order] > 0])
+    column = np.full(num_words, -1, np.int64)
+    column[order] = np.arange(len(order))
+    total = sparse.csr_array((num_words, 2 * len(order)), dtype=np.float64)
+    for left, right in _pairs(pieces):
+        for centre, neighbour, offset in ((left, right, 0), (right, left, len(order))):
+            known = column[neighbour] >= 0
+            places = (centre[known], column[neighbour[known]] + offset)
+            values = np.ones(int(known.sum()))
+            total = total + sparse.coo_array((values, places), shape=total.shape).tocsr()
+    return sparse.csr_array(total), counts
+
+
+def _piece(piece: np.ndarray, num_words: int) -> np.ndarray:
+    piece = np.asarray(piece).reshape(-1)
+    if piece.size and (piece.min() < 0 or piece.max() >= num_words):
+        wrong = int(piece[(piece < 0) | (piece >= num_words)][0])
+        raise ValueError(f"word id {wrong} in the text is not in the dictionary of {num_words} words")
+    return piece
+
+
+def _pairs(pieces: Iterable[np.ndarray]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Yields neighbouring words as two arrays, several pieces at once."""
+    left: list[np.ndarray] = []
+    right: list[np.ndarray] = []
+    held = 0
+    for piece in pieces:
+        for start in range(0, max(0, len(piece) - 1), _CHUNK):
+            part = piece[start : start + _CHUNK + 1]
+            left.append(part[:-1])
+            right.append(part[1:])
+            held += len(part) - 1
+            if held >= _CHUNK:
+                yield np.concatenate(left), np.concatenate(right)
+                left, right, held = [], [], 0
+    if held:
+        yield np.concatenate(left), np.concatenate(right)
+
+
+def positive_information(counts: sparse.csr_array) -> sparse.csr_array:
+    """Returns the positive pointwise mutual information of words and neighbours, sparse like the counts."""
+    total = counts.sum()
+    words = counts.sum(axis=1)
+    contexts = counts.sum(axis=0) ** _CONTEXT_POWER
+    contexts = contexts / max(contexts.sum(), 1e-300)
+    entries = counts.tocoo()
+    expected = words[entries.row] * contexts[entries.col]
+    values = np.log(entries.data / np.maximum(expected, 1e-300)) if total > 0 else entries.data
+    kept = values > 0
+    places = (entries.row[kept], entries.col[kept])
+    return sparse.coo_array((values[kept], places), shape=counts.shape).tocsr()
+
+
+def word_vectors(information: sparse.csr_array, dim: int, seed: int) -> np.ndarray:
+    """Returns the left singular vectors times the roots of the singular values, (V, at most dim).
+
+    Randomised subspace iteration (Halko, Martinsson and Tropp, 2011); deterministic for a seed.
+    """
+    width = min(dim + _OVERSAMPLING, *information.shape)
+    if width == 0 or information.nnz == 0:
+        return np.zeros((information.shape[0], 1))
+    random = np.random.default_rng(seed)
+    basis = information @ random.standard_normal((information.shape[1], width))
+    transposed = information.T.tocsr()
+    for _ in range(_POWER_ITERATIONS):
+        basis, _ = np.linalg.qr(basis)
+        basis, _ = np.linalg.qr(transposed @ basis)
+        basis = information @ basis
+    basis, _ = np.linalg.qr(basis)
+    left, values, _ = np.linalg.svd((transposed @ basis).T, full_matrices=False)
+    kept = min(dim, width)
+    return (basis @ left[:, :kept]) * np.sqrt(values[:kept])

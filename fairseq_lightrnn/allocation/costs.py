@@ -1,0 +1,229 @@
+"""Cost matrices of words and places, formed block by block.
+
+A cost source answers three questions: what the costs of a few words are, what each word pays at a given
+place, and which words it is about. Solvers never see more of a matrix than they ask for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "CostSource",
+    "DenseCosts",
+    "LowRankCosts",
+    "WeightedCosts",
+    "as_costs",
+    "require_finite",
+    "word_name",
+]
+
+_CHOSEN_BLOCK = 1 << 14
+
+
+def word_name(word: int, symbols: Sequence[str] | None = None) -> str:
+    """Returns how an error message calls a word: its id, and its symbol where that is known."""
+    return f"word {word}" if symbols is None else f"word {word} ({symbols[word]!r})"
+
+
+@dataclass(frozen=True)
+class DenseCosts:
+    """A cost matrix that is held in memory.
+
+    Attributes:
+      matrix: (n, m) costs of n words at m places.
+    """
+
+    matrix: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
+
+    @property
+    def terms(self) -> int:
+        """Terms that are added up for one cost."""
+        return 1
+
+    def block(self, rows: slice | Tensor) -> Tensor:
+        """Returns the costs of the words in ``rows``, (b, m) in float64."""
+        return self.matrix[rows].to(torch.float64)
+
+    def select(self, rows: Tensor) -> DenseCosts:
+        """Returns the costs of some of the words."""
+        return DenseCosts(self.matrix[rows])
+
+    def restrict(self, places: Tensor) -> DenseCosts:
+        """Returns the costs of some of the places."""
+        return DenseCosts(self.matrix[:, places])
+
+    def chosen(self, places: Tensor) -> Tensor:
+        """Returns what each word pays at its place, (n,) in float64."""
+        return self.matrix.gather(1, places[:, None]).squeeze(1).to(torch.float64)
+
+
+@dataclass(frozen=True)
+class LowRankCosts:
+    """Costs ``-(sums @ vectors.T + counts[:, None] * biases)``, never stored whole.
+
+    With summed hidden states as ``sums`` and occurrences as ``counts`` this is, up to a constant of each
+    word, the training loss of giving the word a coordinate (arXiv 1610.09893, section 3.3), because the
+    loss of an occurrence is linear in the hidden state except for a normaliser that all coordinates share.
+
+    Attributes:
+      sums: (n, d) summed hidden states; may be backed by a memory-mapped file.
+      vectors: (m, d) output vectors of the places.
+      counts: (n,) occurrences.
+      biases: (m,) output biases of the places.
+    """
+
+    sums: Tensor
+    vectors: Tensor
+    counts: Tensor
+    biases: Tensor
+
+    def __post_init__(self) -> None:
+        n, d = self.sums.shape
+        m = self.vectors.shape[0]
+        if self.vectors.shape != (m, d) or self.counts.shape != (n,) or self.biases.shape != (m,):
+            raise ValueError(
+                f"cost factors do not fit together: sums {tuple(self.sums.shape)}, vectors "
+                f"{tuple(self.vectors.shape)}, counts {tuple(self.counts.shape)}, biases "
+                f"{tuple(self.biases.shape)}; expected (n, d), (m, d), (n,), (m,)"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.sums.shape[0], self.vectors.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.sums.device
+
+    @property
+    def terms(self) -> int:
+        """Terms that are added up for one cost."""
+        return self.vectors.shape[1] + 1
+
+    def block(self, rows: slice | Tensor) -> Tensor:
+        """Returns the costs of the words in ``rows``, (b, m) in float64."""
+        sums = self.sums[rows].to(torch.float64)
+        counts = self.counts[rows].to(torch.float64)
+        result = counts[:, None] * self.biases.to(torch.float64)
+        result.addmm_(sums, self.vectors.to(torch.float64).T)
+        return result.neg_()
+
+    def select(self, rows: Tensor) -> LowRankCosts:
+        """Returns the costs of some of the words."""
+        return LowRankCosts(self.sums[rows], self.vectors, self.counts[rows], self.biases)
+
+    def restrict(self, places: Tensor) -> LowRankCosts:
+        """Returns the costs of some of the places."""
+        return LowRankCosts(self.sums, self.vectors[places], self.counts, self.biases[places])
+
+    def chosen(self, places: Tensor) -> Tensor:
+        """Returns what each word pays at its place, (n,) in float64."""
+        n = self.shape[0]
+        result = torch.empty(n, dtype=torch.float64, device=self.device)
+        vectors, biases = self.vectors.to(torch.float64), self.biases.to(torch.float64)
+        for start in range(0, n, _CHOSEN_BLOCK):
+            rows = slice(start, min(start + _CHOSEN_BLOCK, n))
+            sums = self.sums[rows].to(torch.float64)
+            dots = torch.linalg.vecdot(sums, vectors[places[rows]])
+            result[rows] = -(dots + self.counts[rows].to(torch.float64) * biases[places[rows]])
+        return result
+
+
+@dataclass(frozen=True)
+class WeightedCosts:
+    """Costs times a factor, less a bonus of each word at one place.
+
+    Attributes:
+      base: the costs.
+      weight: the factor.
+      favoured: (n,) the place that earns the bonus.
+      bonus: (n,) what it earns, not weighted.
+    """
+
+    base: DenseCosts | LowRankCosts
+    weight: float
+    favoured: Tensor
+    bonus: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def terms(self) -> int:
+        """Terms that are added up for one cost."""
+        return self.base.terms + 2
+
+    def block(self, rows: slice | Tensor) -> Tensor:
+        """Returns the costs of the words in ``rows``, (b, m) in float64."""
+        block = self.base.block(rows) * self.weight
+        block[torch.arange(len(block), device=self.device), self.favoured[rows]] -= self.bonus[rows]
+        return block
+
+    def select(self, rows: Tensor) -> WeightedCosts:
+        """Returns the costs of some of the words."""
+        return WeightedCosts(self.base.select(rows), self.weight, self.favoured[rows], self.bonus[rows])
+
+    def restrict(self, places: Tensor) -> DenseCosts:
+        """Returns the costs of some of the places, as a matrix."""
+        return DenseCosts(self.block(slice(None))[:, places])
+
+    def chosen(self, places: Tensor) -> Tensor:
+        """Returns what each word pays at its place, (n,) in float64."""
+        paid = self.base.chosen(places) * self.weight
+        return paid - torch.where(places == self.favoured, self.bonus, torch.zeros_like(self.bonus))
+
+
+CostSource = DenseCosts | LowRankCosts | WeightedCosts
+
+
+def as_costs(costs: Tensor | np.ndarray | CostSource) -> CostSource:
+    """Returns ``costs`` as a cost source; a matrix is wrapped, not copied."""
+    if isinstance(costs, (DenseCosts, LowRankCosts, WeightedCosts)):
+        return costs
+    matrix = torch.as_tensor(costs)
+    if matrix.dim() != 2:
+        raise ValueError(f"costs must be a matrix of words by places, got shape {tuple(matrix.shape)}")
+    return DenseCosts(matrix)
+
+
+def require_finite(values: Tensor, what: str, first: int = 0, symbols: Sequence[str] | None = None) -> None:
+    """Refuses NaN and infinity.
+
+    Args:
+      values: (b, ...) numbers, one row a word.
+      what: what the numbers are, for the message.
+      first: id of the word in the first row.
+      symbols: names of all words, by id.
+
+    Raises:
+      ValueError: a number is not finite; names the first such word.
+    """
+    if torch.isfinite(values.sum()):  # a sum is finite only if every term is
+        return
+    finite = torch.isfinite(values).reshape(values.shape[0], -1).all(dim=1)
+    if finite.all():
+        return  # the sum overflowed, the numbers did not
+    word = first + int(torch.nonzero(~finite)[0])
+    raise ValueError(
+        f"{what} of {word_name(word, symbols)} is NaN or infinite; the model that gathered it has diverged: "
+        "go back to an earlier checkpoint or lower the learning rate"
+    )

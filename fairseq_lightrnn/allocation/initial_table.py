@@ -1,0 +1,193 @@
+"""The word table that training starts from."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from fairseq_lightrnn.allocation.balanced_assignment import balanced_assignment
+from fairseq_lightrnn.allocation.cooccurrence import neighbour_counts, positive_information, word_vectors
+from fairseq_lightrnn.allocation.costs import LowRankCosts
+from fairseq_lightrnn.word_table import WordTable, balanced_cells
+
+__all__ = ["INITIAL_TABLES", "initial_table"]
+
+logger = logging.getLogger(__name__)
+
+INITIAL_TABLES = ("random", "frequency", "cooccurrence")
+
+_VECTOR_DIM = 100
+_NUM_CONTEXTS = 20_000
+_WEIGHT_POWER = 0.75  # frequent words matter more to a row, but not in proportion
+_ROUNDS = 12
+_TOLERANCE = 1e-4
+_GAP = 1e-4
+
+
+def initial_table(
+    kind: str,
+    num_words: int,
+    shape: Sequence[int],
+    *,
+    seed: int = 1,
+    counts: np.ndarray | None = None,
+    tokens: Iterable[np.ndarray] | None = None,
+    num_threads: int | None = None,
+) -> WordTable:
+    """Builds a word table before any training.
+
+    ``random`` permutes the words, as in arXiv 1610.09893. ``frequency`` fills the table row by row from the most frequent
+    word to the rarest. ``cooccurrence`` puts words with similar neighbours into a row, and within the rows words that differ
+    from their row in the same way into a column: balanced k-means on word vectors.
+
+    Args:
+      kind: one of `INITIAL_TABLES`.
+      num_words: V, size of the dictionary.
+      shape: k sizes of the table, with at least V cells.
+      seed: of the permutation, or of the k-means.
+      counts: (V,) occurrences, needed by ``frequency`` unless there are ``tokens``.
+      tokens: the training text as 1-D arrays of word ids, needed by ``cooccurrence``.
+      num_threads: threads; the table does not depend on it.
+
+    Returns:
+      The table; the occupied cells are those of `balanced_cells`.
+
+    Raises:
+      ValueError: the kind is unknown, what it needs is missing, or counts do not fit the dictionary.
+    """
+    if kind not in INITIAL_TABLES:
+        raise ValueError(f"initial table must be one of {', '.join(INITIAL_TABLES)}, got {kind!r}")
+    shape = tuple(int(size) for size in shape)
+    cells = balanced_cells(num_words, shape)
+    if kind == "random":
+        order = np.random.default_rng(seed).permutation(num_words)
+    elif kind == "frequency":
+        occurrences = _occurrences(num_words, counts, tokens)
+        order = np.empty(num_words, np.int64)
+        order[np.argsort(-occurrences, kind="stable")] = np.arange(num_words)
+    else:
+        if tokens is None:
+            raise ValueError("a co-occurrence table needs the training text; give tokens")
+        threads = num_threads or os.cpu_count() or 1
+        return _cooccurrence_table(tokens, num_words, shape, cells, seed, threads)
+    return WordTable.from_cells(cells[order], shape)
+
+
+def _occurrences(
+    num_words: int, counts: np.ndarray | None, tokens: Iterable[np.ndarray] | None
+) -> np.ndarray:
+    if counts is None:
+        if tokens is None:
+            raise ValueError("a frequency table needs the occurrences of the words; give counts or tokens")
+        counts = np.zeros(num_words, np.int64)
+        for piece in tokens:
+            counts += np.bincount(np.asarray(piece).reshape(-1), minlength=num_words)
+    counts = np.asarray(counts)
+    if counts.shape != (num_words,) or not np.isfinite(counts).all():
+        raise ValueError(f"counts must be {num_words} finite numbers, got shape {counts.shape}")
+    return counts
+
+
+def _cooccurrence_table(
+    tokens: Iterable[np.ndarray],
+    num_words: int,
+    shape: tuple[int, ...],
+    cells: np.ndarray,
+    seed: int,
+    num_threads: int,
+) -> WordTable:
+    """Clusters the words coordinate by coordinate, each on what the coordinates before left unexplained."""
+    started = time.monotonic()
+    co_occurrences, counts = neighbour_counts(tokens, num_words, _NUM_CONTEXTS)
+    vectors = word_vectors(positive_information(co_occurrences), _VECTOR_DIM, seed)
+    logger.info("word vectors of %d words took %.1f s", num_words, time.monotonic() - started)
+    weights = counts.astype(np.float64) ** _WEIGHT_POWER
+    occupied = np.zeros(int(np.prod(shape)), bool)
+    occupied[cells] = True
+    random = np.random.default_rng(seed)
+    groups = np.zeros(num_words, np.int64)
+    coordinates = np.empty((num_words, len(shape)), np.int64)
+    with ThreadPoolExecutor(num_threads) as executor:
+        for stage, size in enumerate(shape):
+            capacities = occupied.reshape(-1, size, int(np.prod(shape[stage + 1 :]))).sum(axis=2)
+            clusters, centroids = _balanced_clusters(
+                vectors, weights, groups, capacities, random, executor
+            )
+            coordinates[:, stage] = clusters
+            vectors = vectors - centroids[clusters]
+            groups = groups * size + clusters
+    logger.info("co-occurrence table took %.1f s", time.monotonic() - started)
+    return WordTable(coordinates, shape)
+
+
+def _balanced_clusters(
+    vectors: np.ndarray,
+    weights: np.ndarray,
+    groups: np.ndarray,
+    capacities: np.ndarray,
+    random: np.random.Generator,
+    executor: ThreadPoolExecutor,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Balanced k-means: every group of words is split over the same centroids with capacities of its own.
+
+    Args:
+      vectors: (V, d) word vectors.
+      weights: (V,) weight of each word.
+      groups: (V,) group of each word.
+      capacities: (groups, R) words of each group that each cluster takes.
+      random: picks the first centroids.
+      executor: runs the groups in parallel.
+
+    Returns:
+      The cluster of each word and the (R, d) centroids.
+    """
+    size = capacities.shape[1]
+    chance = weights + 1e-12 * max(weights.max(initial=0.0), 1.0)
+    first = random.choice(len(vectors), size, replace=len(vectors) < size, p=chance / chance.sum())
+    centroids = vectors[first].copy()
+    order = np.argsort(groups, kind="stable")
+    starts = np.searchsorted(groups[order], np.arange(len(capacities) + 1))
+    members = [order[starts[g] : starts[g + 1]] for g in range(len(capacities))]
+    weighted = torch.from_numpy(2.0 * weights[:, None] * vectors)
+    counts = torch.from_numpy(weights)
+    prices: list[np.ndarray | None] = [None] * len(members)
+    clusters = np.zeros(len(vectors), np.int64)
+    before = np.inf
+    for _ in range(_ROUNDS):
+        # weight * |x - c|^2 is, up to a constant of the word, -(2 weight x . c + weight * -|c|^2)
+        places = torch.from_numpy(centroids)
+        biases = -(places * places).sum(dim=1)
+
+        def split(group: int, places: torch.Tensor = places, biases: torch.Tensor = biases) -> float:
+            words = members[group]
+            if len(words) == 0:
+                return 0.0
+            index = torch.from_numpy(words)
+            costs = LowRankCosts(weighted[index], places, counts[index], biases)
+            found = balanced_assignment(costs, capacities[group], gap=_GAP, prices=prices[group])
+            clusters[words] = found.assignment
+            prices[group] = found.prices
+            return found.cost
+
+        cost = sum(executor.map(split, range(len(members))))
+        centroids = _centroids(vectors, weights, clusters, centroids)
+        if before - cost <= _TOLERANCE * abs(before):
+            break
+        before = cost
+    return clusters, centroids
+
+
+def _centroids(
+    vectors: np.ndarray, weights: np.ndarray, clusters: np.ndarray, previous: np.ndarray
+) -> np.ndarray:
+    """Returns the weighted mean of each cluster; a cluster without weight keeps its centroid."""
+    total = np.bincount(clusters, weights, minlength=len(previous))
+    sums = np.zeros_like(previous)
+    np.add.at(sums, clusters, weights[:, None] * vectors)
+    return np.where(total[:, None] > 0, sums / np.where(total > 0, total, 1.0)[:, None], previous)

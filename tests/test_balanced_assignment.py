@@ -1,0 +1,189 @@
+"""Balanced assignment against scipy's linear assignment on repeated places, and its certificate."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+
+from fairseq_lightrnn.allocation.balanced_assignment import balanced_assignment
+from fairseq_lightrnn.allocation.costs import LowRankCosts, WeightedCosts
+
+# The package exports a function of the same name.
+module = importlib.import_module("fairseq_lightrnn.allocation.balanced_assignment")
+
+
+def optimum(costs: np.ndarray, capacities: np.ndarray) -> float:
+    """The least cost, by a copy of each place for each word that it takes."""
+    copies = np.repeat(costs, capacities, axis=1)
+    rows, columns = linear_sum_assignment(copies)
+    return float(copies[rows, columns].sum())
+
+
+@st.composite
+def problems(draw):
+    """Costs of all scales with ties, zero rows and very unequal words; capacities tight or loose, some zero."""
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    n, m = draw(st.integers(1, 40)), draw(st.integers(1, 8))
+    if draw(st.booleans()):
+        capacities = random.multinomial(n, np.ones(m) / m)
+    else:
+        capacities = random.integers(0, n + 3, m)
+        capacities[random.integers(m)] += max(0, n - capacities.sum())
+    scale = 10.0 ** draw(st.integers(-5, 8))
+    weight = np.minimum(random.zipf(1.5, (n, 1)), 10**6)
+    costs = random.normal(size=(n, m))
+    if draw(st.booleans()):
+        costs = np.round(costs)
+    costs = costs * weight * scale
+    if draw(st.booleans()):
+        costs[random.random(n) < 0.4] = 0.0
+    if draw(st.booleans()):
+        costs[random.random(n) < 0.5] = costs[0]
+    return costs, capacities
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 22])  # without and with scipy for capacity 1
+@settings(max_examples=150, deadline=None)
+@given(problem=problems())
+def test_reaches_the_optimum_and_proves_it(limit, problem):
+    costs, capacities = problem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_LINEAR_ASSIGNMENT_LIMIT", limit)
+        found = balanced_assignment(costs, capacities)
+    best = optimum(costs, capacities)
+    assert (np.bincount(found.assignment, minlength=len(capacities)) <= capacities).all()
+    assert found.cost == pytest.approx(costs[np.arange(len(costs)), found.assignment].sum(), rel=1e-12)
+    assert found.optimal
+    assert found.cost <= best + 1e-12 * np.abs(costs).sum()
+    assert found.lower_bound <= best
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(), gap=st.sampled_from([0.3, 1e-2, 1e-4]), late=st.booleans())
+def test_a_requested_gap_and_a_time_limit_give_valid_certificates(problem, gap, late):
+    costs, capacities = problem
+    found = balanced_assignment(costs, capacities, gap=gap, time_limit=0.0 if late else None)
+    best = optimum(costs, capacities)
+    slack = 1e-12 * np.abs(costs).sum()
+    assert (np.bincount(found.assignment, minlength=len(capacities)) <= capacities).all()
+    assert found.lower_bound <= best <= found.cost + slack
+    if not late:
+        assert found.gap <= gap * (found.mean_cost - found.lower_bound) + slack
+
+
+def test_any_prices_give_a_bound_by_brute_force():
+    random = np.random.default_rng(0)
+    costs = random.normal(size=(6, 3))
+    least = min(
+        costs[np.arange(6), list(places)].sum()
+        for places in itertools.product(range(3), repeat=6)
+        if (np.bincount(places, minlength=3) <= 2).all()
+    )
+    found = balanced_assignment(costs, [2, 2, 2])
+    assert found.cost == pytest.approx(least, rel=1e-12)
+    assert np.bincount(found.assignment).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_larger_instances_with_zipf_counts_are_exact(single, monkeypatch):
+    if single:
+        monkeypatch.setattr(module, "_FLOAT64_LIMIT", 0)
+    random = np.random.default_rng(1)
+    n, m = 600, 20
+    counts = np.maximum(1, 5000 // np.arange(1, n + 1))[:, None]
+    costs = -(counts * random.normal(size=(n, 8)) + np.sqrt(counts) * random.normal(size=(n, 8))) @ random.normal(
+        size=(8, m)
+    )
+    capacities = np.full(m, 30)
+    found = balanced_assignment(costs, capacities)
+    best = optimum(costs, capacities)
+    assert found.lower_bound <= best <= found.cost + 1e-9
+    assert found.relative_gap <= (1e-6 if single else 1e-12)
+
+
+def test_warm_prices_do_not_change_the_optimum():
+    random = np.random.default_rng(2)
+    costs = random.normal(size=(60, 6))
+    first = balanced_assignment(costs, [10] * 6)
+    again = balanced_assignment(costs + 0.01, [10] * 6, prices=first.prices + 5.0)
+    wild = balanced_assignment(costs, [10] * 6, prices=random.normal(size=6) * 1e6)
+    for found in (again, wild):
+        assert np.array_equal(found.assignment, first.assignment)
+        assert found.optimal
+
+
+def test_low_rank_costs_equal_their_matrix():
+    random = torch.Generator().manual_seed(3)
+    sums, vectors = torch.randn(50, 4, generator=random), torch.randn(5, 4, generator=random)
+    counts, biases = torch.arange(50.0), torch.randn(5, generator=random)
+    costs = LowRankCosts(sums, vectors, counts, biases)
+    matrix = -(sums.double() @ vectors.double().T + counts[:, None].double() * biases.double())
+    assert torch.allclose(costs.block(slice(None)), matrix, rtol=1e-13)
+    low_rank, dense = balanced_assignment(costs, [10] * 5), balanced_assignment(matrix, [10] * 5)
+    assert np.array_equal(low_rank.assignment, dense.assignment)
+    assert low_rank.cost == pytest.approx(dense.cost, rel=1e-12)
+
+
+def test_weighted_costs_are_the_costs_times_the_weight_less_the_bonus():
+    random = torch.Generator().manual_seed(4)
+    base = LowRankCosts(
+        torch.randn(9, 2, generator=random), torch.randn(3, 2, generator=random), torch.ones(9), torch.zeros(3)
+    )
+    favoured, bonus = torch.arange(9) % 3, torch.arange(9.0).double()
+    costs = WeightedCosts(base, 2.5, favoured, bonus)
+    expected = 2.5 * base.block(slice(None))
+    expected[torch.arange(9), favoured] -= bonus
+    assert torch.allclose(costs.block(slice(None)), expected)
+    places = torch.tensor([0, 1, 2, 0, 0, 0, 1, 1, 1])
+    assert torch.allclose(costs.chosen(places), expected.gather(1, places[:, None])[:, 0])
+
+
+def test_indifferent_words_keep_their_place_where_they_can():
+    costs = np.zeros((6, 3))
+    costs[0] = [0.0, 5.0, 5.0]
+    present = np.array([2, 2, 2, 1, 1, 0])
+    found = balanced_assignment(costs, [2, 2, 2], present=present)
+    assert found.assignment.tolist() == [0, 2, 2, 1, 1, 0]
+
+
+def test_no_words_and_places_without_capacity():
+    assert balanced_assignment(np.zeros((0, 2)), [1, 1]).assignment.tolist() == []
+    found = balanced_assignment(np.array([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]), [0, 1, 1])
+    assert sorted(found.assignment.tolist()) == [1, 2]
+    assert found.cost == 3.0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_costs_that_are_not_finite_are_refused_naming_the_word(value):
+    costs = np.zeros((3, 2))
+    costs[1, 1] = value
+    with pytest.raises(ValueError, match=r"the cost of word 1 \('b'\) is NaN or infinite"):
+        balanced_assignment(costs, [2, 2], symbols=["a", "b", "c"])
+
+
+@pytest.mark.parametrize(
+    ("capacities", "message"),
+    [
+        ([1, 1], "total capacity 2 cannot take 3 words"),
+        ([4, -1], "capacity of place 1 is -1"),
+        ([4], "2 integers"),
+        ([2.0, 2.0], "2 integers"),
+    ],
+)
+def test_bad_capacities_are_refused(capacities, message):
+    with pytest.raises(ValueError, match=message):
+        balanced_assignment(np.zeros((3, 2)), capacities)
+
+
+def test_costs_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match="matrix of words by places"):
+        balanced_assignment(np.zeros(3), [3])
+    with pytest.raises(ValueError, match="do not fit together"):
+        LowRankCosts(torch.zeros(3, 2), torch.zeros(4, 2), torch.zeros(3), torch.zeros(5))

@@ -1,0 +1,103 @@
+"""Initial tables: what they promise about rows, determinism, and what they refuse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fairseq_lightrnn.allocation.cooccurrence import neighbour_counts, positive_information, word_vectors
+from fairseq_lightrnn.allocation.initial_table import initial_table
+from fairseq_lightrnn.word_table import balanced_cells
+
+SHAPES = [(20, (5, 4)), (18, (5, 4)), (12, (12,)), (23, (3, 3, 3)), (7, (1, 7)), (7, (7, 1))]
+
+
+def grammar(classes: int, members: int, length: int, seed: int) -> np.ndarray:
+    """Text in which class follows class in order and each member of a class is equally likely."""
+    random = np.random.default_rng(seed)
+    return (np.arange(length) % classes) * members + random.integers(members, size=length)
+
+
+@pytest.mark.parametrize(("num_words", "shape"), SHAPES)
+@pytest.mark.parametrize("kind", ["random", "frequency", "cooccurrence"])
+def test_every_kind_fills_the_balanced_cells_and_repeats_itself(kind, num_words, shape):
+    tokens = [np.random.default_rng(0).integers(num_words, size=200)]
+    tables = [
+        initial_table(kind, num_words, shape, seed=3, tokens=tokens, num_threads=threads)
+        for threads in (1, 2, 1)
+    ]
+    assert sorted(tables[0].cells) == balanced_cells(num_words, shape).tolist()
+    assert tables[0] == tables[1] == tables[2]
+
+
+def test_seeds_give_different_random_tables():
+    assert initial_table("random", 50, (8, 7), seed=1) != initial_table("random", 50, (8, 7), seed=2)
+
+
+def test_frequency_order_runs_along_the_rows():
+    counts = np.array([3, 9, 9, 0, 5, 1])
+    table = initial_table("frequency", 6, (2, 3), counts=counts)
+    assert table.words.tolist() == [1, 2, 4, 0, 5, 3]
+    text = [np.repeat(np.arange(6), counts)]
+    assert initial_table("frequency", 6, (2, 3), tokens=text) == table
+
+
+def test_words_that_stand_in_the_same_places_share_a_row():
+    table = initial_table("cooccurrence", 36, (6, 6), tokens=[grammar(6, 6, 6000, 0)], seed=1)
+    classes = np.arange(36) // 6
+    for row in range(6):
+        assert len(set(classes[table.coordinates[:, 0] == row])) == 1
+
+
+def test_words_without_occurrences_fill_what_is_left():
+    table = initial_table("cooccurrence", 40, (7, 6), tokens=[grammar(6, 6, 4000, 0)], seed=1)
+    assert sorted(table.cells) == balanced_cells(40, (7, 6)).tolist()
+    assert initial_table("cooccurrence", 5, (2, 3), tokens=[np.array([], np.int64)]).num_words == 5
+
+
+def test_neighbour_counts_by_hand():
+    counts, occurrences = neighbour_counts([np.array([0, 1, 0, 2]), np.array([1, 1])], 4, 3)
+    dense = counts.toarray()
+    right = np.array([[0, 1, 1], [1, 1, 0], [0, 0, 0], [0, 0, 0]])
+    left = np.array([[0, 1, 0], [1, 1, 0], [1, 0, 0], [0, 0, 0]])
+    assert np.array_equal(dense, np.hstack([right, left]))
+    assert occurrences.tolist() == [2, 3, 1, 0]
+
+
+def test_pieces_cut_anywhere_inside_the_counter_give_the_same_counts(monkeypatch):
+    text = np.random.default_rng(1).integers(5, size=300)
+    whole, _ = neighbour_counts([text], 5, 5)
+    monkeypatch.setattr("fairseq_lightrnn.allocation.cooccurrence._CHUNK", 7)
+    cut, _ = neighbour_counts([text], 5, 5)
+    assert np.array_equal(whole.toarray(), cut.toarray())
+
+
+def test_only_the_most_frequent_words_are_contexts():
+    counts, _ = neighbour_counts([np.array([0, 1, 0, 2, 0, 1])], 3, 2)
+    assert counts.shape == (3, 4)
+
+
+def test_vectors_of_a_small_matrix_are_its_singular_vectors():
+    counts, _ = neighbour_counts([np.random.default_rng(2).integers(12, size=500)], 12, 12)
+    information = positive_information(counts)
+    assert (information.data > 0).all()
+    vectors = word_vectors(information, 4, seed=0)
+    left, values, _ = np.linalg.svd(information.toarray())
+    expected = left[:, :4] * np.sqrt(values[:4])
+    assert np.abs(vectors) == pytest.approx(np.abs(expected), abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "alphabetic"}, "must be one of random, frequency, cooccurrence, got 'alphabetic'"),
+        ({"kind": "frequency"}, "give counts or tokens"),
+        ({"kind": "frequency", "counts": np.ones(5)}, "counts must be 6"),
+        ({"kind": "cooccurrence"}, "give tokens"),
+        ({"kind": "cooccurrence", "tokens": [np.array([1, 6])]}, "word id 6"),
+        ({"kind": "random", "shape": (2, 2)}, "too few"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        initial_table(**{"num_words": 6, "shape": (2, 3), **arguments})

@@ -1,0 +1,133 @@
+"""Joint assignment against scipy on the words x cells matrix, and its certificate."""
+
+from __future__ import annotations
+
+import importlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+
+from fairseq_lightrnn.allocation.costs import DenseCosts, as_costs
+from fairseq_lightrnn.allocation.joint_assignment import joint_assignment
+
+# The package exports a function of the same name.
+module = importlib.import_module("fairseq_lightrnn.allocation.joint_assignment")
+
+
+def matrix_of(factors: list[np.ndarray], cells: np.ndarray) -> np.ndarray:
+    return sum(factor[:, cells[:, i]] for i, factor in enumerate(factors))
+
+
+def optimum(factors: list[np.ndarray], cells: np.ndarray) -> float:
+    matrix = matrix_of(factors, cells)
+    rows, columns = linear_sum_assignment(matrix)
+    return float(matrix[rows, columns].sum())
+
+
+def sources(factors: list[np.ndarray]) -> list[DenseCosts]:
+    return [as_costs(factor) for factor in factors]
+
+
+@st.composite
+def problems(draw):
+    """Tables of one to three components, full or not, one row or one column, with costs of all scales and ties."""
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    shape = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
+    n = draw(st.integers(1, int(np.prod(shape))))
+    chosen = np.sort(random.choice(int(np.prod(shape)), n, replace=False))
+    cells = np.stack(np.unravel_index(chosen, shape), axis=1)
+    scale = 10.0 ** draw(st.integers(-5, 8))
+    weight = np.minimum(random.zipf(1.5, (n, 1)), 10**6)
+    rounded, idle = draw(st.booleans()), random.random(n) < draw(st.sampled_from([0.0, 0.4, 1.0]))
+    factors = []
+    for size in shape:
+        factor = random.normal(size=(n, size))
+        factor = (np.round(factor) if rounded else factor) * weight * scale
+        factor[idle] = 0.0
+        factors.append(factor)
+    return factors, cells, shape
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 22])  # without and with scipy for small tables
+@settings(max_examples=100, deadline=None)
+@given(problem=problems())
+def test_reaches_the_optimum_and_its_bound_holds(limit, problem):
+    factors, cells, shape = problem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_DENSE_LIMIT", limit)
+        found = joint_assignment(sources(factors), cells, shape=shape, gap=0.0)
+    best = optimum(factors, cells)
+    assert sorted(found.assignment.tolist()) == list(range(len(cells)))
+    matrix = matrix_of(factors, cells)
+    slack = 1e-11 * np.abs(matrix).max(axis=1).sum()
+    assert found.cost == pytest.approx(matrix[np.arange(len(cells)), found.assignment].sum(), abs=slack)
+    assert found.cost <= best + slack
+    assert found.lower_bound <= best
+    assert found.optimal
+
+
+def zipf_instance(size: int, seed: int) -> tuple[list[np.ndarray], np.ndarray, tuple[int, int]]:
+    random = np.random.default_rng(seed)
+    n = size * size
+    counts = np.maximum(1, 3 * n // np.arange(1, n + 1))[:, None]
+    factors = []
+    for _ in range(2):
+        sums = counts * random.normal(size=(n, 8)) + np.sqrt(counts) * random.normal(size=(n, 8))
+        factors.append(-(sums @ random.normal(size=(8, size))))
+    return factors, np.stack(np.unravel_index(np.arange(n), (size, size)), axis=1), (size, size)
+
+
+def test_four_hundred_words_are_exact_by_auction(monkeypatch):
+    monkeypatch.setattr(module, "_DENSE_LIMIT", 0)
+    factors, cells, shape = zipf_instance(20, 0)
+    found = joint_assignment(sources(factors), cells, shape=shape, gap=0.0)
+    best = optimum(factors, cells)
+    assert found.optimal
+    assert found.cost == pytest.approx(best, rel=1e-12)
+
+
+@pytest.mark.parametrize("gap", [1e-2, 1e-3, 1e-4])
+def test_a_requested_gap_is_kept_and_true(gap, monkeypatch):
+    monkeypatch.setattr(module, "_DENSE_LIMIT", 0)
+    factors, cells, shape = zipf_instance(20, 1)
+    found = joint_assignment(sources(factors), cells, shape=shape, gap=gap)
+    best = optimum(factors, cells)
+    assert found.relative_gap <= gap
+    assert found.lower_bound <= best <= found.cost + 1e-9
+
+
+def test_threads_do_not_change_the_table(monkeypatch):
+    monkeypatch.setattr(module, "_DENSE_LIMIT", 0)
+    factors, cells, shape = zipf_instance(24, 2)
+    tables = [
+        joint_assignment(sources(factors), cells, shape=shape, num_threads=threads).assignment
+        for threads in (1, 2, 3)
+    ]
+    assert np.array_equal(tables[0], tables[1])
+    assert np.array_equal(tables[0], tables[2])
+
+
+def test_out_of_time_is_still_a_valid_table_with_a_true_bound(monkeypatch):
+    monkeypatch.setattr(module, "_DENSE_LIMIT", 0)
+    factors, cells, shape = zipf_instance(20, 3)
+    found = joint_assignment(sources(factors), cells, shape=shape, time_limit=0.0)
+    assert sorted(found.assignment.tolist()) == list(range(400))
+    assert found.lower_bound <= optimum(factors, cells)
+
+
+def test_costs_that_are_not_finite_are_refused_naming_the_word():
+    factors, cells, shape = zipf_instance(3, 4)
+    factors[1][5, 2] = np.nan
+    with pytest.raises(ValueError, match="component 1 of word 5 is NaN"):
+        joint_assignment(sources(factors), cells, shape=shape)
+
+
+@pytest.mark.slow
+def test_five_thousand_words_are_exact():
+    factors, cells, shape = zipf_instance(70, 5)
+    found = joint_assignment(sources(factors), cells, shape=shape, gap=0.0)
+    assert found.optimal
+    assert found.cost == pytest.approx(optimum(factors, cells), rel=1e-12)
