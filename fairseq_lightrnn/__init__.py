@@ -1,9 +1,16 @@
 """LightRNN for fairseq: language models whose vocabulary is a table of rows and columns.
 
-``--user-dir fairseq_lightrnn`` registers the models, criterions and tasks. Importing the package
-alone does not import fairseq, so that the core modules can be used without it.
+fairseq's ``--user-dir fairseq_lightrnn`` imports this package, which registers the models,
+criterions and tasks. The core modules need no fairseq: where it is not in use, nothing is
+registered and nothing of it imported. A program that imports the core first and fairseq's commands
+later imports :mod:`fairseq_lightrnn.register` itself.
 """
+
+import sys
 
 from fairseq_lightrnn.version import __version__
 
 __all__ = ["__version__"]
+
+if "fairseq" in sys.modules:
+    from fairseq_lightrnn import register  # noqa: F401

@@ -1,7 +1,5 @@
 """``--arch lightrnn_lm``: the LightRNN language model of arXiv 1610.09893."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -270,7 +268,7 @@ class LightRNNLanguageModel(FairseqLanguageModel):
     """The LightRNN language model as a fairseq model."""
 
     @classmethod
-    def build_model(cls, cfg: LightRNNLanguageModelConfig, task: Any) -> LightRNNLanguageModel:
+    def build_model(cls, cfg: LightRNNLanguageModelConfig, task: Any) -> "LightRNNLanguageModel":
         """Builds the model for a LightRNN task."""
         if not getattr(task, "seats_words", False):
             raise UsageError(

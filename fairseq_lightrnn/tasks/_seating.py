@@ -1,7 +1,5 @@
 """What every LightRNN task shares: seating words in the table, at first and between epochs."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -32,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 INITIAL_TABLES = ("random", "frequency", "cooccurrence")
 CRITERION = "two_component_cross_entropy"
+
+_REDUCED_ROWS = 1 << 16
 
 
 @dataclass
@@ -193,7 +193,7 @@ class SeatingMixin:
         decoder: Any = model.decoder
         start = time.monotonic()
         logger.info(f"reallocation after epoch {epoch}: gathering statistics")
-        statistics = self._gather_statistics(model)
+        statistics, losses = self._gather_statistics(model)
         gathered = time.monotonic()
         table, result = None, None
         if _rank() == 0:
@@ -212,7 +212,16 @@ class SeatingMixin:
                 "total": end - start,
             }
             words = float(statistics.counts.sum())
-            self._report(epoch, decoder, result, words, seconds)
+            # The solver's costs lack the log-normalisers, which no table changes; the losses of
+            # the present table have them.
+            joint = str(self.args.reallocation_objective) == "joint"
+            loss = float(losses.sum() if joint else losses[0])
+            costs = {
+                "cost_before": loss / words,
+                "cost_after": (loss + result.cost_after - result.cost_before) / words,
+                "lower_bound": (loss + result.lower_bound - result.cost_before) / words,
+            }
+            self._report(epoch, decoder, result, int(words), costs, seconds)
 
     def _solve(self, decoder: Any, statistics: AllocationStatistics) -> Reallocation:
         components = range(decoder.table.num_components)
@@ -226,29 +235,34 @@ class SeatingMixin:
         )
 
     @torch.no_grad()
-    def _gather_statistics(self, model: nn.Module) -> AllocationStatistics:
-        """Sums the hidden outputs over the training split, in evaluation mode."""
+    def _gather_statistics(self, model: nn.Module) -> tuple[AllocationStatistics, Tensor]:
+        """Sums hidden outputs and losses over the training split, in evaluation mode.
+
+        Returns:
+            The statistics of all workers, and the loss in nats of each component, shape (k,).
+        """
         decoder: Any = model.decoder
         table = decoder.table
         dim = decoder.softmax.weight.size(1)
         statistics = AllocationStatistics(table.num_words, table.num_components, dim)
+        device = decoder.softmax.weight.device
+        losses = torch.zeros(table.num_components, dtype=torch.float64, device=device)
         training = model.training
         model.eval()
         try:
-            device = decoder.softmax.weight.device
             for sample in self._training_batches():
                 sample = _to_device(sample, device)
                 target = sample["target"]
                 features, _ = model(**sample["net_input"])
                 real = target.ne(decoder.dictionary.pad())
-                hidden = features[real].reshape(int(real.sum()), table.num_components, dim)
-                statistics.add(target[real], hidden)
+                words, features = target[real], features[real]
+                statistics.add(words, features.reshape(len(words), table.num_components, dim))
+                losses -= decoder.component_log_probs(features, words).sum(0, dtype=torch.float64)
         finally:
             model.train(training)
-        if _world_size() > 1:
-            for tensor in (statistics.sums, statistics.counts):
-                torch.distributed.all_reduce(tensor)
-        return statistics
+        for tensor in (*statistics.sums, statistics.counts, losses):
+            _add_up_workers(tensor, device)
+        return statistics, losses
 
     def _training_batches(self) -> Iterator[Any]:
         """Yields this worker's share of the training split, without fairseq's dummy batches."""
@@ -279,7 +293,8 @@ class SeatingMixin:
         epoch: int,
         decoder: Any,
         result: Reallocation,
-        words: float,
+        tokens: int,
+        costs: dict[str, float],
         seconds: dict[str, float],
     ) -> None:
         """Logs a reallocation, appends it to ``reallocations.jsonl`` and writes the table."""
@@ -291,20 +306,18 @@ class SeatingMixin:
             "objective": str(self.args.reallocation_objective),
             "moved": result.moved,
             "words": decoder.table.num_words,
-            "tokens": int(words),
-            "cost_before": result.cost_before / words,
-            "cost_after": result.cost_after / words,
-            "lower_bound": result.lower_bound / words,
-            "gap": result.gap / words,
+            "tokens": tokens,
+            **costs,
+            "gap": result.gap / tokens,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "share_of_training": round(share, 5),
             "table": result.table.digest(),
         }
         logger.info(
             f"reallocation after epoch {epoch} ({record['objective']}): {result.moved} of "
-            f"{record['words']} words moved, cost per word {record['cost_before']:.5f} -> "
-            f"{record['cost_after']:.5f} nats, lower bound {record['lower_bound']:.5f}, gap "
-            f"{record['gap']:.2e}; statistics {seconds['statistics']:.1f} s, solve "
+            f"{record['words']} words moved, cost {costs['cost_before']:.5f} -> "
+            f"{costs['cost_after']:.5f} nats per word, lower bound {costs['lower_bound']:.5f}, "
+            f"gap {record['gap']:.2e}; statistics {seconds['statistics']:.1f} s, solve "
             f"{seconds['solve']:.1f} s, reallocations are {100 * share:.1f} % of the training "
             f"time so far; {result.table}"
         )
@@ -330,6 +343,16 @@ def _rank() -> int:
 
 def _world_size() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _add_up_workers(tensor: Tensor, device: torch.device) -> None:
+    """Sums a tensor over the workers in place, block by block on the device they talk through."""
+    if _world_size() == 1:
+        return
+    for block in tensor.split(_REDUCED_ROWS):
+        shared = block.to(device)
+        torch.distributed.all_reduce(shared)
+        block.copy_(shared)
 
 
 def _broadcast_table(table: WordTable | None, lookup: Any) -> WordTable:

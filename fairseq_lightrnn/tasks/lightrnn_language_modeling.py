@@ -1,7 +1,5 @@
 """``--task lightrnn_language_modeling``: fairseq's language modelling with a word table."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass

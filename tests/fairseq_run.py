@@ -1,0 +1,106 @@
+"""Runs fairseq's commands in this process, on a tiny corpus."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import fairseq_compat
+
+fairseq_compat.install()
+
+import numpy as np
+from fairseq.logging import metrics
+
+import fairseq_lightrnn.register  # noqa: F401
+
+USER_DIR = str(Path(fairseq_lightrnn.register.__file__).parent)
+TASK = ["--user-dir", USER_DIR, "--task", "lightrnn_language_modeling"]
+
+
+def run(command: str, *arguments: Any) -> None:
+    """Runs ``fairseq-<command>`` with arguments, as its script does."""
+    metrics.reset()
+    module = importlib.import_module(f"fairseq_cli.{command.replace('-', '_')}")
+    argv = [f"fairseq-{command}", *map(str, arguments)]
+    with mock.patch.object(sys, "argv", argv):
+        module.cli_main()
+
+
+def write_text(path: Path, sentences: int, seed: int, words: int = 40) -> Path:
+    """Writes text in which each word makes some words more likely than others."""
+    rng = np.random.default_rng(seed)
+    lines = []
+    for _ in range(sentences):
+        word, line = int(rng.integers(words)), []
+        for _ in range(int(rng.integers(2, 12))):
+            line.append(f"w{word}")
+            word = int(word * 7 + rng.zipf(1.6)) % words
+        lines.append(" ".join(line))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def preprocess(directory: Path, sentences: int = 120) -> Path:
+    """Makes binarised data of a tiny corpus and returns their folder."""
+    directory.mkdir(parents=True, exist_ok=True)
+    splits = {"train": sentences, "valid": 20, "test": 20}
+    texts = {
+        split: write_text(directory / f"{split}.txt", size, seed)
+        for seed, (split, size) in enumerate(splits.items())
+    }
+    run(
+        "preprocess", "--only-source", "--trainpref", texts["train"], "--validpref",
+        texts["valid"], "--testpref", texts["test"], "--destdir", directory / "bin",
+    )  # fmt: skip
+    return directory / "bin"
+
+
+def train(data: Path, save_dir: Path, *arguments: Any, **flags: Any) -> list[dict[str, Any]]:
+    """Trains a tiny model on the CPU and returns what fairseq logged in JSON."""
+    values = {
+        "arch": "lightrnn_lm", "criterion": "two_component_cross_entropy", "optimizer": "adam",
+        "lr": 0.01, "embed-dim": 8, "hidden-size": 8, "tokens-per-sample": 12, "batch-size": 8,
+        "max-epoch": 3, "seed": 1, "log-format": "json", "log-file": save_dir / "train.log",
+        "num-workers": 0, **{name.replace("_", "-"): value for name, value in flags.items()},
+    }  # fmt: skip
+    save_dir.mkdir(parents=True, exist_ok=True)
+    pairs = [
+        part
+        for name, value in values.items()
+        if value is not None
+        for part in (f"--{name}", str(value))
+    ]
+    task = [] if "--task" in arguments else TASK
+    try:
+        run("train", data, "--cpu", "--save-dir", save_dir, *task, *pairs, *arguments)
+    finally:
+        _close_log_files()
+    return read_log(save_dir)
+
+
+def _close_log_files() -> None:
+    """Detaches the --log-file handlers that fairseq adds to the root logger at every start."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, logging.FileHandler):
+            root.removeHandler(handler)
+            handler.close()
+
+
+def read_log(save_dir: Path) -> list[dict[str, Any]]:
+    """Returns the JSON records of a training log."""
+    lines = (save_dir / "train.log").read_text().splitlines()
+    found = (re.search(r"\{\".*\}$", line) for line in lines)
+    return [json.loads(match.group()) for match in found if match]
+
+
+def valid_losses(records: list[dict[str, Any]]) -> list[float]:
+    """Returns the validation losses in bits a word, epoch by epoch."""
+    return [float(record["valid_loss"]) for record in records if "valid_loss" in record]
