@@ -54,6 +54,12 @@ class _StrategyWithBoot:
         return self.strategy.__exit__(*error)
 
 
+def requirements(name: str) -> list[str]:
+    """The requirements in a file, without its comments."""
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 readme = ROOT / "README.md"
 
 setup(
@@ -67,18 +73,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["fairseq_lightrnn*", "fairseq_compat*"]),
-    # Not fairseq: it is installed without its own requirements, which no longer resolve.
-    install_requires=[
-        "torch>=2.0",
-        "numpy",
-        "scipy",
-        "numba",
-        "tqdm",
-    ],
-    extras_require={
-        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "tensorboard"],
-        "kenlm": ["kenlm"],
-    },
+    # Neither fairseq, which scripts/setup.sh installs without its own requirements since they no
+    # longer resolve, nor what fairseq needs: where it works, all of that is there.
+    install_requires=["torch>=2.0", "numpy>=1.24", "scipy>=1.10", "numba>=0.59", "tqdm>=4.60"],
+    extras_require={"dev": requirements("requirements-dev.txt"), "kenlm": ["kenlm"]},
     entry_points={
         "console_scripts": [
             # name = fairseq_lightrnn.commands.module:function
