@@ -28,6 +28,7 @@ def run(command: str, *arguments: Any) -> None:
     """Runs ``fairseq-<command>`` with arguments, as its script does."""
     metrics.reset()
     module = importlib.import_module(f"fairseq_cli.{command.replace('-', '_')}")
+    logging.getLogger().setLevel(logging.INFO)  # fairseq's own choice, which pytest overrules
     argv = [f"fairseq-{command}", *map(str, arguments)]
     with mock.patch.object(sys, "argv", argv):
         module.cli_main()
@@ -86,11 +87,11 @@ def train(data: Path, save_dir: Path, *arguments: Any, **flags: Any) -> list[dic
 
 
 def _close_log_files() -> None:
-    """Detaches the --log-file handlers that fairseq adds to the root logger at every start."""
-    root = logging.getLogger()
-    for handler in list(root.handlers):
-        if isinstance(handler, logging.FileHandler):
-            root.removeHandler(handler)
+    """Detaches the --log-file handlers that fairseq adds to two loggers at every start."""
+    for name in ("fairseq_cli.train", "fairseq.logging.progress_bar"):
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
             handler.close()
 
 
@@ -103,4 +104,9 @@ def read_log(save_dir: Path) -> list[dict[str, Any]]:
 
 def valid_losses(records: list[dict[str, Any]]) -> list[float]:
     """Returns the validation losses in bits a word, epoch by epoch."""
-    return [float(record["valid_loss"]) for record in records if "valid_loss" in record]
+    return [float(record["valid_loss"]) for record in valid_records(records)]
+
+
+def valid_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns what was logged at the end of each epoch's validation."""
+    return [record for record in records if "valid_wps" in record]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from fairseq_run import TASK, preprocess, run, train, valid_losses, write_text
+from fairseq_run import TASK, preprocess, read_log, run, train, valid_losses, valid_records, write_text
 
 from fairseq_lightrnn.word_table import WordTable
 
@@ -73,10 +73,8 @@ def eval_lm(caplog: pytest.LogCaptureFixture, data: Path, path: Path, *flags: An
 
 class TestTraining:
     def test_loss_falls_and_components_are_logged(self, trained: Path) -> None:
-        records = [json.loads(line[line.index("{\"epoch\"") :]) for line in
-                   (trained / "train.log").read_text().splitlines()
-                   if "| valid |" in line and "{\"epoch\"" in line]  # fmt: skip
-        losses = [float(record["valid_loss"]) for record in records]
+        records = valid_records(read_log(trained))
+        losses = valid_losses(records)
         assert losses[-1] < losses[0] - 0.05
         for record in records:
             assert float(record["valid_row_loss"]) + float(
@@ -94,7 +92,6 @@ class TestTraining:
         assert 0 < record["moved"] <= record["words"]
         assert set(record["seconds"]) == {"statistics", "solve", "total"}
         assert 0 < record["share_of_training"] < 1
-        assert "reallocation after epoch 1 (row-first)" in (trained / "train.log").read_text()
 
     def test_cost_before_is_the_training_loss_of_the_rows(
         self, data: Path, trained: Path, tmp_path: Path
@@ -105,8 +102,9 @@ class TestTraining:
             data, tmp_path, "--reset-optimizer", "--reset-dataloader", "--reset-meters",
             restore_file=trained / "checkpoint1.pt", lr=0.0, max_epoch=1, valid_subset="train",
         )  # fmt: skip
-        (row_loss,) = [float(r["train_row_loss"]) for r in records if "train_row_loss" in r and "train_bsz" not in r]
-        assert record["cost_before"] == pytest.approx(row_loss * math.log(2), abs=1e-4)
+        (valid,) = [record for record in records if "train_wps" in record and "train_lr" not in record]
+        row_loss = float(valid["train_row_loss"]) * math.log(2)
+        assert record["cost_before"] == pytest.approx(row_loss, abs=1e-4)
 
     def test_checkpoints_and_files_hold_the_table(self, data: Path, trained: Path) -> None:
         first, last = load(trained / "checkpoint1.pt"), load(trained / "checkpoint_last.pt")
@@ -412,7 +410,15 @@ class TestBadInput:
         self.refused("the dictionary has no words", tmp_path / "bin", tmp_path / "out")
 
 
-def test_training_logs_to_the_module_loggers(data: Path, tmp_path: Path, caplog) -> None:
+def test_tables_and_reallocations_are_logged(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO):
-        train(data, tmp_path, max_epoch=1)
-    assert any("initial table: cooccurrence" in message for message in caplog.messages)
+        train(data, tmp_path, reallocate_epochs=1, max_epoch=2)
+    messages = "\n".join(caplog.messages)
+    assert "initial table: cooccurrence, WordTable(48 words, 7×7" in messages
+    assert "reallocation after epoch 1: gathering statistics" in messages
+    (line,) = (m for m in caplog.messages if m.startswith("reallocation after epoch 1 (row-first)"))
+    for part in ("of 48 words moved", "nats per word", "lower bound", "gap", "statistics", "solve",
+                 "% of the training time so far"):  # fmt: skip
+        assert part in line
