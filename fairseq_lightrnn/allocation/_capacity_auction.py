@@ -10,29 +10,31 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from fairseq_lightrnn.allocation._minimum import smaller
+
 __all__ = ["auction", "cheapest", "settle"]
 
-_FLAGS = {"nnan", "nsz"}  # lets minima be vectorised; infinities keep their meaning
+_FLAGS = {"nnan", "nsz", "reassoc"}  # lets minima be vectorised; infinities keep their meaning
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FLAGS, inline="always")
+@numba.njit(nogil=True, cache=True, fastmath=_FLAGS)
+def _least(row, prices, start, stop):
+    """Returns the least of ``row + prices`` between two places; infinity where there is none."""
+    best = np.inf
+    for j in range(start, stop):
+        best = smaller(best, row[j] + prices[j])
+    return best
+
+
+@numba.njit(nogil=True, cache=True)
 def _best_two(row, prices):
     """Returns (cheapest place, its value, value of the next cheapest)."""
     m = prices.shape[0]
-    best = np.inf
-    for j in range(m):
-        value = row[j] + prices[j]
-        best = min(best, value)
+    best = _least(row, prices, 0, m)
     place = 0
     while row[place] + prices[place] != best:
         place += 1
-    second = np.inf
-    for j in range(place):
-        value = row[j] + prices[j]
-        second = min(second, value)
-    for j in range(place + 1, m):
-        value = row[j] + prices[j]
-        second = min(second, value)
+    second = smaller(_least(row, prices, 0, place), _least(row, prices, place + 1, m))
     return place, best, second
 
 
@@ -84,7 +86,7 @@ def auction(costs, prices, offsets, sizes, bids, words, places, queue, state, ep
       places: (n,) place of each word, -1 while it has none.
       queue: (n,) ring of the words without a place.
       state: (2,) head of the ring and its length.
-      epsilon: least raise of a bid over what the word would pay elsewhere.
+      epsilon: least raise of a bid over the price.
       max_bids: bids after which to return.
 
     Returns:
@@ -99,10 +101,9 @@ def auction(costs, prices, offsets, sizes, bids, words, places, queue, state, ep
         waiting -= 1
         made += 1
         place, best, second = _best_two(costs[word], prices)
-        raised = prices[place] + epsilon
-        if second < np.inf:
-            raised += second - best
-        bid = max(raised, np.nextafter(prices[place], np.inf))
+        # A raise by the whole difference leaves the word just as content here as with its second choice.
+        raise_by = max(second - best, epsilon) if second < np.inf else epsilon
+        bid = max(prices[place] + raise_by, np.nextafter(prices[place], np.inf))
         base = offsets[place]
         capacity = offsets[place + 1] - base
         places[word] = place
@@ -125,18 +126,28 @@ def auction(costs, prices, offsets, sizes, bids, words, places, queue, state, ep
     return made
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FLAGS)
-def cheapest(costs, prices, values, places):
-    """Writes the least cost plus price of each word to ``values`` and the first place that has it to ``places``."""
+@numba.njit(nogil=True, cache=True)
+def cheapest(costs, prices, values, places, slack):
+    """Finds the cheapest place of each word.
+
+    Args:
+      costs: (n, m) costs.
+      prices: (m,) prices.
+      values: (n,) least cost plus price, written.
+      places: (n,) place of each word; kept where it is the cheapest up to ``slack``, else the first
+        cheapest is written.
+      slack: rounding error of a value.
+    """
     for word in range(costs.shape[0]):
         row = costs[word]
-        best = np.inf
-        for j in range(prices.shape[0]):
-            best = min(best, row[j] + prices[j])
+        best = _least(row, prices, 0, prices.shape[0])
+        values[word] = best
+        here = places[word]
+        if here >= 0 and row[here] + prices[here] <= best + slack:
+            continue
         place = 0
         while row[place] + prices[place] != best:
             place += 1
-        values[word] = best
         places[word] = place
 
 

@@ -153,9 +153,13 @@ def _check_capacities(
 ) -> np.ndarray:
     room = np.asarray(capacities)
     if room.shape != (shape[1],) or (room.size and room.dtype.kind not in "iu"):
-        raise ValueError(f"capacities must be {shape[1]} integers, got {room.dtype} of shape {room.shape}")
+        raise ValueError(
+            f"capacities must be {shape[1]} integers, got {room.dtype} of shape {room.shape}"
+        )
     if room.size and room.min() < 0:
-        raise ValueError(f"capacity of place {int(room.argmin())} is {int(room.min())}; it must not be negative")
+        raise ValueError(
+            f"capacity of place {int(room.argmin())} is {int(room.min())}; it must not be negative"
+        )
     if room.sum() < shape[0]:
         raise ValueError(f"places of total capacity {int(room.sum())} cannot take {shape[0]} words")
     return room.astype(np.int64)
@@ -230,8 +234,9 @@ def _solve(
     _place_indifferent(problem, places, present)
     cost = _cost(problem, places)
     values = np.empty(len(active))
-    nearest = np.empty(len(active), np.int64)
-    kernels.cheapest(matrix, prices, values, nearest)
+    nearest = found.copy()
+    slack = 8 * _UNIT * (problem.spread + prices.max(initial=0.0))
+    kernels.cheapest(matrix, prices, values, nearest, slack)
     bound = _bound(problem, values, prices)
     enough = max(gap * (problem.mean_cost - bound), 2 * problem.rounding)
     late = deadline is not None and time.monotonic() >= deadline
@@ -246,7 +251,7 @@ def _solve(
     repaired = np.full(n, -1, np.int64)
     repaired[active] = nearest
     _place_indifferent(problem, repaired, present)
-    kernels.cheapest(matrix, exact, values, nearest)
+    kernels.cheapest(matrix, exact, values, nearest.copy(), slack)
     better = _bound(problem, values, exact)
     if better >= bound:
         bound, prices = better, exact

@@ -58,7 +58,9 @@ def _piece(piece: np.ndarray, num_words: int) -> np.ndarray:
     piece = np.asarray(piece).reshape(-1)
     if piece.size and (piece.min() < 0 or piece.max() >= num_words):
         wrong = int(piece[(piece < 0) | (piece >= num_words)][0])
-        raise ValueError(f"word id {wrong} in the text is not in the dictionary of {num_words} words")
+        raise ValueError(
+            f"word id {wrong} in the text is not in the dictionary of {num_words} words"
+        )
     return piece
 
 

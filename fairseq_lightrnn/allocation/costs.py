@@ -180,7 +180,9 @@ class WeightedCosts:
 
     def select(self, rows: Tensor) -> WeightedCosts:
         """Returns the costs of some of the words."""
-        return WeightedCosts(self.base.select(rows), self.weight, self.favoured[rows], self.bonus[rows])
+        return WeightedCosts(
+            self.base.select(rows), self.weight, self.favoured[rows], self.bonus[rows]
+        )
 
     def restrict(self, places: Tensor) -> DenseCosts:
         """Returns the costs of some of the places, as a matrix."""
@@ -201,11 +203,15 @@ def as_costs(costs: Tensor | np.ndarray | CostSource) -> CostSource:
         return costs
     matrix = torch.as_tensor(costs)
     if matrix.dim() != 2:
-        raise ValueError(f"costs must be a matrix of words by places, got shape {tuple(matrix.shape)}")
+        raise ValueError(
+            f"costs must be a matrix of words by places, got shape {tuple(matrix.shape)}"
+        )
     return DenseCosts(matrix)
 
 
-def require_finite(values: Tensor, what: str, first: int = 0, symbols: Sequence[str] | None = None) -> None:
+def require_finite(
+    values: Tensor, what: str, first: int = 0, symbols: Sequence[str] | None = None
+) -> None:
     """Refuses NaN and infinity.
 
     Args:

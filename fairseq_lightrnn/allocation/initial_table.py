@@ -12,7 +12,11 @@ import numpy as np
 import torch
 
 from fairseq_lightrnn.allocation.balanced_assignment import balanced_assignment
-from fairseq_lightrnn.allocation.cooccurrence import neighbour_counts, positive_information, word_vectors
+from fairseq_lightrnn.allocation.cooccurrence import (
+    neighbour_counts,
+    positive_information,
+    word_vectors,
+)
 from fairseq_lightrnn.allocation.costs import LowRankCosts
 from fairseq_lightrnn.word_table import WordTable, balanced_cells
 
@@ -84,7 +88,9 @@ def _occurrences(
 ) -> np.ndarray:
     if counts is None:
         if tokens is None:
-            raise ValueError("a frequency table needs the occurrences of the words; give counts or tokens")
+            raise ValueError(
+                "a frequency table needs the occurrences of the words; give counts or tokens"
+            )
         counts = np.zeros(num_words, np.int64)
         for piece in tokens:
             counts += np.bincount(np.asarray(piece).reshape(-1), minlength=num_words)
@@ -164,7 +170,9 @@ def _balanced_clusters(
         places = torch.from_numpy(centroids)
         biases = -(places * places).sum(dim=1)
 
-        def split(group: int, places: torch.Tensor = places, biases: torch.Tensor = biases) -> float:
+        def split(
+            group: int, places: torch.Tensor = places, biases: torch.Tensor = biases
+        ) -> float:
             words = members[group]
             if len(words) == 0:
                 return 0.0

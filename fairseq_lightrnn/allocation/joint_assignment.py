@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numba
 import numpy as np
+import torch
 from scipy.optimize import linear_sum_assignment
 
 from fairseq_lightrnn.allocation import _cell_auction as kernels
@@ -20,8 +21,10 @@ __all__ = ["JointAssignment", "joint_assignment"]
 logger = logging.getLogger(__name__)
 
 _KEEP = 32  # cheapest cells cached for each word
-_DENSE_LIMIT = 1 << 22  # entries of the words x cells matrix up to which scipy is quickest
-_BIDS_PER_WORD = 60
+_DENSE_LIMIT = 1 << 18  # entries of the words x cells matrix up to which scipy is quickest
+_FLOAT64_LIMIT = 1 << 25  # entries of both factors up to which they are float64
+_BLOCK_WORDS = 2048
+_BIDS_PER_WORD = 60  # beyond this the raise is too small for an instance with many ties
 _UNIT = 2.0**-52
 
 
@@ -59,31 +62,62 @@ class JointAssignment:
 
 @dataclass
 class _Problem:
-    """The costs as two factors, (n, R) and (n, C), each row less its least entry."""
+    """Costs as two factors, row costs (n, R) and column costs (n, C), each row less its least entry."""
 
-    first: np.ndarray
-    second: np.ndarray
-    lows: float  # what was taken off, over all words
+    sources: Sequence[CostSource]
+    lows: list[np.ndarray]  # (n,) what was taken off, for each component
+    dtype: type  # of the factors
     mean_cost: float
-    rounding: float
+    rounding: float  # how much the sum of any n entries may be off
     flat: np.ndarray  # (n,) row-major number of each cell in (R, C)
+    shape: tuple[int, int]
     threads: int
-    executor: ThreadPoolExecutor | None = field(default=None, repr=False)
+    stored: tuple[np.ndarray, np.ndarray] | None = None
 
-    def over_words(self, work: Callable[[np.ndarray], None], words: np.ndarray) -> None:
-        """Calls ``work`` on parts of ``words``, in threads; the kernels leave the interpreter lock."""
-        parts = np.array_split(words, min(len(words), 4 * self.threads))
-        if self.executor is None or len(words) < 64:
-            work(words)
-        else:
-            list(self.executor.map(work, parts))
+    @property
+    def low(self) -> float:
+        return float(sum(low.sum() for low in self.lows))
 
-    def cost(self, cells: np.ndarray) -> float:
-        """Returns the total cost of giving word w the cell with flat number ``cells[w]``."""
-        words = np.arange(len(cells))
-        columns = self.second.shape[1]
-        paid = self.first[words, cells // columns].sum() + self.second[words, cells % columns].sum()
-        return float(self.lows + paid)
+    @property
+    def slack(self) -> float:
+        """Rounding error of a sum of costs and prices, as a share of it."""
+        return 2.0**-21 if self.dtype is np.float32 else 2.0**-49
+
+    def factors(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the factors of some words."""
+        if self.stored is not None:
+            return self.stored[0][words], self.stored[1][words]
+        return self.form(words)
+
+    def form(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Computes the factors of some words; components are folded into two."""
+        blocks = []
+        for source, low in zip(self.sources, self.lows, strict=True):
+            block = source.block(torch.from_numpy(words).to(source.device)).cpu().numpy()
+            # The same product in another block may round otherwise, and nothing may be negative.
+            blocks.append(np.maximum(block - low[words, None], 0.0).astype(self.dtype))
+        if len(blocks) == 1:
+            return np.zeros((len(words), 1), self.dtype), blocks[0]
+        return _fold(blocks[: len(blocks) // 2]), _fold(blocks[len(blocks) // 2 :])
+
+    def over_blocks(self, work: Callable[[np.ndarray], None], words: np.ndarray) -> None:
+        """Calls ``work`` on blocks of ``words``, in threads; the kernels leave the interpreter lock."""
+        size = max(8, min(_BLOCK_WORDS, -(-len(words) // self.threads)))
+        blocks = [words[start : start + size] for start in range(0, len(words), size)]
+        if self.threads < 2 or len(blocks) < 2:
+            for block in blocks:
+                work(block)
+            return
+        with ThreadPoolExecutor(self.threads) as executor:
+            list(executor.map(work, blocks))
+
+    def cost(self, index: np.ndarray, cells: np.ndarray) -> float:
+        """Returns the total cost of giving word w the cell ``cells[index[w]]``, in float64."""
+        total = 0.0
+        for component, source in enumerate(self.sources):
+            places = torch.from_numpy(cells[index, component])
+            total += float(source.chosen(places.to(source.device)).sum())
+        return total
 
 
 def joint_assignment(
@@ -93,21 +127,27 @@ def joint_assignment(
     shape: Sequence[int],
     gap: float = 1e-4,
     time_limit: float | None = None,
+    memory: int = 8 << 30,
+    present: np.ndarray | None = None,
     symbols: Sequence[str] | None = None,
     num_threads: int | None = None,
 ) -> JointAssignment:
     """Assigns words to cells, one to one, at the least sum of their component costs.
 
-    An auction with one price a cell (Bertsekas, "The auction algorithm", 1988) finds an assignment within a small share
-    of the optimum; its prices are the certificate. More than two components are folded into two factors, so that the
-    problem solved is the same.
+    An auction with one price a cell (Bertsekas, "The auction algorithm", 1988) finds an assignment within
+    a small share of the optimum; its prices are the certificate. More than two components are folded into
+    two factors, so that the problem solved is the same.
 
     Args:
       costs: k cost sources of (n, R_i).
       cells: (n, k) coordinates of the cells to be filled, all different.
       shape: the k sizes R_i.
-      gap: stop once the gap is this share of what can be saved over a random assignment; 0 asks for the optimum.
+      gap: stop once the gap is this share of what can be saved over a random assignment; 0 asks for the
+        optimum.
       time_limit: seconds after which to stop with what there is.
+      memory: bytes that stored costs may take; beyond it they are formed whenever they are needed.
+      present: (n,) index into ``cells`` of the cell of each word now, returned where nothing better is
+        found in time.
       symbols: names of the words, for error messages.
       num_threads: threads for looking at all cells; the result does not depend on it.
 
@@ -119,24 +159,28 @@ def joint_assignment(
     """
     started = time.monotonic()
     deadline = None if time_limit is None else started + time_limit
-    threads = num_threads or numba.get_num_threads()
-    problem = _prepare(costs, np.asarray(cells), tuple(shape), threads, symbols)
-    n = len(problem.flat)
-    if n * n <= _DENSE_LIMIT:
-        flat, bound = _dense(problem)
-    else:
-        with ThreadPoolExecutor(threads) as executor:
-            problem.executor = executor
-            flat, bound = _solve(problem, gap, deadline)
-    cost = problem.cost(flat)
-    index = np.empty(int(np.prod(shape)), np.int64)
+    cells = np.asarray(cells)
+    threads = num_threads or os.cpu_count() or 1
+    problem = _prepare(costs, cells, tuple(shape), gap, memory, threads, symbols)
+    n = len(cells)
+    index = np.zeros(int(np.prod(shape)), np.int64)
     index[problem.flat] = np.arange(n)
+    if n * n <= _DENSE_LIMIT:
+        assignment = _dense(problem)
+        cost = problem.cost(assignment, cells)
+        bound, rounding = cost, problem.rounding
+    else:
+        assignment, cost, bound, rounding = _solve(problem, cells, index, gap, deadline)
+    if present is not None:
+        cost_now = problem.cost(present, cells)
+        if cost_now <= cost:
+            assignment, cost = np.asarray(present), cost_now
     return JointAssignment(
-        assignment=index[flat],
+        assignment=assignment,
         cost=cost,
-        lower_bound=min(cost, bound - problem.rounding),
+        lower_bound=min(cost, bound - rounding),
         mean_cost=problem.mean_cost,
-        optimal=cost - bound <= 2 * problem.rounding,
+        optimal=cost - bound <= 2 * rounding,
         seconds=time.monotonic() - started,
     )
 
@@ -145,82 +189,96 @@ def _prepare(
     costs: Sequence[CostSource],
     cells: np.ndarray,
     shape: tuple[int, ...],
+    gap: float,
+    memory: int,
     threads: int,
     symbols: Sequence[str] | None,
 ) -> _Problem:
-    """Forms the two factors and checks them."""
-    n = len(cells)
-    factors = []
-    lows = mean_cost = rounding = 0.0
-    for component, source in enumerate(costs):
-        matrix = np.empty((n, shape[component]))
-        share = np.bincount(cells[:, component], minlength=shape[component]) / max(1, n)
-        step = max(1, (1 << 23) // shape[component])
-        for start in range(0, n, step):
-            rows = slice(start, min(start + step, n))
-            block = source.block(rows)
+    """Forms all costs once: checks them, finds the least of each word and stores the factors if they fit."""
+    n, split = len(cells), len(shape) // 2
+    sides = (int(np.prod(shape[:split])), int(np.prod(shape[split:])))
+    exact = n * sum(sides) <= _FLOAT64_LIMIT or gap < 1e-6
+    dtype: type = np.float64 if exact else np.float32
+    lows, mean_cost, rounding = [np.empty(n) for _ in shape], 0.0, 0.0
+    flat = np.ravel_multi_index(tuple(cells.T), shape).astype(np.int64)
+    problem = _Problem(costs, lows, dtype, 0.0, 0.0, flat, sides, threads)
+    stored = None
+    if n * sum(sides) * np.dtype(dtype).itemsize <= memory:
+        stored = np.empty((n, sides[0]), dtype), np.empty((n, sides[1]), dtype)
+    shares = [
+        np.bincount(cells[:, i], minlength=size) / max(1, n) for i, size in enumerate(shape)
+    ]
+    for start in range(0, n, _BLOCK_WORDS):
+        words = np.arange(start, min(start + _BLOCK_WORDS, n))
+        for component, source in enumerate(costs):
+            block = source.block(torch.from_numpy(words).to(source.device))
             require_finite(block, f"the cost of component {component}", start, symbols)
             numbers = block.cpu().numpy()
-            low = numbers.min(axis=1)
-            lows += low.sum()
-            mean_cost += float((numbers @ share).sum())
-            rounding += _UNIT * (8 + source.terms) * float(np.abs(numbers).max(axis=1, initial=0.0).sum())
-            matrix[rows] = numbers - low[:, None]
-        factors.append(matrix)
-    split = max(1, len(factors) // 2)
-    if len(factors) == 1:
-        first, second = np.zeros((n, 1)), factors[0]
-    else:
-        first, second = _fold(factors[:split]), _fold(factors[split:])
-    flat = np.ravel_multi_index(tuple(cells.T), shape).astype(np.int64)
-    return _Problem(first, second, lows, mean_cost, rounding, flat, threads)
+            low, high = numbers.min(axis=1), numbers.max(axis=1)
+            lows[component][words] = low
+            mean_cost += float((numbers @ shares[component]).sum())
+            rounding += _UNIT * (8 + source.terms) * float(np.maximum(abs(low), abs(high)).sum())
+            if dtype is np.float32:
+                rounding += 2.0**-24 * float((high - low).sum())
+        if stored is not None:
+            stored[0][words], stored[1][words] = problem.form(words)
+    problem.mean_cost, problem.rounding, problem.stored = mean_cost, rounding, stored
+    return problem
 
 
 def _fold(factors: list[np.ndarray]) -> np.ndarray:
-    """Returns the costs of all combinations of the coordinates of several components, (n, product of sizes)."""
+    """Returns the costs of all combinations of several coordinates, (n, product of sizes)."""
     folded = factors[0]
     for factor in factors[1:]:
         folded = (folded[:, :, None] + factor[:, None, :]).reshape(len(folded), -1)
     return folded
 
 
-def _dense(problem: _Problem) -> tuple[np.ndarray, float]:
+def _dense(problem: _Problem) -> np.ndarray:
     """Solves a small problem with scipy on the words x cells matrix."""
-    columns = problem.second.shape[1]
-    matrix = problem.first[:, problem.flat // columns] + problem.second[:, problem.flat % columns]
-    _, chosen = linear_sum_assignment(matrix)
-    flat = problem.flat[chosen]
-    return flat, problem.cost(flat)
+    first, second = problem.factors(np.arange(len(problem.flat)))
+    columns = problem.shape[1]
+    matrix = first[:, problem.flat // columns] + second[:, problem.flat % columns]
+    return linear_sum_assignment(matrix)[1]
 
 
-def _solve(problem: _Problem, gap: float, deadline: float | None) -> tuple[np.ndarray, float]:
-    """Auctions with ever smaller raises until the certificate does."""
+def _solve(
+    problem: _Problem, cells: np.ndarray, index: np.ndarray, gap: float, deadline: float | None
+) -> tuple[np.ndarray, float, float, float]:
+    """Auctions with ever smaller raises until the certificate does.
+
+    Returns:
+      The assignment, its cost, a lower bound and the rounding error of the bound.
+    """
     n = len(problem.flat)
-    scale = max(problem.mean_cost - problem.lows, 0.0)
-    prices = np.full((problem.first.shape[1], problem.second.shape[1]), np.inf)
+    scale = max(problem.mean_cost - problem.low, 0.0)
+    prices = np.full(problem.shape, np.inf)
     prices.reshape(-1)[problem.flat] = 0.0
-    epsilon = max(0.5 * gap, 1e-5) * scale / n
-    best, best_cost, bound = problem.flat, np.inf, -np.inf
+    epsilon = max(0.5 * gap, 1e-6) * scale / n
+    best, best_cost, bound, rounding = np.arange(n), np.inf, -np.inf, 0.0
     while True:
-        held = _auction(problem, prices, epsilon, deadline)
-        cost = problem.cost(held)
+        found = index[_auction(problem, prices, epsilon, deadline)]
+        cost = problem.cost(found, cells)
         if cost < best_cost:
-            best, best_cost = held, cost
-        bound = max(bound, _bound(problem, prices))
+            best, best_cost = found, cost
+        some_bound, some_rounding = _bound(problem, prices)
+        if some_bound - some_rounding > bound - rounding:
+            bound, rounding = some_bound, some_rounding
         logger.debug("raise %.3g: cost %.10g, bound %.10g", epsilon, best_cost, bound)
-        if best_cost - bound <= max(gap * (problem.mean_cost - bound), 2 * problem.rounding):
-            return best, bound
+        enough = max(gap * (problem.mean_cost - bound), 2 * rounding)
         late = deadline is not None and time.monotonic() >= deadline
-        if late or epsilon <= problem.rounding / n:
-            return best, bound
+        if best_cost - bound <= enough or late or epsilon <= problem.rounding / n:
+            return best, best_cost, bound, rounding
         epsilon /= 8
 
 
-def _auction(problem: _Problem, prices: np.ndarray, epsilon: float, deadline: float | None) -> np.ndarray:
+def _auction(
+    problem: _Problem, prices: np.ndarray, epsilon: float, deadline: float | None
+) -> np.ndarray:
     """Runs one auction from the given prices; returns the flat cell of each word."""
     n = len(problem.flat)
     keep = min(_KEEP, n)
-    cells = np.full((n, keep), -1, np.int64)
+    cells = np.full((n, keep), -1, np.int32)
     bases = np.full((n, keep), np.inf)
     thresholds = np.full(n, -np.inf)
     flat_prices = prices.reshape(-1)
@@ -228,40 +286,61 @@ def _auction(problem: _Problem, prices: np.ndarray, epsilon: float, deadline: fl
     held = np.full(n, -1, np.int64)
     queue = np.arange(n)
     state = np.array([0, n, 0])
+    # Small enough that the words of a batch see each other's prices, large enough to share the sweep.
     stale = np.empty(max(64, n // 50), np.int64)
     made = 0
-
-    def look(words: np.ndarray) -> None:
-        kernels.scan(problem.first, problem.second, prices, words, cells, bases, thresholds)
-
     while state[1] > 0 or state[2] > 0:
         made += kernels.bid(
-            flat_prices, owners, held, cells, bases, thresholds, queue, state, stale, epsilon, 1 << 22
+            *(flat_prices, owners, held, cells, bases, thresholds, queue, state, stale),
+            *(epsilon, 1 << 22),
         )
         if deadline is not None and time.monotonic() >= deadline:
             break
         if state[2] > 0 and (state[2] == len(stale) or state[1] == 0):
             words = stale[: state[2]].copy()
-            problem.over_words(look, words)
-            slots = (state[0] + state[1] + np.arange(len(words))) % n
-            queue[slots] = words
+            _look(problem, prices, words, cells, bases, thresholds)
+            queue[(state[0] + state[1] + np.arange(len(words))) % n] = words
             state[1] += len(words)
             state[2] = 0
         if made > _BIDS_PER_WORD * n:
             made, epsilon = 0, 8 * epsilon
     idle = np.flatnonzero(held < 0)
     if len(idle):  # out of time: any free cell will do
-        free = problem.flat[owners[problem.flat] < 0]
-        held[idle] = free
+        held[idle] = problem.flat[owners[problem.flat] < 0]
     return held
 
 
-def _bound(problem: _Problem, prices: np.ndarray) -> float:
-    """Returns the dual value of the prices, a lower bound on the cost of every assignment."""
-    values = np.empty(len(problem.flat))
+def _look(
+    problem: _Problem,
+    prices: np.ndarray,
+    words: np.ndarray,
+    cells: np.ndarray,
+    bases: np.ndarray,
+    thresholds: np.ndarray,
+) -> None:
+    """Finds the cheapest cells of some words afresh."""
+    rounded = prices.astype(problem.dtype)
 
-    def work(words: np.ndarray) -> None:
-        kernels.sweep(problem.first, problem.second, prices, words, values)
+    def work(block: np.ndarray) -> None:
+        first, second = problem.factors(block)
+        kernels.scan(first, second, rounded, problem.slack, block, cells, bases, thresholds)
 
-    problem.over_words(work, np.arange(len(values)))
-    return float(problem.lows + values.sum() - prices.reshape(-1)[problem.flat].sum())
+    problem.over_blocks(work, words)
+
+
+def _bound(problem: _Problem, prices: np.ndarray) -> tuple[float, float]:
+    """Returns the dual value of the prices, which bounds every assignment from below, and its rounding."""
+    n = len(problem.flat)
+    values = np.empty(n)
+    rounded = prices.astype(problem.dtype)
+
+    def work(block: np.ndarray) -> None:
+        first, second = problem.factors(block)
+        part = np.empty(len(block))
+        kernels.sweep(first, second, rounded, part)
+        values[block] = part
+
+    problem.over_blocks(work, np.arange(n))
+    paid = prices.reshape(-1)[problem.flat].sum()
+    dual = problem.low + values.sum() - paid
+    return float(dual), problem.rounding + problem.slack * float(values.sum())

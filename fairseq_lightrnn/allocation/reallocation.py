@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from fairseq_lightrnn.allocation.balanced_assignment import BalancedAssignment, balanced_assignment
-from fairseq_lightrnn.allocation.costs import CostSource, LowRankCosts, WeightedCosts, require_finite
+from fairseq_lightrnn.allocation.costs import (
+    CostSource,
+    LowRankCosts,
+    WeightedCosts,
+    require_finite,
+)
 from fairseq_lightrnn.allocation.joint_assignment import joint_assignment
 from fairseq_lightrnn.allocation.statistics import AllocationStatistics
 from fairseq_lightrnn.word_table import WordTable
@@ -318,7 +323,9 @@ def _check_finite(
     """Refuses NaN and infinite numbers, naming the word or the component."""
     for component, (vector, bias) in enumerate(zip(vectors, biases, strict=True)):
         if not (torch.isfinite(vector).all() and torch.isfinite(bias).all()):
-            raise ValueError(f"the output vectors or biases of component {component} are NaN or infinite")
+            raise ValueError(
+                f"the output vectors or biases of component {component} are NaN or infinite"
+            )
     require_finite(statistics.counts, "the count", 0, symbols)
     for component in range(len(vectors)):
         for start in range(0, len(statistics.counts), _CHECK_BLOCK):

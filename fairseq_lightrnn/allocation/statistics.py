@@ -50,12 +50,18 @@ class AllocationStatistics:
         device: torch.device | str = "cpu",
         storage: str | os.PathLike[str] | None = None,
     ) -> None:
-        for name, value in (("num_words", num_words), ("num_components", num_components), ("dim", dim)):
+        for name, value in (
+            ("num_words", num_words),
+            ("num_components", num_components),
+            ("dim", dim),
+        ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         low, high = (0, num_words) if word_range is None else word_range
         if not 0 <= low < high <= num_words:
-            raise ValueError(f"word_range {word_range} must be a non-empty part of (0, {num_words})")
+            raise ValueError(
+                f"word_range {word_range} must be a non-empty part of (0, {num_words})"
+            )
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype of the statistics must be float32 or float64, got {dtype}")
         self.num_words = num_words
@@ -72,7 +78,9 @@ class AllocationStatistics:
         self.counts = torch.zeros(high - low, dtype=torch.float64, device=device)
 
     @staticmethod
-    def bytes_needed(num_words: int, num_components: int, dim: int, dtype: torch.dtype = torch.float64) -> int:
+    def bytes_needed(
+        num_words: int, num_components: int, dim: int, dtype: torch.dtype = torch.float64
+    ) -> int:
         """Returns the bytes that statistics of this size take, wherever they are kept."""
         return num_words * (num_components * dim * dtype.itemsize + torch.float64.itemsize)
 
