@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import time
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,8 @@ class SeatingConfig(FairseqDataclass):
     train_subset: str = II("dataset.train_subset")
     num_workers: int = II("dataset.num_workers")
     save_dir: str = II("checkpoint.save_dir")
+    restore_file: str = II("checkpoint.restore_file")
+    path: Optional[str] = II("common_eval.path")
     no_save: bool = II("checkpoint.no_save")
     log_format: Optional[str] = II("common.log_format")
     log_interval: int = II("common.log_interval")
@@ -99,6 +102,9 @@ class SeatingMixin:
                 f"--initial-table {args.initial_table}: neither one of "
                 f"{', '.join(INITIAL_TABLES)} nor a file"
             )
+        _check_checkpoints(
+            os.path.join(args.save_dir, args.restore_file), *(args.path or "").split(os.pathsep)
+        )
         task = super().setup_task(args, **kwargs)  # type: ignore[misc]
         dictionary = task.target_dictionary
         words = range(dictionary.nspecial, len(dictionary))
@@ -335,6 +341,19 @@ class SeatingMixin:
         symbols = self.target_dictionary.symbols  # type: ignore[attr-defined]
         table.save(directory / f"word_table.epoch{epoch}.txt", symbols)
         table.save(directory / "word_table.txt", symbols)
+
+
+def _check_checkpoints(*paths: str) -> None:
+    """Refuses checkpoints that were cut short, which torch reports without their name."""
+    for path in paths:
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                is_zip = file.read(2) == b"PK"
+            if os.path.getsize(path) == 0 or (is_zip and not zipfile.is_zipfile(path)):
+                raise UsageError(
+                    f"{path}: the checkpoint is truncated; remove it, or go on from another one "
+                    "with --restore-file"
+                )
 
 
 def _rank() -> int:
