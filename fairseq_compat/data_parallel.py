@@ -132,12 +132,13 @@ def wrap_cpu_models(module: ModuleType) -> None:
     if not hasattr(module, "DistributedDataParallel"):
         return
     wrap = module.DistributedDataParallel
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning, __name__)
 
     @functools.wraps(wrap, updated=())
     def wrap_on_its_device(module: Any, **kwargs: Any) -> Any:
         if all(parameter.device.type == "cpu" for parameter in module.parameters()):
             kwargs.update(device_ids=None, output_device=None)
-        return wrap(module=module, **kwargs)
+        with warnings.catch_warnings():  # torch 2.13 has a new name for an argument
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return wrap(module=module, **kwargs)
 
     module.DistributedDataParallel = wrap_on_its_device  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import inspect
 import io
 import pickle
 import re
@@ -161,14 +162,18 @@ def _safe_globals() -> list[Any]:
     ]
 
 
-# --- numpy 1.24 and 2.0: names that are gone; numpy 2.0: integers that overflow ----------------
+# --- numpy: names that are gone (1.24, 2.0, 2.4), integers that overflow (2.0) -----------------
 
 
 def restore_numpy_names(module: ModuleType) -> None:
-    """Gives the module a view of numpy that still has ``int``, ``float`` and ``compat.long``."""
+    """Gives the module a view of numpy that still has what numpy has dropped.
+
+    Which is ``int`` and ``float`` (gone in 1.24), ``compat.long`` (2.0) and the argument
+    ``interpolation`` of ``percentile`` (2.4), called ``method`` since 1.22.
+    """
     import numpy
 
-    gone = {
+    restored: dict[str, Any] = {
         name: value
         for name, value in {
             "int": int,
@@ -177,10 +182,13 @@ def restore_numpy_names(module: ModuleType) -> None:
         }.items()
         if not _has(numpy, name)
     }
-    if not gone or getattr(module, "np", None) is not numpy:
+    if "interpolation" not in inspect.signature(numpy.percentile).parameters:
+        restored["percentile"] = _percentile
+    if not restored or getattr(module, "np", None) is not numpy:
         return
     view = ModuleType("numpy", numpy.__doc__)
-    view.__dict__.update({**vars(numpy), **gone, "__getattr__": functools.partial(getattr, numpy)})
+    others = functools.partial(getattr, numpy)  # names that numpy makes on demand
+    view.__dict__.update({**vars(numpy), **restored, "__getattr__": others})
     module.np = view  # type: ignore[attr-defined]
 
 
@@ -188,6 +196,12 @@ def _has(library: ModuleType, name: str) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return hasattr(library, name)
+
+
+def _percentile(*args: Any, interpolation: str = "linear", **kwargs: Any) -> Any:
+    import numpy
+
+    return numpy.percentile(*args, **{"method": interpolation, **kwargs})
 
 
 def _small_integers_wrap() -> bool:

@@ -54,6 +54,15 @@ step() {
     "$@" || fail "this step failed: $name" "$advice"
 }
 
+# quietly COMMAND...: shows what the command prints only if it fails.
+quietly() {
+    local output
+    output=$("$@" 2>&1) || {
+        printf '%s\n' "$output" >&2
+        return 1
+    }
+}
+
 supported() { # supported PYTHON: whether it runs and is a CPython that we support
     "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
@@ -131,10 +140,10 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
         "Install them (Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)."
     step "building and installing fairseq $fairseq_version (about a minute)" \
         "The compiler's or pip's message stands above." \
-        pip_install --quiet --no-deps "fairseq==$fairseq_version"
+        quietly pip_install --no-deps "fairseq==$fairseq_version"
 }
 
-# install STAMP DESCRIPTION FILE...: requirements files, unless the stamp says that they are in.
+# stamped FILE FINGERPRINT: whether an earlier run wrote this fingerprint when it was done.
 stamped() { [ -f "$1" ] && [ "$(cat "$1")" = "$2" ]; }
 
 make_venv
@@ -146,9 +155,9 @@ if ! stamped "$stamp" "$current"; then
     step "installing requirements.txt (most of it is torch)" "$network" \
         pip_install --no-warn-conflicts -r requirements.txt -c constraints.txt
     install_fairseq
-    step "installing the plugin" "$network" pip_install --quiet --no-deps --editable .
+    step "installing the plugin" "$network" quietly pip_install --no-deps --editable .
     step "importing fairseq" "Delete $venv and run this again." \
-        "$python" -c 'import fairseq.checkpoint_utils'
+        quietly "$python" -c 'import fairseq.checkpoint_utils'
     printf '%s\n' "$current" >"$stamp"
 fi
 
@@ -158,7 +167,7 @@ if [ -n "$dev" ]; then
     if ! stamped "$dev_stamp" "$current"; then
         step "installing requirements-dev.txt" \
             "See that the package index can be reached. What was installed so far is kept." \
-            pip_install --quiet --no-warn-conflicts -r requirements-dev.txt -c constraints.txt
+            quietly pip_install --no-warn-conflicts -r requirements-dev.txt -c constraints.txt
         printf '%s\n' "$current" >"$dev_stamp"
     fi
 fi
