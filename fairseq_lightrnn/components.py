@@ -132,6 +132,7 @@ class ComponentEmbedding(nn.Module):
         self.shape = tuple(shape)
         self.weight = nn.Parameter(torch.empty(sum(shape), dim))
         offsets = torch.tensor([0, *accumulate(shape[:-1])])
+        self.offsets: Tensor
         self.register_buffer("offsets", offsets, persistent=False)
         nn.init.uniform_(self.weight, -_INIT_RANGE, _INIT_RANGE)
 

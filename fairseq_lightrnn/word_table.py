@@ -161,7 +161,10 @@ class WordTable:
             raise ValueError(f"{path}: {error}") from error
 
     def save_cntk(
-        self, directory: str | Path, symbols: Sequence[str], specials: Mapping[str, str] | None = None
+        self,
+        directory: str | Path,
+        symbols: Sequence[str],
+        specials: Mapping[str, str] | None = None,
     ) -> None:
         """Writes CNTK's ``vocab.txt`` and ``word-k.location`` into a directory.
 

@@ -78,7 +78,8 @@ def read(path: str | Path, symbols: Sequence[str]) -> tuple[np.ndarray, tuple[in
             f"{path}: line 1 is not the header of a word table ('{_MAGIC} N shape RxC')"
         ) from None
     if len(lines) - 1 != count:
-        raise ValueError(f"{path}: the header promises {count} words, the file has {len(lines) - 1}")
+        found = len(lines) - 1
+        raise ValueError(f"{path}: the header promises {count} words, the file has {found}")
     coordinates = np.empty((count, len(shape)), dtype=np.int64)
     for word_id, line in enumerate(lines[1:]):
         symbol, *numbers = line.rsplit(" ", len(shape))
@@ -128,7 +129,8 @@ def write_cntk(
     square[coordinates[:, 0], coordinates[:, 1]] = np.arange(len(coordinates))
     directory.mkdir(parents=True, exist_ok=True)
     _write_whole(directory / "vocab.txt", names)
-    _write_whole(directory / "word-k.location", (" ".join(map(str, row)) for row in square.tolist()))
+    rows = (" ".join(map(str, row)) for row in square.tolist())
+    _write_whole(directory / "word-k.location", rows)
 
 
 def _read_cntk_square(path: Path, num_names: int) -> np.ndarray:
@@ -150,8 +152,9 @@ def _read_cntk_square(path: Path, num_names: int) -> np.ndarray:
     outside = (square < -1) | (square >= num_names)
     if outside.any():
         row, column = np.argwhere(outside)[0]
+        wrong = square[row, column]
         raise ValueError(
-            f"{path}: line {row + 1} holds id {square[row, column]}, vocab.txt has {num_names} words"
+            f"{path}: line {row + 1} holds id {wrong}, vocab.txt has {num_names} words"
         )
     return square
 

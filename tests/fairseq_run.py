@@ -15,10 +15,10 @@ import fairseq_compat
 
 fairseq_compat.install()
 
-import numpy as np
-from fairseq.logging import metrics
+import numpy as np  # noqa: E402
+from fairseq.logging import metrics  # noqa: E402
 
-import fairseq_lightrnn.register  # noqa: F401
+import fairseq_lightrnn.register  # noqa: E402
 
 USER_DIR = str(Path(fairseq_lightrnn.register.__file__).parent)
 TASK = ["--user-dir", USER_DIR, "--task", "lightrnn_language_modeling"]

@@ -36,7 +36,7 @@ def test_lookup_travels_with_state_dicts() -> None:
 
 def test_lookup_refuses_other_shapes_and_vocabularies() -> None:
     lookup = TableLookup(7, (3, 3))
-    with pytest.raises(ValueError, match=r"7 words and shape \(3, 3\), got 7 words and shape \(1, 7\)"):
+    with pytest.raises(ValueError, match=r"shape \(3, 3\), got 7 words and shape \(1, 7\)"):
         lookup.seat(random_table(7, (1, 7)))
     with pytest.raises(ValueError, match="got 6 words"):
         lookup.seat(random_table(6, (3, 3)))
@@ -56,7 +56,9 @@ def test_embedding_keeps_components_apart() -> None:
     assert torch.equal(embedding(coordinates[1:], 1), expected[1:])
 
 
-@pytest.mark.parametrize(("words", "shape"), [(9, (9,)), (12, (3, 4)), (10, (3, 4)), (20, (2, 3, 4))])
+@pytest.mark.parametrize(
+    ("words", "shape"), [(9, (9,)), (12, (3, 4)), (10, (3, 4)), (20, (2, 3, 4))]
+)
 def test_softmax_is_a_distribution_over_the_words(words: int, shape: tuple[int, ...]) -> None:
     """With hidden outputs that do not depend on the word, the words' probabilities sum to 1."""
     lookup = TableLookup(words, shape)

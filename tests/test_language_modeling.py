@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from fairseq_run import TASK, preprocess, read_log, run, train, valid_losses, valid_records, write_text
+from fairseq_run import (
+    TASK,
+    preprocess,
+    read_log,
+    run,
+    train,
+    valid_losses,
+    valid_records,
+    write_text,
+)
 
 from fairseq_lightrnn.word_table import WordTable
 
@@ -102,7 +111,7 @@ class TestTraining:
             data, tmp_path, "--reset-optimizer", "--reset-dataloader", "--reset-meters",
             restore_file=trained / "checkpoint1.pt", lr=0.0, max_epoch=1, valid_subset="train",
         )  # fmt: skip
-        (valid,) = [record for record in records if "train_wps" in record and "train_lr" not in record]
+        (valid,) = [r for r in records if "train_wps" in r and "train_lr" not in r]
         row_loss = float(valid["train_row_loss"]) * math.log(2)
         assert record["cost_before"] == pytest.approx(row_loss, abs=1e-4)
 
@@ -145,9 +154,7 @@ class TestTraining:
         tables = []
         for number, seed in enumerate((1, 1, 2)):
             train(data, tmp_path / str(number), initial_table=table, table_seed=seed, max_epoch=1)
-            tables.append(
-                WordTable.load(tmp_path / str(number) / "word_table.txt", symbols(data))
-            )
+            tables.append(WordTable.load(tmp_path / str(number) / "word_table.txt", symbols(data)))
         assert tables[0] == tables[1]
         if table == "random":
             assert tables[0] != tables[2]
@@ -281,7 +288,6 @@ class TestGeneration:
         lines = capsys.readouterr().out.splitlines()
         assert sum(line.startswith("H-") for line in lines) == 20
 
-
     def test_generation_equals_scoring(self, data: Path, trained: Path) -> None:
         """Step by step with reordering, the decoder predicts what the whole text predicts."""
         models, _, task = checkpoint_utils.load_model_ensemble_and_task(
@@ -374,8 +380,8 @@ class TestBadInput:
         train(data, tmp_path / "a", max_epoch=1)
         file = tmp_path / "a" / "word_table.txt"
         file.write_text(file.read_text().replace("\nw3 ", "\nx3 "))
-        self.refused("the table belongs to another dictionary", data, tmp_path / "b", initial_table=file)
-        self.refused(str(file), data, tmp_path / "c", initial_table=file)
+        message = f"{file}: line 9 holds 'x3' where the dictionary has 'w3'; the table belongs"
+        self.refused(message, data, tmp_path / "b", initial_table=file)
 
     def test_truncated_table(self, data: Path, tmp_path: Path) -> None:
         train(data, tmp_path / "a", max_epoch=1)

@@ -91,7 +91,11 @@ def test_python_module(data: Path, tmp_path: Path, one_worker: dict[str, torch.T
 HYDRA_CONFIG = """\
 # @package _group_
 common: {{seed: 1, cpu: true, user_dir: "{user_dir}"}}
-task: {{_name: lightrnn_language_modeling, data: "???", tokens_per_sample: 12, reallocate_epochs: "1"}}
+task:
+  _name: lightrnn_language_modeling
+  data: ???
+  tokens_per_sample: 12
+  reallocate_epochs: "1"
 model: {{_name: lightrnn_lm, embed_dim: 8, hidden_size: 8, dropout: 0.0}}
 criterion: {{_name: two_component_cross_entropy}}
 optimizer: {{_name: adam}}

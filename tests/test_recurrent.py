@@ -48,12 +48,13 @@ def step_by_step(model: Model, words: list[int]) -> Tensor:
         for component in range(len(shape) if word == 0 else 1):
             # Of later words, all but the last component was read while it was predicted.
             component = component if word == 0 else len(shape) - 1
-            vector = model.composition.embedding.weight[offsets[component] + coordinates[word][component]]
+            row = offsets[component] + coordinates[word][component]
+            vector = model.composition.embedding.weight[row]
             output, state = model.composition.lstm(vector.view(1, 1, -1), state)
         score = torch.zeros((), dtype=torch.float64)
         for component, size in enumerate(shape):
-            rows = range(offsets[component], offsets[component] + size)
-            logits = model.softmax.weight[list(rows)] @ output.view(-1) + model.softmax.bias[list(rows)]
+            rows = slice(offsets[component], offsets[component] + size)
+            logits = model.softmax.weight[rows] @ output.view(-1) + model.softmax.bias[rows]
             target = coordinates[upcoming][component]
             prefix = coordinates[upcoming][:component]
             reachable = [
@@ -84,7 +85,9 @@ def test_one_call_equals_the_equations_step_by_step(
 
 
 @pytest.mark.parametrize(("words", "shape"), TABLES)
-def test_every_context_has_a_distribution_over_the_words(words: int, shape: tuple[int, ...]) -> None:
+def test_every_context_has_a_distribution_over_the_words(
+    words: int, shape: tuple[int, ...]
+) -> None:
     """Σ_w P(w | context) = 1 by brute force: every word in turn as the target."""
     model = Model(words, shape)
     contexts = torch.randint(words, (4, 3))

@@ -43,7 +43,9 @@ def test_occupied_counts_what_can_be_reached(table: WordTable) -> None:
 
 
 @given(table=tables())
-def test_files_give_the_table_back(table: WordTable, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_files_give_the_table_back(
+    table: WordTable, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     path = tmp_path_factory.mktemp("table") / "table.txt"
     table.save(path, symbols(table.num_words))
     assert WordTable.load(path, symbols(table.num_words)) == table

@@ -1,5 +1,7 @@
 """``--arch lightrnn_lm``: the LightRNN language model of arXiv 1610.09893."""
 
+# ruff: noqa: UP045  (fairseq reads flags from Optional[...], not from X | None)
+
 from argparse import Namespace
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -97,9 +99,7 @@ def table_shape(cfg: LightRNNLanguageModelConfig, num_words: int) -> tuple[int, 
 def _check(cfg: LightRNNLanguageModelConfig) -> None:
     for name in ("embed_dim", "hidden_size", "num_layers"):
         if getattr(cfg, name) < 1:
-            raise UsageError(
-                f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1"
-            )
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
     for name in ("dropout", "dropout_in", "dropout_between", "dropout_out"):
         value = getattr(cfg, name)
         if value is not None and not 0 <= value < 1:

@@ -1,5 +1,7 @@
 """What every LightRNN task shares: seating words in the table, at first and between epochs."""
 
+# ruff: noqa: UP045  (fairseq reads flags from Optional[...], not from X | None)
+
 import json
 import logging
 import os
@@ -159,7 +161,7 @@ class SeatingMixin:
         buffers tell that the work is done.
         """
         super().begin_epoch(epoch, model)  # type: ignore[misc]
-        decoder = model.decoder
+        decoder: Any = model.decoder
         if self._started is None:
             self._started = time.monotonic()
         schedule = reallocation_epochs(
