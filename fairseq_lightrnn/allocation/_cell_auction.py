@@ -16,6 +16,7 @@ from fairseq_lightrnn.allocation._minimum import smaller
 __all__ = ["bid", "scan", "sweep"]
 
 _FLAGS = {"nnan", "nsz", "reassoc"}
+_CHUNK = 32  # cells that are passed over at once when none is cheap
 _TOGETHER = 8  # words whose costs stay in the first cache while the prices stream by
 
 
@@ -67,13 +68,19 @@ def _cheapest_cells(first, second, prices, minima, values, kept):
         if minima[i] > cutoff or minima[i] >= values[0]:
             rest = smaller(rest, minima[i])
             continue
-        for j in range(columns):
-            value = (second[j] + prices[i, j]) + first[i]
-            if value < values[0]:
-                rest = smaller(rest, values[0])
-                _heap_replace(values, kept, value, i * columns + j)
-            else:
-                rest = smaller(rest, value)
+        for start in range(0, columns, _CHUNK):
+            stop = min(start + _CHUNK, columns)
+            least = first[i] + _least_sum(second[start:stop], prices[i, start:stop])
+            if least > cutoff or least >= values[0]:
+                rest = smaller(rest, least)
+                continue
+            for j in range(start, stop):
+                value = first[i] + (second[j] + prices[i, j])
+                if value <= cutoff and value < values[0]:
+                    rest = smaller(rest, values[0])
+                    _heap_replace(values, kept, value, i * columns + j)
+                else:
+                    rest = smaller(rest, value)
     return rest
 
 

@@ -20,7 +20,7 @@ __all__ = ["BalancedAssignment", "balanced_assignment"]
 
 logger = logging.getLogger(__name__)
 
-_LINEAR_ASSIGNMENT_LIMIT = 1 << 22  # entries of a capacity-1 matrix up to which scipy is quickest
+_LINEAR_ASSIGNMENT_LIMIT = 1 << 14  # entries of a capacity-1 matrix up to which scipy is quickest
 _FLOAT64_LIMIT = 1 << 27  # entries up to which costs are held in float64
 _BLOCK_ENTRIES = 1 << 23
 _BIDS_PER_WORD = 60  # beyond this the raise is too small for an instance with many ties

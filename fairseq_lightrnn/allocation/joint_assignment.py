@@ -20,7 +20,7 @@ __all__ = ["JointAssignment", "joint_assignment"]
 
 logger = logging.getLogger(__name__)
 
-_KEEP = 32  # cheapest cells cached for each word
+_KEEP = 16  # cheapest cells cached for each word; more cost more than they save
 _DENSE_LIMIT = 1 << 18  # entries of the words x cells matrix up to which scipy is quickest
 _FLOAT64_LIMIT = 1 << 25  # entries of both factors up to which they are float64
 _BLOCK_WORDS = 2048
