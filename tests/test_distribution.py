@@ -1,0 +1,273 @@
+"""The exact distribution of the next word, against a twin that conditions word by word."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from torch import Tensor
+
+from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax, TableLookup
+from fairseq_lightrnn.composition import Composition, Context
+from fairseq_lightrnn.distribution import (
+    coordinate_log_probs,
+    next_word_entropy,
+    next_word_entropy_and_rank,
+    next_word_log_probs,
+    sample_words,
+    top_words,
+)
+from fairseq_lightrnn.gated import GatedComposition
+from fairseq_lightrnn.recurrent import RecurrentComposition
+from fairseq_lightrnn.word_table import WordTable
+
+COMPOSITIONS = [RecurrentComposition, GatedComposition]
+# (words, shape): full and part-filled tables of one, two and three components
+TABLES = [(13, (13,)), (12, (3, 4)), (10, (4, 4)), (24, (2, 3, 4)), (20, (3, 3, 3))]
+CASES = [(kind, words, shape) for kind in COMPOSITIONS for words, shape in TABLES]
+
+
+class Model(NamedTuple):
+    composition: Composition
+    softmax: ComponentSoftmax
+
+    def context(self, texts: int, seed: int = 0) -> Context:
+        words = torch.randint(
+            self.softmax.table.num_words, (texts, 3), generator=torch.Generator().manual_seed(seed)
+        )
+        return self.composition.read(self.softmax.table(words))
+
+
+def build(
+    kind: type[Composition],
+    words: int,
+    shape: tuple[int, ...],
+    seed: int = 0,
+    scale: float = 1.0,
+    extras: bool = True,
+) -> Model:
+    """A random model in double precision, with biases and residuals of words."""
+    torch.manual_seed(seed)
+    lookup = TableLookup(words, shape)
+    cells = np.random.default_rng(seed).permutation(lookup.table().cells)
+    lookup.seat(WordTable.from_cells(cells, shape))
+    residual = 2 if extras else 0
+    embedding = ComponentEmbedding(shape, 5, lookup, residual)
+    composition = kind(embedding, 6, 2, residual_dim=residual)
+    softmax = ComponentSoftmax(lookup, 6, None, extras, residual)
+    model = Model(composition.double().eval(), softmax.double().eval())
+    with torch.no_grad():
+        for parameter in [*composition.parameters(), *softmax.parameters()]:
+            parameter.normal_(std=scale)
+    return model
+
+
+def slow_log_probs(model: Model, context: Context) -> Tensor:
+    """One word at a time, one component at a time."""
+    table = model.softmax.table
+    result = torch.empty(len(context.output), table.num_words, dtype=torch.float64)
+    for word in range(table.num_words):
+        coordinates = table(torch.full((len(context.output),), word))
+        now, total = context, torch.zeros(len(context.output), dtype=torch.float64)
+        for component in range(table.num_components):
+            logits = model.softmax.logits(component, now.output, coordinates[:, :component])
+            value = coordinates[:, component]
+            total = total + torch.log_softmax(logits, 1).gather(1, value[:, None])[:, 0]
+            if component + 1 < table.num_components:
+                now = model.composition.extend(now, component, value)
+        result[:, word] = total
+    return result
+
+
+def sort_words(log_probs: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The whole vocabulary sorted: by probability, then by id."""
+    words, scores = [], []
+    for row in log_probs.numpy():
+        order = np.lexsort((np.arange(len(row)), -row))[:count]
+        words.append(order)
+        scores.append(row[order])
+    return np.stack(words), np.stack(scores)
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize(("kind", "words", "shape"), CASES)
+class TestEveryTable:
+    def test_log_probs(self, kind: Any, words: int, shape: tuple[int, ...]) -> None:
+        model = build(kind, words, shape)
+        context = model.context(4)
+        fast = next_word_log_probs(*model, context)
+        torch.testing.assert_close(fast, slow_log_probs(model, context))
+        torch.testing.assert_close(fast.exp().sum(1), torch.ones(4, dtype=torch.float64))
+
+    def test_a_given_word(self, kind: Any, words: int, shape: tuple[int, ...]) -> None:
+        model = build(kind, words, shape)
+        context, given_words = model.context(4), torch.tensor([0, 5, 9, 1])
+        scores = coordinate_log_probs(*model, context, given_words)
+        assert scores.shape == (4, len(shape))
+        expected = next_word_log_probs(*model, context)[torch.arange(4), given_words]
+        torch.testing.assert_close(scores.sum(1), expected)
+
+    def test_top_words(self, kind: Any, words: int, shape: tuple[int, ...]) -> None:
+        model = build(kind, words, shape)
+        context = model.context(6)
+        every = slow_log_probs(model, context)
+        for count in (1, 3, words, words + 5):
+            found = top_words(*model, context, count)
+            expected_words, expected_scores = sort_words(every, count)
+            assert (found.words.numpy() == expected_words).all()
+            np.testing.assert_allclose(found.log_probs.numpy(), expected_scores, atol=1e-9)
+
+    def test_entropy_and_rank(self, kind: Any, words: int, shape: tuple[int, ...]) -> None:
+        model = build(kind, words, shape)
+        context, given_words = model.context(4), torch.tensor([0, 5, 9, 1])
+        every = slow_log_probs(model, context)
+        expected = -(every.exp() * every).sum(1)
+        entropy, rank = next_word_entropy_and_rank(*model, context, given_words)
+        torch.testing.assert_close(entropy, expected)
+        torch.testing.assert_close(next_word_entropy(*model, context), expected)
+        own = every[torch.arange(4), given_words]
+        assert rank.tolist() == (1 + (every > own[:, None] + 1e-9).sum(1)).tolist()
+
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 4}, {"top_p": 0.7},
+         {"temperature": 2.0, "top_k": 4}, {"temperature": 0.7, "top_p": 0.7}],
+    )  # fmt: skip
+    def test_samples(
+        self, kind: Any, words: int, shape: tuple[int, ...], options: dict[str, Any]
+    ) -> None:
+        model = build(kind, words, shape)
+        draws = 4000
+        context = model.context(1).select(torch.zeros(draws, dtype=torch.long))
+        generator = torch.Generator().manual_seed(3)
+        drawn = sample_words(*model, context, **options, generator=generator)
+        expected = truncated(slow_log_probs(model, model.context(1))[0], **options)
+        counts = np.bincount(drawn.numpy(), minlength=words)
+        assert (counts[expected == 0] == 0).all()
+        common = expected * draws >= 5
+        observed = [*counts[common], counts[~common].sum()]
+        hoped = [*(expected[common] * draws), expected[~common].sum() * draws]
+        if hoped[-1] < 1e-6:
+            observed, hoped = observed[:-1], hoped[:-1]
+        if len(hoped) > 1:
+            assert chisquare(observed, hoped).pvalue > 1e-4
+
+    def test_single_precision(self, kind: Any, words: int, shape: tuple[int, ...]) -> None:
+        model = build(kind, words, shape)
+        every = next_word_log_probs(*model, model.context(4))
+        single = Model(model.composition.float(), model.softmax.float())
+        context = single.context(4)
+        torch.testing.assert_close(
+            next_word_log_probs(*single, context).double(), every, atol=1e-5, rtol=1e-5
+        )
+        found = top_words(*single, context, 5)
+        assert found.log_probs.dtype == torch.float32
+        expected = every.topk(5).values
+        torch.testing.assert_close(found.log_probs.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def truncated(
+    log_probs: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> np.ndarray:
+    """The distribution that a sample must follow, from the whole vocabulary."""
+    probs = torch.softmax(log_probs / temperature, 0).numpy()
+    order = np.argsort(-probs, kind="stable")
+    if top_k is not None:
+        probs[order[top_k:]] = 0
+    if top_p is not None:
+        reached = np.cumsum(probs[order]) >= top_p
+        probs[order[int(reached.argmax()) + 1 :]] = 0
+    return np.asarray(probs / probs.sum())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(COMPOSITIONS),
+    shape=st.lists(st.integers(1, 6), min_size=1, max_size=3),
+    empty=st.integers(0, 5),
+    count=st.integers(1, 12),
+    scale=st.sampled_from([0.0, 0.1, 1.0, 5.0]),
+    seed=st.integers(0, 1000),
+)
+def test_top_words_are_those_of_brute_force(
+    kind: Any, shape: list[int], empty: int, count: int, scale: float, seed: int
+) -> None:
+    """With scale 0 all words of a full table are equally probable: the ids break the ties."""
+    sizes = tuple(shape)
+    words = max(1, int(np.prod(sizes)) - empty)
+    model = build(kind, words, sizes, seed, scale, extras=bool(seed % 2))
+    context = model.context(3, seed)
+    every = next_word_log_probs(*model, context)
+    found = top_words(*model, context, count)
+    expected_words, expected_scores = sort_words(every, count)
+    np.testing.assert_allclose(found.log_probs.numpy(), expected_scores, atol=1e-9)
+    chosen = every.gather(1, found.words).numpy()
+    np.testing.assert_allclose(chosen, expected_scores, atol=1e-9)
+    assert all(len(set(row)) == len(row) for row in found.words.tolist())
+    if scale == 0.0:
+        assert (found.words.numpy() == expected_words).all()
+
+
+def test_ties_across_rows_are_broken_by_the_id() -> None:
+    model = build(RecurrentComposition, 12, (3, 4), scale=0.0)
+    found = top_words(*model, model.context(2), 7)
+    assert found.words.tolist() == [list(range(7))] * 2
+
+
+def test_a_peaked_row_is_all_that_is_expanded() -> None:
+    model = build(GatedComposition, 100, (10, 10), scale=0.1)
+    model.softmax.vectors(0)[1][3] = 50.0
+    found = top_words(*model, model.context(3), 5)
+    # Two rows are opened in the first round, whatever the second's probability.
+    assert (found.expanded <= 2).all()
+    assert (model.softmax.table(found.words)[..., 0] == 3).all()
+
+
+def test_expansions_do_not_exceed_the_rows() -> None:
+    model = build(RecurrentComposition, 100, (10, 10), scale=0.0)
+    found = top_words(*model, model.context(3), 100)
+    assert found.expanded.tolist() == [10] * 3
+
+
+def test_rows_are_expanded_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(RecurrentComposition, 20, (3, 3, 3))
+    context = model.context(5)
+    whole = next_word_log_probs(*model, context)
+    monkeypatch.setattr("fairseq_lightrnn.distribution._EXPANSIONS", 2)
+    torch.testing.assert_close(next_word_log_probs(*model, context), whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature 0.0: must be above 0"),
+        ({"temperature": float("inf")}, "temperature inf"),
+        ({"top_k": 0}, "top_k 0: must be at least 1"),
+        ({"top_p": 0.0}, "top_p 0.0: must be above 0"),
+        ({"top_p": 1.5}, "top_p 1.5: must be above 0 and at most 1"),
+        ({"top_p": 0.5, "top_k": 2}, "exclude each other"),
+    ],
+)
+def test_samples_refuse(options: dict[str, Any], message: str) -> None:
+    model = build(RecurrentComposition, 12, (3, 4))
+    with pytest.raises(ValueError, match=message):
+        sample_words(*model, model.context(1), **options)
+
+
+def test_top_words_refuses_no_words() -> None:
+    model = build(RecurrentComposition, 12, (3, 4))
+    with pytest.raises(ValueError, match="count 0"):
+        top_words(*model, model.context(1), 0)
