@@ -35,10 +35,12 @@ class TableLookup(nn.Module):
     Attributes:
         coordinates: int32 buffer of shape (V, k).
         cells: int64 of shape (V,), the flat, row-major cell of each word; derived.
+        words: int64 of shape (cells,), the word in each cell, 0 where empty; derived.
     """
 
     coordinates: Tensor
     cells: Tensor
+    words: Tensor
 
     def __init__(self, num_words: int, shape: Sequence[int]) -> None:
         super().__init__()
@@ -46,6 +48,7 @@ class TableLookup(nn.Module):
         self.shape = table.shape
         self.register_buffer("coordinates", torch.empty(num_words, len(shape), dtype=torch.int32))
         self.register_buffer("cells", torch.empty(num_words, dtype=torch.int64), False)
+        self.register_buffer("words", torch.empty(table.num_cells, dtype=torch.int64), False)
         for component in range(len(shape)):
             self.register_buffer(f"_occupied{component}", None, False)
         self.seat(table)
@@ -78,6 +81,7 @@ class TableLookup(nn.Module):
             )
         self.coordinates.copy_(torch.from_numpy(np.array(table.coordinates)))
         self.cells.copy_(torch.from_numpy(np.array(table.cells)))
+        self.words.copy_(torch.from_numpy(table.words.clip(min=0)))
         for component in range(self.num_components):
             occupied = table.occupied(component)
             # None: every value leads to a word, nothing needs a mask.
@@ -99,12 +103,21 @@ class TableLookup(nn.Module):
             Booleans of shape (N, R_i), or None where all are true.
         """
         mask: Tensor | None = getattr(self, f"_occupied{component}")
-        if mask is None:
-            return None
-        group = torch.zeros(len(prefix), dtype=torch.long, device=prefix.device)
-        for size, coordinate in zip(self.shape, prefix.unbind(1), strict=False):
-            group = group * size + coordinate
-        return mask[group]
+        return None if mask is None else mask[self.flatten(prefix)]
+
+    def flatten(self, coordinates: Tensor) -> Tensor:
+        """Numbers groups of cells in row-major order.
+
+        Args:
+            coordinates: of the first i components, integers of shape (..., i).
+
+        Returns:
+            Integers of shape (...); of whole words (i = k) these are their cells.
+        """
+        number = torch.zeros_like(coordinates[..., :1].sum(-1))
+        for size, coordinate in zip(self.shape, coordinates.unbind(-1), strict=False):
+            number = number * size + coordinate
+        return number
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -122,12 +135,21 @@ class ComponentEmbedding(nn.Module):
     Args:
         shape: the k sizes of the table.
         dim: the width of a vector.
+        table: the word table in force; needed for residuals only.
+        residual_dim: numbers of every word's own, projected to ``dim`` and added to the vector of
+            its last component; 0 for none. They start at zero.
 
     Attributes:
         weight: parameter of shape (ΣR_i, dim).
     """
 
-    def __init__(self, shape: Sequence[int], dim: int) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dim: int,
+        table: TableLookup | None = None,
+        residual_dim: int = 0,
+    ) -> None:
         super().__init__()
         self.shape = tuple(shape)
         self.weight = nn.Parameter(torch.empty(sum(shape), dim))
@@ -135,6 +157,14 @@ class ComponentEmbedding(nn.Module):
         self.offsets: Tensor
         self.register_buffer("offsets", offsets, persistent=False)
         nn.init.uniform_(self.weight, -_INIT_RANGE, _INIT_RANGE)
+        self.residual: nn.Embedding | None = None
+        if residual_dim:
+            if table is None:
+                raise ValueError("residuals belong to words: give the table in force")
+            self.table = table
+            self.residual = nn.Embedding(table.num_words, residual_dim)
+            nn.init.zeros_(self.residual.weight)
+            self.projection = nn.Linear(residual_dim, dim, bias=False)
 
     def forward(self, coordinates: Tensor, first_component: int = 0) -> Tensor:
         """Looks vectors up.
@@ -146,8 +176,14 @@ class ComponentEmbedding(nn.Module):
         Returns:
             Vectors of shape (..., j, dim).
         """
-        last = first_component + coordinates.size(-1)
-        return F.embedding(coordinates + self.offsets[first_component:last], self.weight)
+        size = coordinates.size(-1)
+        offsets = self.offsets[first_component : first_component + size]
+        vectors = F.embedding(coordinates + offsets, self.weight)
+        if self.residual is None or size < len(self.shape):
+            return vectors
+        words = self.table.words[self.table.flatten(coordinates)]
+        last = vectors[..., -1:, :] + self.projection(self.residual(words))[..., None, :]
+        return torch.cat([vectors[..., :-1, :], last], dim=-2)
 
 
 class ComponentSoftmax(nn.Module):
@@ -157,17 +193,32 @@ class ComponentSoftmax(nn.Module):
     predicted from a hidden output of its own (arXiv 1610.09893, equations 2 and 3). Values that
     lead to no word have probability 0, so the probabilities of the V words sum to 1.
 
+    Two additions give a word numbers of its own, which move with it from cell to cell: a bias, and
+    a residual of e numbers that is multiplied with the last e numbers of an output. Both are added
+    to the logits of its last component.
+
     Args:
         table: the word table in force.
-        dim: the width d of the hidden outputs.
+        dim: d, the width of the outputs without what residuals are multiplied with.
         weight: share this parameter of shape (ΣR_i, d) rather than having one.
+        word_bias: give every word a bias.
+        residual_dim: e, the width of every word's residual; 0 for none.
 
     Attributes:
         weight: parameter of shape (ΣR_i, d).
         bias: parameter of shape (ΣR_i,).
+        word_bias: parameter of shape (V,), or None.
+        residual: parameter of shape (V, e), or None. Bias and residual start at zero.
     """
 
-    def __init__(self, table: TableLookup, dim: int, weight: nn.Parameter | None = None) -> None:
+    def __init__(
+        self,
+        table: TableLookup,
+        dim: int,
+        weight: nn.Parameter | None = None,
+        word_bias: bool = False,
+        residual_dim: int = 0,
+    ) -> None:
         super().__init__()
         rows = sum(table.shape)
         if weight is None:
@@ -180,6 +231,9 @@ class ComponentSoftmax(nn.Module):
         self.table = table
         self.weight = weight
         self.bias = nn.Parameter(torch.zeros(rows))
+        words = table.num_words
+        self.word_bias = nn.Parameter(torch.zeros(words)) if word_bias else None
+        self.residual = nn.Parameter(torch.zeros(words, residual_dim)) if residual_dim else None
 
     def vectors(self, component: int) -> tuple[Tensor, Tensor]:
         """Returns the vectors (R_i, d) and biases (R_i,) of a component."""
@@ -192,21 +246,40 @@ class ComponentSoftmax(nn.Module):
 
         Args:
             component: i.
-            hidden: outputs of shape (N, d) that predict component i.
+            hidden: outputs of shape (N, d + e) that predict component i.
             prefix: the coordinates before it, integers of shape (N, i).
 
         Returns:
             Logits of shape (N, R_i), -inf where a value leads to no word.
         """
-        logits = F.linear(hidden, *self.vectors(component))
+        weight, bias = self.vectors(component)
+        dim = weight.size(1)
+        logits = F.linear(hidden[:, :dim], weight, bias)
+        if component + 1 == self.table.num_components:
+            logits = logits + self._word_logits(hidden[:, dim:], prefix)
         occupied = self.table.occupied(component, prefix)
         return logits if occupied is None else logits.masked_fill(~occupied, float("-inf"))
+
+    def _word_logits(self, query: Tensor, prefix: Tensor) -> Tensor | float:
+        """Returns what words of their own add to the last component's logits, (N, R_k)."""
+        table = self.table
+        group, size = table.flatten(prefix), table.shape[-1]
+        logits: Tensor | float = 0.0
+        if self.word_bias is not None:
+            in_cells = self.word_bias[table.words].view(-1, size)
+            logits = logits + F.embedding(group, in_cells)
+        if self.residual is not None:
+            # First in the order of cells, so that the words of a group are neighbours in memory.
+            in_cells = F.embedding(table.words, self.residual).view(-1, size * query.size(1))
+            residuals = F.embedding(group, in_cells).view(len(group), size, -1)
+            logits = logits + torch.einsum("nse,ne->ns", residuals, query)
+        return logits
 
     def forward(self, hidden: Tensor, coordinates: Tensor) -> Tensor:
         """Scores given words.
 
         Args:
-            hidden: outputs of shape (N, k, d); ``hidden[:, i]`` predicts component i.
+            hidden: outputs of shape (N, k, d + e); ``hidden[:, i]`` predicts component i.
             coordinates: the words' coordinates, integers of shape (N, k).
 
         Returns:

@@ -149,6 +149,33 @@ class TestTraining:
         names = {1: ["component1"], 2: ["row", "column"], 3: ["component1", "component3"]}
         assert all(f"valid_{name}_ppl" in str(records) for name in names[components])
 
+    @pytest.mark.parametrize("architecture", ["lightrnn_lm", "lightrnn_lm_gated"])
+    @pytest.mark.parametrize("components", [1, 2, 3])
+    def test_words_with_numbers_of_their_own(
+        self,
+        data: Path,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+        architecture: str,
+        components: int,
+    ) -> None:
+        """Biases and residuals train, are reallocated with their words and evaluate alike."""
+        records = train(
+            data, tmp_path, "--word-bias", arch=architecture, num_components=components,
+            input_residual_dim=3, output_residual_dim=2, reallocate_epochs=1, max_epoch=2,
+        )  # fmt: skip
+        state = load(tmp_path / "checkpoint2.pt")["model"]
+        assert state["decoder.softmax.word_bias"].abs().sum() > 0
+        assert state["decoder.softmax.residual"].shape == (48, 2)
+        assert state["decoder.composition.embedding.residual.weight"].abs().sum() > 0
+        gated = any("transforms" in name for name in state)
+        assert gated == (architecture == "lightrnn_lm_gated" and components > 1)
+        loss = eval_lm(
+            caplog, data, tmp_path / "checkpoint2.pt", "--gen-subset", "valid",
+            "--tokens-per-sample", 12,
+        )  # fmt: skip
+        assert loss == pytest.approx(valid_losses(records)[-1], abs=6e-5)
+
     @pytest.mark.parametrize("table", ["random", "frequency", "cooccurrence"])
     def test_initial_tables_are_reproducible(self, data: Path, tmp_path: Path, table: str) -> None:
         tables = []
@@ -357,6 +384,7 @@ class TestBadInput:
             ({"table_shape": "7x7x7"}, "has 3 components, --num-components is 2"),
             ({"num_components": 0}, "--num-components: a table needs at least 1 component"),
             ({"hidden_size": 0}, "--hidden-size 0: must be at least 1"),
+            ({"output_residual_dim": -1}, "--output-residual-dim -1: must not be negative"),
             ({"dropout": 1.5}, "--dropout 1.5: must be at least 0 and below 1"),
             ({"reallocate_epochs": 3}, "after epoch 3 no epoch of training follows"),
             ({"reallocate_epochs": 4}, "after epoch 4 no epoch of training follows"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
-from fairseq.dataclass import FairseqDataclass
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models import (
     FairseqIncrementalDecoder,
     FairseqLanguageModel,
@@ -17,9 +17,11 @@ from fairseq.models import (
 from torch import Tensor
 
 from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax, TableLookup
+from fairseq_lightrnn.composition import Composition, Context
 from fairseq_lightrnn.distribution import next_word_log_probs
 from fairseq_lightrnn.errors import UsageError, usage_errors
-from fairseq_lightrnn.recurrent import Context, RecurrentComposition
+from fairseq_lightrnn.gated import GatedComposition
+from fairseq_lightrnn.recurrent import RecurrentComposition
 from fairseq_lightrnn.word_table import check_shape, default_shape
 
 __all__ = ["LightRNNDecoder", "LightRNNLanguageModel", "LightRNNLanguageModelConfig"]
@@ -40,6 +42,22 @@ class LightRNNLanguageModelConfig(FairseqDataclass):
             "help": "sizes of the word table, such as 100x100 (default: the smallest that is "
             "nearly square, or that of the --initial-table file)"
         },
+    )
+    composition: ChoiceEnum(["recurrent", "gated"]) = field(  # type: ignore[valid-type]
+        default="recurrent",
+        metadata={
+            "help": "recurrent: one LSTM step for every component of a word, as in the paper; "
+            "gated: one step a word, columns predicted through gates that the row opens"
+        },
+    )
+    word_bias: bool = field(
+        default=False, metadata={"help": "give every word a bias of its own: 1 number a word"}
+    )
+    input_residual_dim: int = field(
+        default=0, metadata={"help": "numbers of its own that every word adds to its input vector"}
+    )
+    output_residual_dim: int = field(
+        default=0, metadata={"help": "numbers of its own with which every word is predicted"}
     )
     embed_dim: int = field(default=200, metadata={"help": "width of the input component vectors"})
     hidden_size: int = field(
@@ -100,6 +118,11 @@ def _check(cfg: LightRNNLanguageModelConfig) -> None:
     for name in ("embed_dim", "hidden_size", "num_layers"):
         if getattr(cfg, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
+    for name in ("input_residual_dim", "output_residual_dim"):
+        if getattr(cfg, name) < 0:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative"
+            )
     for name in ("dropout", "dropout_in", "dropout_between", "dropout_out"):
         value = getattr(cfg, name)
         if value is not None and not 0 <= value < 1:
@@ -109,6 +132,22 @@ def _check(cfg: LightRNNLanguageModelConfig) -> None:
             f"--share-component-vectors needs --embed-dim ({cfg.embed_dim}) equal to "
             f"--hidden-size ({cfg.hidden_size})"
         )
+
+
+def _composition(cfg: LightRNNLanguageModelConfig, embedding: ComponentEmbedding) -> Composition:
+    def dropout(value: float | None) -> float:
+        return cfg.dropout if value is None else value
+
+    kind = GatedComposition if str(cfg.composition) == "gated" else RecurrentComposition
+    return kind(
+        embedding,
+        cfg.hidden_size,
+        cfg.num_layers,
+        dropout_in=dropout(cfg.dropout_in),
+        dropout_between=dropout(cfg.dropout_between),
+        dropout_out=dropout(cfg.dropout_out),
+        residual_dim=cfg.output_residual_dim,
+    )
 
 
 class LightRNNDecoder(FairseqIncrementalDecoder):
@@ -129,21 +168,16 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
         _check(cfg)
         shape = table_shape(cfg, len(dictionary))
 
-        def dropout(value: float | None) -> float:
-            return cfg.dropout if value is None else value
-
         self.table = TableLookup(len(dictionary), shape)
-        embedding = ComponentEmbedding(shape, cfg.embed_dim)
-        self.composition = RecurrentComposition(
-            embedding,
+        embedding = ComponentEmbedding(shape, cfg.embed_dim, self.table, cfg.input_residual_dim)
+        self.composition = _composition(cfg, embedding)
+        self.softmax = ComponentSoftmax(
+            self.table,
             cfg.hidden_size,
-            cfg.num_layers,
-            dropout_in=dropout(cfg.dropout_in),
-            dropout_between=dropout(cfg.dropout_between),
-            dropout_out=dropout(cfg.dropout_out),
+            embedding.weight if cfg.share_component_vectors else None,
+            cfg.word_bias,
+            cfg.output_residual_dim,
         )
-        shared = embedding.weight if cfg.share_component_vectors else None
-        self.softmax = ComponentSoftmax(self.table, cfg.hidden_size, shared)
         self.register_buffer("reallocation_round", torch.tensor(-1))
         self.register_buffer("reallocation_epoch", torch.tensor(0))
 
@@ -165,7 +199,7 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
             src_lengths: not used.
 
         Returns:
-            With ``target_tokens``: features of shape (B, T, k·d) that
+            With ``target_tokens``: features of shape (B, T, k·(d + e)) that
             :meth:`get_normalized_probs` turns into the targets' log-probabilities. Without:
             log-probabilities over all words, (B, T, V); with an incremental state only after the
             last word, (B, 1, V). And fairseq's dictionary of extras.
@@ -182,7 +216,7 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
     def extract_features(  # type: ignore[override]
         self, prev_output_tokens: Tensor, target_tokens: Tensor
     ) -> Tensor:
-        """Returns the hidden outputs, (B, T, k, d), that predict the targets' components."""
+        """Returns the outputs, (B, T, k, d + e), that predict the targets' components."""
         # A text's next source word is its target, but where padding begins it is not the last one.
         upcoming = torch.cat([prev_output_tokens[:, 1:], target_tokens[:, -1:]], dim=1)
         upcoming = torch.where(upcoming.eq(self.dictionary.pad()), target_tokens, upcoming)
@@ -194,7 +228,7 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
         """Scores words by the features that predict them.
 
         Args:
-            features: shape (..., k·d), as :meth:`forward` returns them.
+            features: shape (..., k·(d + e)), as :meth:`forward` returns them.
             words: of shape (...).
 
         Returns:
@@ -239,14 +273,16 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
         return torch.stack(steps, dim=1)
 
     def _next_log_probs(self, words: Tensor, incremental_state: dict[str, Any]) -> Tensor:
-        stored = self.get_incremental_state(incremental_state, "context")
-        context = None
-        if stored is not None:
+        context = self._stored(incremental_state)
+        if context is not None:
             words = words[:, -1:]
-            context = Context(stored["output"], (stored["hidden"], stored["cell"]))
         context = self.composition.read(self.table(words), context)
         self._store(incremental_state, context)
         return next_word_log_probs(self.composition, self.softmax, context)[:, None]
+
+    def _stored(self, incremental_state: dict[str, Any]) -> Context | None:
+        stored = self.get_incremental_state(incremental_state, "context")
+        return stored and Context(stored["output"], (stored["hidden"], stored["cell"]))
 
     def _store(self, incremental_state: dict[str, Any], context: Context) -> None:
         hidden, cell = context.state
@@ -257,9 +293,8 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
         self, incremental_state: dict[str, Any], new_order: Tensor
     ) -> None:
         """Reorders, repeats or drops the texts of a generation."""
-        stored = self.get_incremental_state(incremental_state, "context")
-        if stored is not None:
-            context = Context(stored["output"], (stored["hidden"], stored["cell"]))
+        context = self._stored(incremental_state)
+        if context is not None:
             self._store(incremental_state, context.select(new_order))
 
 
@@ -291,5 +326,7 @@ def _preset(name: str, **values: Any) -> None:
 _preset("lightrnn_lm_500", embed_dim=500, hidden_size=500, num_layers=2, dropout=0.2)
 _preset("lightrnn_lm_1000", embed_dim=1000, hidden_size=1000, num_layers=2, dropout=0.2)
 _preset("lightrnn_lm_1500", embed_dim=1500, hidden_size=1500, num_layers=2, dropout=0.2)
+# The recommended composition; biases and residuals are flags of their own.
+_preset("lightrnn_lm_gated", composition="gated")
 _preset("lightrnn_lm_ptb", embed_dim=200, hidden_size=200, num_layers=1, dropout=0.2)
 _preset("lightrnn_lm_wikitext2", embed_dim=400, hidden_size=400, num_layers=1, dropout=0.3)

@@ -264,7 +264,8 @@ class SeatingMixin:
                 features, _ = model(**sample["net_input"])
                 real = target.ne(decoder.dictionary.pad())
                 words, features = target[real], features[real]
-                statistics.add(words, features.reshape(len(words), table.num_components, dim))
+                outputs = features.reshape(len(words), table.num_components, -1)
+                statistics.add(words, outputs[..., :dim])
                 losses -= decoder.component_log_probs(features, words).sum(0, dtype=torch.float64)
         finally:
             model.train(training)

@@ -1,0 +1,138 @@
+"""What compositions share: a recurrent network that reads words and predicts components.
+
+A composition says how a word is read (its component vectors into the recurrent network) and how the
+next word is predicted component by component, each conditioned on the components before it. See
+:mod:`fairseq_lightrnn.recurrent` (the paper's) and :mod:`fairseq_lightrnn.gated`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_lightrnn.components import ComponentEmbedding
+
+__all__ = ["Composition", "Context", "State"]
+
+State = tuple[Tensor, Tensor]
+"""Hidden and cell state of an LSTM, each of shape (layers, B, d)."""
+
+
+class Context(NamedTuple):
+    """What is known after reading some words, and perhaps some components of the next.
+
+    Attributes:
+        output: the outputs of shape (B, d) that predict the next component.
+        state: the recurrent state behind it.
+        base: outputs of shape (B, d) after the words alone, where a composition needs them.
+        prefix: the components of the next word that are known, integers of shape (B, i).
+    """
+
+    output: Tensor
+    state: State
+    base: Tensor | None = None
+    prefix: Tensor | None = None
+
+    def select(self, index: Tensor) -> Context:
+        """Picks, repeats or reorders the texts of the batch by an index of shape (N,)."""
+        hidden, cell = self.state
+        return Context(
+            self.output.index_select(0, index),
+            (hidden.index_select(1, index), cell.index_select(1, index)),
+            None if self.base is None else self.base.index_select(0, index),
+            None if self.prefix is None else self.prefix.index_select(0, index),
+        )
+
+
+class Composition(nn.Module):
+    """The recurrent network and its dropout; subclasses say what its steps are.
+
+    Args:
+        embedding: the input vectors.
+        hidden_size: d, the width of the LSTM.
+        num_layers: the layers of the LSTM.
+        dropout_in: dropout on the input vectors.
+        dropout_between: dropout between the layers.
+        dropout_out: dropout on the outputs.
+        residual_dim: e, the width of the words' output residuals; 0 for none.
+    """
+
+    def __init__(
+        self,
+        embedding: ComponentEmbedding,
+        hidden_size: int,
+        num_layers: int = 1,
+        dropout_in: float = 0.0,
+        dropout_between: float = 0.0,
+        dropout_out: float = 0.0,
+        residual_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.dropout_in = nn.Dropout(dropout_in)
+        self.dropout_out = nn.Dropout(dropout_out)
+        self.lstm = nn.LSTM(
+            embedding.weight.size(1),
+            hidden_size,
+            num_layers,
+            batch_first=True,
+            # nn.LSTM warns of a dropout that has no layers to stand between.
+            dropout=dropout_between if num_layers > 1 else 0.0,
+        )
+        self.query = nn.Linear(hidden_size, residual_dim, bias=False) if residual_dim else None
+
+    @property
+    def num_components(self) -> int:
+        """k, the number of components of a word."""
+        return len(self.embedding.shape)
+
+    def forward(self, coordinates: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Predicts each word of consecutive text but the first.
+
+        Args:
+            coordinates: of T+1 consecutive words, integers of shape (B, T+1, k). Padding may
+                follow a text, not precede it.
+            state: the state that this method returned for the text before, whose last word is this
+                text's first; None starts from zero.
+
+        Returns:
+            The outputs, shape (B, T, k, d + e), that predict the components of words 1 … T, and
+            the state to be given for the text that follows.
+        """
+        raise NotImplementedError
+
+    def read(self, coordinates: Tensor, context: Context | None = None) -> Context:
+        """Reads whole words.
+
+        Args:
+            coordinates: integers of shape (B, T, k).
+            context: after the words before; None starts from zero.
+
+        Returns:
+            The context that predicts the first component of the next word.
+        """
+        raise NotImplementedError
+
+    def extend(self, context: Context, component: int, coordinate: Tensor) -> Context:
+        """Conditions a context on one more component of the next word.
+
+        Args:
+            context: predicts that component.
+            component: its number.
+            coordinate: its value, integers of shape (B,).
+
+        Returns:
+            The context that predicts the component after it.
+        """
+        raise NotImplementedError
+
+    def _with_query(self, outputs: Tensor, base: Tensor | None) -> Tensor:
+        """Appends to outputs (…, d) what the output residuals are multiplied with: (…, d + e)."""
+        if self.query is None:
+            return outputs
+        if base is None:
+            raise ValueError("the context to extend must come from this composition's read")
+        query = self.query(base)
+        return torch.cat([outputs, query.expand(*outputs.shape[:-1], -1)], dim=-1)
