@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+from tiny_models import CASES, COMPOSITIONS, Model, build, slow_log_probs
 from torch import Tensor
 
-from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax, TableLookup
-from fairseq_lightrnn.composition import Composition, Context
 from fairseq_lightrnn.distribution import (
     coordinate_log_probs,
     next_word_entropy,
@@ -24,64 +23,6 @@ from fairseq_lightrnn.distribution import (
 )
 from fairseq_lightrnn.gated import GatedComposition
 from fairseq_lightrnn.recurrent import RecurrentComposition
-from fairseq_lightrnn.word_table import WordTable
-
-COMPOSITIONS = [RecurrentComposition, GatedComposition]
-# (words, shape): full and part-filled tables of one, two and three components
-TABLES = [(13, (13,)), (12, (3, 4)), (10, (4, 4)), (24, (2, 3, 4)), (20, (3, 3, 3))]
-CASES = [(kind, words, shape) for kind in COMPOSITIONS for words, shape in TABLES]
-
-
-class Model(NamedTuple):
-    composition: Composition
-    softmax: ComponentSoftmax
-
-    def context(self, texts: int, seed: int = 0) -> Context:
-        words = torch.randint(
-            self.softmax.table.num_words, (texts, 3), generator=torch.Generator().manual_seed(seed)
-        )
-        return self.composition.read(self.softmax.table(words))
-
-
-def build(
-    kind: type[Composition],
-    words: int,
-    shape: tuple[int, ...],
-    seed: int = 0,
-    scale: float = 1.0,
-    extras: bool = True,
-) -> Model:
-    """A random model in double precision, with biases and residuals of words."""
-    torch.manual_seed(seed)
-    lookup = TableLookup(words, shape)
-    cells = np.random.default_rng(seed).permutation(lookup.table().cells)
-    lookup.seat(WordTable.from_cells(cells, shape))
-    residual = 2 if extras else 0
-    embedding = ComponentEmbedding(shape, 5, lookup, residual)
-    composition = kind(embedding, 6, 2, residual_dim=residual)
-    softmax = ComponentSoftmax(lookup, 6, None, extras, residual)
-    model = Model(composition.double().eval(), softmax.double().eval())
-    with torch.no_grad():
-        for parameter in [*composition.parameters(), *softmax.parameters()]:
-            parameter.normal_(std=scale)
-    return model
-
-
-def slow_log_probs(model: Model, context: Context) -> Tensor:
-    """One word at a time, one component at a time."""
-    table = model.softmax.table
-    result = torch.empty(len(context.output), table.num_words, dtype=torch.float64)
-    for word in range(table.num_words):
-        coordinates = table(torch.full((len(context.output),), word))
-        now, total = context, torch.zeros(len(context.output), dtype=torch.float64)
-        for component in range(table.num_components):
-            logits = model.softmax.logits(component, now.output, coordinates[:, :component])
-            value = coordinates[:, component]
-            total = total + torch.log_softmax(logits, 1).gather(1, value[:, None])[:, 0]
-            if component + 1 < table.num_components:
-                now = model.composition.extend(now, component, value)
-        result[:, word] = total
-    return result
 
 
 def sort_words(log_probs: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,356 @@
+"""A trained language model, from checkpoint to answer in a few lines of Python.
+
+::
+
+    from fairseq_lightrnn.models.lightrnn_lm import LightRNNLanguageModel
+
+    model = LightRNNLanguageModel.from_pretrained("checkpoints", data="data-bin/corpus")
+    print(model.score("the cat sat on the mat").perplexity)
+    print(model.next_words("the cat sat on the", 5))
+    print(model.sample("the cat", seed=1))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import pickle
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fairseq import checkpoint_utils, utils
+from fairseq.data import Dictionary
+from fairseq.tokenizer import tokenize_line
+from torch import Tensor
+
+from fairseq_lightrnn import register  # noqa: F401  (fairseq must know the model and its task)
+from fairseq_lightrnn.distribution import sample_words, top_words
+from fairseq_lightrnn.errors import UsageError
+from fairseq_lightrnn.scoring import DEFAULT_BATCH_WORDS, Scorer, WordScores
+
+__all__ = ["LanguageModel", "SentenceScore"]
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_NAMES = ("checkpoint_best.pt", "checkpoint_last.pt")
+# Words of a prompt that are read at once.
+_READ_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class SentenceScore:
+    """The score of a sentence of n words, the end of sentence among them.
+
+    Attributes:
+        tokens: the words as they were written, n of them.
+        ids: their ids, shape (n,); that of ``<unk>`` for words that the model does not know.
+        component_log_probs: in nats, shape (n, k), of each coordinate given those before it.
+        entropy: of the distribution that each word was predicted from, in nats, or None.
+        rank: of each word in that distribution, from 1, or None.
+    """
+
+    tokens: list[str]
+    ids: np.ndarray
+    component_log_probs: np.ndarray
+    entropy: np.ndarray | None = None
+    rank: np.ndarray | None = None
+
+    @property
+    def log_probs(self) -> np.ndarray:
+        """The words' log-probabilities in nats, shape (n,)."""
+        return np.asarray(self.component_log_probs.sum(axis=1))
+
+    @property
+    def log_prob(self) -> float:
+        """The sentence's log-probability in nats."""
+        return float(self.component_log_probs.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """The sentence's perplexity per word, its end counted as a word."""
+        return float(np.exp(-self.log_prob / len(self.tokens)))
+
+
+class LanguageModel:
+    """A model with its dictionary, ready to be asked.
+
+    Args:
+        model: a fairseq model whose decoder is a ``LightRNNDecoder``.
+        dictionary: its dictionary.
+        add_bos_token: whether it was trained on texts that begin with ``<s>`` rather than ``</s>``.
+    """
+
+    def __init__(self, model: Any, dictionary: Dictionary, add_bos_token: bool = False) -> None:
+        self.model = model.eval()
+        self.dictionary = dictionary
+        self.composition = model.decoder.composition
+        self.softmax = model.decoder.softmax
+        self.table = model.decoder.table
+        self.start = dictionary.bos() if add_bos_token else dictionary.eos()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        data: str | Path | None = None,
+        device: str | torch.device = "cpu",
+    ) -> LanguageModel:
+        """Loads a checkpoint.
+
+        Args:
+            path: a checkpoint, or a folder of checkpoints, of which the best is taken.
+            data: folder of ``dict.txt``; by default that which the model was trained on, or that of
+                the checkpoint.
+            device: where to compute.
+
+        Raises:
+            UsageError: if there is no such checkpoint or dictionary, or they do not fit.
+        """
+        checkpoint = _find_checkpoint(Path(path))
+        state = _load_state(checkpoint)
+        coordinates = state["model"].get("decoder.table.coordinates")
+        if coordinates is None:
+            raise UsageError(
+                f"{checkpoint}: holds no LightRNN language model (no word table); give a "
+                "checkpoint of --arch lightrnn_lm"
+            )
+        settings = state["cfg"].task if state.get("cfg") is not None else state["args"]
+        folder = _find_dictionary(checkpoint, data, settings.data)
+        dictionary = Dictionary.load(str(folder / "dict.txt"))
+        if len(dictionary) != len(coordinates):
+            raise UsageError(
+                f"{folder / 'dict.txt'}: has {len(dictionary)} words, the model of {checkpoint} "
+                f"has {len(coordinates)}; give the dictionary that it was trained with"
+            )
+        settings.data = str(folder)
+        (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task(
+            [str(checkpoint)], state=state
+        )
+        return cls(model.float().to(device), dictionary, bool(settings.add_bos_token))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.table.cells.device  # type: ignore[no-any-return]
+
+    def encode(self, text: str) -> tuple[list[str], np.ndarray]:
+        """Returns the words of a text and their ids, without an end of sentence."""
+        tokens = tokenize_line(text) if text.strip() else []
+        return tokens, np.array([self.dictionary.index(token) for token in tokens], dtype=np.int64)
+
+    def score(
+        self, text: str | Sequence[str], *, carry_hidden_state: bool = False, details: bool = False
+    ) -> Any:
+        """Scores a sentence, or several.
+
+        Args:
+            text: words between spaces; the end of sentence is added.
+            carry_hidden_state: of several sentences, predict each from all before it.
+            details: compute entropies and ranks too, which takes a pass over the vocabulary for
+                each word.
+
+        Returns:
+            A :class:`SentenceScore`, or a list of them if a list was given.
+        """
+        sentences = [text] if isinstance(text, str) else text
+        scores = list(
+            self.score_lines(sentences, carry_hidden_state=carry_hidden_state, details=details)
+        )
+        return scores[0] if isinstance(text, str) else scores
+
+    def score_lines(
+        self,
+        lines: Iterable[str],
+        *,
+        carry_hidden_state: bool = False,
+        details: bool = False,
+        batch_words: int = DEFAULT_BATCH_WORDS,
+    ) -> Iterator[SentenceScore]:
+        """Scores any number of sentences in bounded memory; see :meth:`score`."""
+        eos = self.dictionary.eos()
+
+        def sentences() -> Iterator[tuple[list[str], np.ndarray]]:
+            for line in lines:
+                tokens, ids = self.encode(line)
+                yield [*tokens, self.dictionary[eos]], np.append(ids, eos)
+
+        return self._score(sentences(), carry_hidden_state, details, batch_words)
+
+    def score_ids(
+        self,
+        sentences: Iterable[np.ndarray],
+        *,
+        carry_hidden_state: bool = False,
+        details: bool = False,
+        batch_words: int = DEFAULT_BATCH_WORDS,
+    ) -> Iterator[SentenceScore]:
+        """Scores sentences given as word ids, ends of sentences among them where wanted."""
+        with_tokens = (([self.dictionary[word] for word in ids], ids) for ids in sentences)
+        return self._score(with_tokens, carry_hidden_state, details, batch_words)
+
+    def _score(
+        self,
+        sentences: Iterable[tuple[list[str], np.ndarray]],
+        carried: bool,
+        details: bool,
+        batch_words: int,
+    ) -> Iterator[SentenceScore]:
+        scorer = Scorer(
+            self.composition, self.softmax, self.start, batch_words=batch_words, details=details
+        )
+        waiting: list[tuple[list[str], np.ndarray]] = []
+
+        def ids() -> Iterator[np.ndarray]:
+            for tokens, words in sentences:
+                waiting.append((tokens, words))
+                yield words
+
+        read = 0
+        for scores in scorer.score(ids(), carried):
+            yield SentenceScore(*waiting[read], *scores)
+            read += 1
+            if read == len(waiting):
+                waiting.clear()
+                read = 0
+
+    @torch.no_grad()
+    def _read(self, prefix: str) -> Any:
+        words = torch.from_numpy(np.append(self.start, self.encode(prefix)[1])).to(self.device)
+        context = None
+        for part in words[None].split(_READ_AT_ONCE, dim=1):
+            context = self.composition.read(self.table(part), context)
+        return context
+
+    @torch.no_grad()
+    def next_words(self, prefix: str = "", k: int = 10) -> list[tuple[str, float]]:
+        """Returns the k most probable next words with their probabilities, exactly.
+
+        Args:
+            prefix: what comes before, from the beginning of a sentence.
+            k: how many words.
+        """
+        found = top_words(self.composition, self.softmax, self._read(prefix), k)
+        words, probabilities = found.words[0].tolist(), found.log_probs[0].exp().tolist()
+        return [(self.dictionary[word], p) for word, p in zip(words, probabilities, strict=True)]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prefix: str = "",
+        *,
+        max_words: int = 50,
+        count: int = 1,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> list[str]:
+        """Continues a text at random.
+
+        Args:
+            prefix: the text to continue, from the beginning of a sentence.
+            max_words: stop after so many words where the model does not end the sentence.
+            count: how many texts.
+            temperature: of the words' probabilities.
+            top_k: draw from this many most probable words only.
+            top_p: draw from the fewest most probable words with this much probability.
+            seed: of the random numbers; None continues torch's own.
+
+        Returns:
+            The texts, prefix included, without the end of sentence.
+        """
+        if count < 1:
+            raise ValueError(f"count {count}: at least 1 text must be asked for")
+        generator = None
+        if seed is not None:
+            generator = torch.Generator(self.device).manual_seed(seed)
+        texts: list[list[str]] = [self.encode(prefix)[0] for _ in range(count)]
+        going = list(range(count))
+        context = self._read(prefix).select(
+            torch.zeros(count, dtype=torch.long, device=self.device)
+        )
+        for _ in range(max_words):
+            words = sample_words(
+                self.composition, self.softmax, context, temperature=temperature, top_k=top_k,
+                top_p=top_p, generator=generator,
+            )  # fmt: skip
+            left = words.ne(self.dictionary.eos()).nonzero().squeeze(1)
+            going = [going[index] for index in left.tolist()]
+            if not going:
+                break
+            words = words[left]
+            for text, word in zip(going, words.tolist(), strict=True):
+                texts[text].append(self.dictionary[word])
+            context = self.composition.read(self.table(words[:, None]), context.select(left))
+        return [" ".join(text) for text in texts]
+
+    @torch.no_grad()
+    def embedding(self, word: str) -> Tensor:
+        """Returns a word's input vectors, one for each component after the other, (k · dim,).
+
+        Raises:
+            ValueError: if the dictionary does not hold the word.
+        """
+        number = self.dictionary.indices.get(word)
+        if number is None:
+            raise ValueError(f"{word!r} is not in the dictionary")
+        coordinates = self.table(torch.tensor([number], device=self.device))
+        return self.composition.embedding(coordinates).reshape(-1)  # type: ignore[no-any-return]
+
+    def vocabulary_digest(self) -> str:
+        """Returns twelve hexadecimal digits that name the words and their order."""
+        content = "\n".join(self.dictionary.symbols)
+        return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+
+    def parameter_digest(self) -> str:
+        """Returns twelve hexadecimal digits that name the model's parameters."""
+        content = hashlib.sha256()
+        for name, value in sorted(self.model.named_parameters()):
+            content.update(name.encode())
+            content.update(value.detach().float().cpu().numpy().tobytes())
+        return content.hexdigest()[:12]
+
+
+def _find_checkpoint(path: Path) -> Path:
+    if path.is_file():
+        return path
+    for name in CHECKPOINT_NAMES:
+        if (path / name).is_file():
+            return path / name
+    if path.is_dir():
+        raise UsageError(f"{path}: this folder has none of {', '.join(CHECKPOINT_NAMES)}")
+    raise UsageError(f"{path}: no such checkpoint")
+
+
+def _load_state(checkpoint: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint))
+        state["model"]  # what is no checkpoint has none
+    except (RuntimeError, EOFError, KeyError, TypeError, pickle.PickleError, zipfile.BadZipFile):
+        logger.debug("loading %s failed", checkpoint, exc_info=True)
+        raise UsageError(f"{checkpoint}: not a checkpoint of fairseq, or a damaged one") from None
+    return state
+
+
+def _find_dictionary(checkpoint: Path, data: str | Path | None, recorded: str | None) -> Path:
+    """Returns the folder of the model's ``dict.txt``."""
+    if data is not None:
+        folders = [Path(data)]
+    else:
+        folders = [Path(part) for part in utils.split_paths(recorded or "")[:1]]
+        folders.append(checkpoint.parent)
+    for folder in folders:
+        if (folder / "dict.txt").is_file():
+            return folder
+    if data is not None:
+        raise UsageError(f"{Path(data) / 'dict.txt'}: no such dictionary; --data names its folder")
+    places = " nor ".join(str(folder / "dict.txt") for folder in folders)
+    raise UsageError(
+        f"{checkpoint}: its dictionary is neither {places}; name the folder of the binarised data "
+        "with --data"
+    )

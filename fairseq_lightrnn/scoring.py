@@ -1,0 +1,282 @@
+"""Log-probabilities of the words of given texts, in bounded memory.
+
+Sentences are scored in batches of similar length, or, with the hidden state carried from each to
+the next, as one consecutive text. Neither builds a tensor as wide as the vocabulary, and a long
+sentence is read piece by piece, so memory depends on neither vocabulary nor length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq_lightrnn.components import ComponentSoftmax
+from fairseq_lightrnn.distribution import next_word_entropy_and_rank
+
+if TYPE_CHECKING:
+    from fairseq_lightrnn.composition import Composition, Context
+
+__all__ = ["CorpusScore", "Scorer", "WordScores"]
+
+DEFAULT_BATCH_WORDS = 2048
+# Batches' worth of sentences that are sorted by length together.
+_BUFFERED_BATCHES = 32
+
+
+class WordScores(NamedTuple):
+    """The scores of the n words of a sentence.
+
+    Attributes:
+        log_probs: in nats, float64 of shape (n, k): of each coordinate given all before it. A
+            word's is their sum.
+        entropy: of the distribution that each word was predicted from, in nats, shape (n,); None
+            where it was not asked for.
+        rank: of each word in that distribution, from 1; None where it was not asked for.
+    """
+
+    log_probs: np.ndarray
+    entropy: np.ndarray | None = None
+    rank: np.ndarray | None = None
+
+
+class Scorer:
+    """Scores sentences with a trained model.
+
+    Args:
+        composition: reads words; in evaluation mode.
+        softmax: predicts components.
+        start: the word that the first word of a text is predicted from (end of sentence, with
+            fairseq's language models).
+        batch_words: words, with padding, that are scored at once. Results do not depend on it.
+        details: compute entropies and ranks too. They cost a pass over the vocabulary for each
+            word.
+
+    Raises:
+        ValueError: if ``batch_words`` is below 1.
+    """
+
+    def __init__(
+        self,
+        composition: Composition,
+        softmax: ComponentSoftmax,
+        start: int,
+        *,
+        batch_words: int = DEFAULT_BATCH_WORDS,
+        details: bool = False,
+    ) -> None:
+        if batch_words < 1:
+            raise ValueError(f"batch_words {batch_words}: must be at least 1")
+        self.composition = composition
+        self.softmax = softmax
+        self.start = start
+        self.batch_words = batch_words
+        self.details = details
+
+    def score(
+        self, sentences: Iterable[Sequence[int] | np.ndarray], carried: bool = False
+    ) -> Iterator[WordScores]:
+        """Scores sentences in their order.
+
+        Args:
+            sentences: word ids of each, the end of sentence among them where it is to be scored.
+            carried: let each sentence be predicted from all that came before it; otherwise each
+                starts afresh.
+        """
+        arrays = (np.asarray(sentence, dtype=np.int64) for sentence in sentences)
+        return self._consecutive(arrays) if carried else self._independent(arrays)
+
+    def _independent(self, sentences: Iterator[np.ndarray]) -> Iterator[WordScores]:
+        for group in _groups(sentences, self.batch_words * _BUFFERED_BATCHES):
+            results: list[WordScores] = [_NO_WORDS] * len(group)
+            for indices in _batches([len(sentence) for sentence in group], self.batch_words):
+                batch = self._batch([group[index] for index in indices])
+                for index, scores in zip(indices, batch, strict=True):
+                    results[index] = scores
+            yield from results
+
+    def _batch(self, sentences: list[np.ndarray]) -> list[WordScores]:
+        """Scores sentences, the longest first; a single one may be of any length."""
+        lengths = [len(sentence) for sentence in sentences]
+        words = np.full((len(sentences), lengths[0] + 1), self.start)
+        for row, sentence in zip(words, sentences, strict=True):
+            row[1 : len(sentence) + 1] = sentence
+        reader = _Reader(self)
+        return _split(reader.score(torch.from_numpy(words), lengths), lengths)
+
+    def _consecutive(self, sentences: Iterator[np.ndarray]) -> Iterator[WordScores]:
+        reader, last = _Reader(self), np.array([self.start])
+        for group in _groups(sentences, self.batch_words):
+            words = np.concatenate([last, *group])
+            last = words[-1:]
+            pieces = [len(sentence) for sentence in group]
+            scores = reader.score(torch.from_numpy(words[None]), [len(words) - 1])
+            ends = np.cumsum(pieces)
+            for start, end in zip(ends - pieces, ends, strict=True):
+                yield WordScores(*(None if part is None else part[0, start:end] for part in scores))
+
+
+class _Reader:
+    """Reads consecutive blocks of the same texts, and remembers where it is."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+        self.device = scorer.softmax.table.cells.device
+        self.state: Any = None
+        self.context: Context | None = None
+
+    @torch.no_grad()
+    def score(self, words: Tensor, lengths: Sequence[int]) -> WordScores:
+        """Scores all words of (B, T+1) but the first; the results have shapes (B, T, …)."""
+        batch, width = words.shape[0], words.shape[1] - 1
+        components = self.scorer.softmax.table.num_components
+        result = WordScores(
+            np.zeros((batch, width, components)),
+            np.zeros((batch, width)) if self.scorer.details else None,
+            np.zeros((batch, width), dtype=np.int64) if self.scorer.details else None,
+        )
+        step = max(1, self.scorer.batch_words // batch)
+        for start in range(0, width, step):
+            block = words[:, start : start + step + 1].to(self.device)
+            part = slice(start, start + block.size(1) - 1)
+            result.log_probs[:, part] = self._log_probs(block).cpu().numpy()
+            if result.entropy is not None and result.rank is not None:
+                entropy, rank = self._details(block, np.array(lengths) - start)
+                result.entropy[:, part] = entropy.cpu().numpy()
+                result.rank[:, part] = rank.cpu().numpy()
+        return result
+
+    def _log_probs(self, words: Tensor) -> Tensor:
+        coordinates = self.scorer.softmax.table(words)
+        hidden, self.state = self.scorer.composition(coordinates, self.state)
+        scores = self.scorer.softmax(hidden.flatten(0, 1), coordinates[:, 1:].flatten(0, 1))
+        return scores.reshape(*hidden.shape[:2], -1).double()
+
+    def _details(self, words: Tensor, left: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Returns entropies and ranks; ``left`` tells how many words of each text there are."""
+        composition, softmax = self.scorer.composition, self.scorer.softmax
+        shape = (words.size(0), words.size(1) - 1)
+        entropy = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        rank = torch.zeros(shape, dtype=torch.long, device=self.device)
+        for step in range(shape[1]):
+            self.context = composition.read(softmax.table(words[:, step : step + 1]), self.context)
+            # Texts that have ended are still read, but what follows them is not computed.
+            active = torch.from_numpy(np.flatnonzero(left > step)).to(self.device)
+            found = next_word_entropy_and_rank(
+                composition, softmax, self.context.select(active), words[active, step + 1]
+            )
+            entropy[active, step], rank[active, step] = found
+        return entropy, rank
+
+
+_NO_WORDS = WordScores(np.zeros((0, 0)))
+
+
+def _groups(sentences: Iterator[np.ndarray], words: int) -> Iterator[list[np.ndarray]]:
+    """Yields sentences in groups of about so many words."""
+    group: list[np.ndarray] = []
+    size = 0
+    for sentence in sentences:
+        group.append(sentence)
+        size += len(sentence) + 1
+        if size >= words:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _batches(lengths: list[int], words: int) -> Iterator[list[int]]:
+    """Yields the indices of sentences that make a batch of so many words, padding included.
+
+    The longest sentence of a batch comes first. Empty sentences are left out.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if lengths[index] == 0:
+            continue
+        if batch and (len(batch) + 1) * lengths[batch[0]] > words:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _split(scores: WordScores, lengths: Sequence[int]) -> list[WordScores]:
+    return [
+        WordScores(*(None if part is None else part[row, :length] for part in scores))
+        for row, length in enumerate(lengths)
+    ]
+
+
+@dataclass
+class CorpusScore:
+    """Adds up the scores of sentences.
+
+    Args:
+        unk: id of the unknown word.
+        eos: id of the end of sentence.
+        count_eos: whether the end of sentence is among the words scored.
+
+    Attributes:
+        sentences: how many.
+        words: how many words were counted, unknown ones and, if asked for, ends of sentences too.
+        unknown: how many of them are unknown.
+        log_prob: of all words counted, in nats.
+        unknown_log_prob: of the unknown ones, in nats.
+        components: of all words counted, in nats, by component.
+    """
+
+    unk: int
+    eos: int
+    count_eos: bool = True
+    sentences: int = 0
+    words: int = 0
+    unknown: int = 0
+    log_prob: float = 0.0
+    unknown_log_prob: float = 0.0
+    components: np.ndarray = field(default_factory=lambda: np.zeros(1))
+
+    def add(self, words: np.ndarray, log_probs: np.ndarray) -> None:
+        """Counts a sentence.
+
+        Args:
+            words: ids of shape (n,).
+            log_probs: in nats, shape (n, k).
+        """
+        self.sentences += 1
+        if not len(words):
+            return
+        counted = np.ones(len(words), dtype=bool) if self.count_eos else words != self.eos
+        unknown = words == self.unk
+        self.words += int(counted.sum())
+        self.unknown += int(unknown.sum())
+        by_component = log_probs[counted].sum(axis=0)
+        self.components = self.components + by_component
+        self.log_prob += float(by_component.sum())
+        self.unknown_log_prob += float(log_probs[unknown].sum())
+
+    @property
+    def perplexity(self) -> float | None:
+        """Perplexity of the words counted; None of no words."""
+        return _perplexity(self.log_prob, self.words)
+
+    @property
+    def perplexity_without_unknown(self) -> float | None:
+        """Perplexity of the words counted but for the unknown ones; None of no words."""
+        return _perplexity(self.log_prob - self.unknown_log_prob, self.words - self.unknown)
+
+    @property
+    def component_perplexities(self) -> list[float | None]:
+        """The factors whose product is the perplexity, one for each component."""
+        return [_perplexity(float(part), self.words) for part in self.components]
+
+
+def _perplexity(log_prob: float, words: int) -> float | None:
+    return math.exp(-log_prob / words) if words else None
