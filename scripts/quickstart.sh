@@ -42,8 +42,9 @@ mistake() {
 }
 
 whole_number() { # FLAG VALUE LEAST
-    [[ $2 =~ ^[0-9]{1,9}$ ]] && ((10#$2 >= $3)) ||
+    if ! [[ $2 =~ ^[1-9][0-9]{0,8}$ ]] || (($2 < $3)); then
         mistake "$1 $2: give a whole number, at least $3"
+    fi
 }
 
 # --- the command line -----------------------------------------------------------------------------
@@ -177,6 +178,10 @@ shown() { # COMMAND...: as one would type it
     printf '%s' "${line% }"
 }
 
+# Where threads share cores with other work, waiting for each other in busy loops makes them ten
+# times slower than a single one.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+
 # --- set-up ---------------------------------------------------------------------------------------
 
 begin setup "Set-up" "see the messages above; most often the package index cannot be reached"
@@ -206,7 +211,7 @@ begin preprocess "Vocabulary and binarised text" "look into its output for the f
 data=$out/data
 command=(fairseq-preprocess --only-source --trainpref "$corpus/train.txt"
     --validpref "$corpus/valid.txt" --testpref "$corpus/test.txt" --destdir "$data"
-    --thresholdsrc "$min_count" --workers 2)
+    --thresholdsrc "$min_count" --padding-factor 1 --workers 2)
 key=$(key_of "$key" "${command[@]}")
 if is_done "$key" && [[ -s $data/train.bin ]]; then
     echo "Done before with the same text: $data"

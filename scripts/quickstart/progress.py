@@ -9,6 +9,7 @@ import json
 import re
 import signal
 import sys
+import textwrap
 from collections.abc import Iterable
 from typing import TextIO
 
@@ -29,6 +30,8 @@ def readable(line: str) -> str | None:
             return _readable_record(json.loads(plain))
         except (ValueError, KeyError, TypeError):
             pass
+    if plain.startswith("reallocation after"):
+        return textwrap.fill(plain, 100, initial_indent="  ", subsequent_indent="    ")
     return plain if len(plain) <= WIDTH else plain[: WIDTH - 1] + "…"
 
 

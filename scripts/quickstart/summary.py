@@ -51,13 +51,11 @@ class Model:
 
 def load_model(checkpoint: Path, data: Path) -> Model:
     """Loads the checkpoint and counts the words of the binarised training split."""
-    from fairseq import checkpoint_utils, utils
+    from fairseq import checkpoint_utils
     from fairseq.data import data_utils
 
-    import fairseq_lightrnn
+    import fairseq_lightrnn.register  # noqa: F401
 
-    user_dir = Path(fairseq_lightrnn.__file__).parent
-    utils.import_user_module(argparse.Namespace(user_dir=str(user_dir)))
     models, _, task = checkpoint_utils.load_model_ensemble_and_task(
         [str(checkpoint)], arg_overrides={"data": str(data)}
     )
@@ -206,6 +204,7 @@ def report(summary: Mapping, rows: Mapping[int, list[str]], out: Path, prompt: s
     shape = " × ".join(map(str, summary["table_shape"]))
     ordinary = summary["parameters_ordinary_lstm"]
     times = ordinary / summary["parameters"]
+    continued = summary["generated"].split()[len(prompt.split()) :]
     valid = summary["valid_ppl_by_epoch"]
     lines = [
         "",
@@ -214,8 +213,8 @@ def report(summary: Mapping, rows: Mapping[int, list[str]], out: Path, prompt: s
         f"                  {summary['test_ppl']:.0f} equally likely ones, out of "
         f"{summary['vocabulary']:,}. Lower is better.",
         f"Parameters        {summary['parameters']:,}",
-        f"                  An ordinary LSTM of the same width has {ordinary:,}, {times:.0f} times as "
-        "many.",
+        f"                  An ordinary LSTM of the same width has {ordinary:,},",
+        f"                  {times:.{0 if times >= 10 else 1}f} times as many.",
         f"Word table        {summary['vocabulary']:,} words in {shape} cells",
         f"Training          {summary['train_words']:,} words × {len(valid)} epochs, "
         f"{summary['words_per_second']:,.0f} words per second",
@@ -228,7 +227,7 @@ def report(summary: Mapping, rows: Mapping[int, list[str]], out: Path, prompt: s
     lines.append("Rows of the learnt table, their most frequent words:")
     lines.extend(f"  row {row:3}  {'  '.join(words)}" for row, words in rows.items())
     lines.append("A prompt continued:")
-    lines.append(f"  {prompt} → {summary['generated'].removeprefix(prompt).strip()}")
+    lines.append(f"  {prompt} → {' '.join(continued)}")
     lines.append("Files:")
     for name, what in (
         ("summary.json", "these figures"),
@@ -249,7 +248,7 @@ def _reallocation_lines(reallocation: Mapping, valid: list[float]) -> list[str]:
         f"Reallocation      after epoch {epoch}: {reallocation['moved']:,} words moved, "
         f"{reallocation['seconds']:.1f} s",
         f"                  cost per word {reallocation['cost_before']:.4f} → "
-        f"{reallocation['cost_after']:.4f} nats (no table can go below "
+        f"{reallocation['cost_after']:.4f} nats (proven lower bound: "
         f"{reallocation['lower_bound']:.4f})",
         f"                  validation perplexity before {before}, one epoch later {after}",
     ]
