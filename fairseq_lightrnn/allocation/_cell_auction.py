@@ -110,9 +110,7 @@ def scan(first, second, prices, slack, words, cells, bases, thresholds):
         _row_minima(first, second, prices, start, stop, minima)
         for at in range(start, stop):
             word = words[at]
-            rest = _cheapest_cells(
-                first[at], second[at], prices, minima[at - start], values, kept
-            )
+            rest = _cheapest_cells(first[at], second[at], prices, minima[at - start], values, kept)
             best = np.inf
             for k in range(keep):
                 cell = kept[k]
@@ -139,9 +137,7 @@ def sweep(first, second, prices, values):
 
 
 @numba.njit(nogil=True, cache=True)
-def bid(
-    prices, owners, held, cells, bases, thresholds, queue, state, stale, epsilon, max_bids
-):
+def bid(prices, owners, held, cells, bases, thresholds, queue, state, stale, epsilon, max_bids):
     """Lets waiting words bid until none is left or ``stale`` is full.
 
     Args:

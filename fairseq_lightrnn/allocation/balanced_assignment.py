@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 _LINEAR_ASSIGNMENT_LIMIT = 1 << 14  # entries of a capacity-1 matrix up to which scipy is quickest
 _FLOAT64_LIMIT = 1 << 27  # entries up to which costs are held in float64
-_BLOCK_ENTRIES = 1 << 23
+_BLOCK_ENTRIES = 1 << 19  # temporaries stay in the cache
+_BLOCK_WORDS = 1 << 11
 _BIDS_PER_WORD = 60  # beyond this the raise is too small for an instance with many ties
 _UNIT = 2.0**-52
 
@@ -174,7 +175,7 @@ def _prepare(source: CostSource, capacities: np.ndarray, symbols: Sequence[str] 
     active = np.zeros(n, bool)
     weights = torch.from_numpy(capacities / max(1, capacities.sum())).to(source.device)
     mean_cost = rounding = spread = 0.0
-    step = max(1, _BLOCK_ENTRIES // max(1, m))
+    step = min(max(1, _BLOCK_ENTRIES // max(1, m)), _BLOCK_WORDS)
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         block = source.block(rows)
@@ -196,6 +197,8 @@ def _prepare(source: CostSource, capacities: np.ndarray, symbols: Sequence[str] 
 def _cost(problem: _Problem, places: np.ndarray) -> float:
     if len(places) == 0:
         return 0.0
+    if problem.matrix.dtype == np.float64:
+        return float((problem.lows + problem.matrix[np.arange(len(places)), places]).sum())
     chosen = torch.from_numpy(places).to(problem.source.device)
     return float(problem.source.chosen(chosen).sum())
 

@@ -23,7 +23,7 @@ __all__ = [
     "word_name",
 ]
 
-_CHOSEN_BLOCK = 1 << 14
+_CHOSEN_BLOCK = 1 << 10  # temporaries stay in the cache
 
 
 def word_name(word: int, symbols: Sequence[str] | None = None) -> str:

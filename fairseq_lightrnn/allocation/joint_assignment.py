@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _KEEP = 16  # cheapest cells cached for each word; more cost more than they save
 _DENSE_LIMIT = 1 << 18  # entries of the words x cells matrix up to which scipy is quickest
 _FLOAT64_LIMIT = 1 << 25  # entries of both factors up to which they are float64
-_BLOCK_WORDS = 2048
+_BLOCK_WORDS = 1024
 _BIDS_PER_WORD = 60  # beyond this the raise is too small for an instance with many ties
 _UNIT = 2.0**-52
 
@@ -73,6 +73,7 @@ class _Problem:
     shape: tuple[int, int]
     threads: int
     stored: tuple[np.ndarray, np.ndarray] | None = None
+    executor: ThreadPoolExecutor | None = None
 
     @property
     def low(self) -> float:
@@ -104,12 +105,11 @@ class _Problem:
         """Calls ``work`` on blocks of ``words``, in threads; the kernels leave the interpreter lock."""
         size = max(8, min(_BLOCK_WORDS, -(-len(words) // self.threads)))
         blocks = [words[start : start + size] for start in range(0, len(words), size)]
-        if self.threads < 2 or len(blocks) < 2:
+        if self.executor is None or len(words) < 64:
             for block in blocks:
                 work(block)
-            return
-        with ThreadPoolExecutor(self.threads) as executor:
-            list(executor.map(work, blocks))
+        else:
+            list(self.executor.map(work, blocks))
 
     def cost(self, index: np.ndarray, cells: np.ndarray) -> float:
         """Returns the total cost of giving word w the cell ``cells[index[w]]``, in float64."""
@@ -170,7 +170,8 @@ def joint_assignment(
         cost = problem.cost(assignment, cells)
         bound, rounding = cost, problem.rounding
     else:
-        assignment, cost, bound, rounding = _solve(problem, cells, index, gap, deadline)
+        with ThreadPoolExecutor(threads) as problem.executor:
+            assignment, cost, bound, rounding = _solve(problem, cells, index, gap, deadline)
     if present is not None:
         cost_now = problem.cost(present, cells)
         if cost_now <= cost:
@@ -205,9 +206,7 @@ def _prepare(
     stored = None
     if n * sum(sides) * np.dtype(dtype).itemsize <= memory:
         stored = np.empty((n, sides[0]), dtype), np.empty((n, sides[1]), dtype)
-    shares = [
-        np.bincount(cells[:, i], minlength=size) / max(1, n) for i, size in enumerate(shape)
-    ]
+    shares = [np.bincount(cells[:, i], minlength=size) / max(1, n) for i, size in enumerate(shape)]
     for start in range(0, n, _BLOCK_WORDS):
         words = np.arange(start, min(start + _BLOCK_WORDS, n))
         for component, source in enumerate(costs):

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 OBJECTIVES = ("row-first", "joint")
 Objective = Literal["row-first", "joint"]
 
-_CHECK_BLOCK = 1 << 14
+_CHECK_BLOCK = 1 << 12
 
 
 @dataclass(frozen=True)
