@@ -31,13 +31,15 @@ from torch import Tensor
 from fairseq_lightrnn import register  # noqa: F401  (fairseq must know the model and its task)
 from fairseq_lightrnn.distribution import sample_words, top_words
 from fairseq_lightrnn.errors import UsageError
-from fairseq_lightrnn.scoring import DEFAULT_BATCH_WORDS, Scorer, WordScores
+from fairseq_lightrnn.scoring import DEFAULT_BATCH_WORDS, Scorer
 
 __all__ = ["LanguageModel", "SentenceScore"]
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_NAMES = ("checkpoint_best.pt", "checkpoint_last.pt")
+# What torch raises for files that are no checkpoints, or truncated ones.
+_DAMAGE = (OSError, RuntimeError, EOFError, pickle.PickleError, zipfile.BadZipFile)
 # Words of a prompt that are read at once.
 _READ_AT_ONCE = 2048
 
@@ -212,7 +214,7 @@ class LanguageModel:
 
         read = 0
         for scores in scorer.score(ids(), carried):
-            yield SentenceScore(*waiting[read], *scores)
+            yield SentenceScore(*waiting[read], scores.log_probs, scores.entropy, scores.rank)
             read += 1
             if read == len(waiting):
                 waiting.clear()
@@ -331,7 +333,7 @@ def _load_state(checkpoint: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint))
         state["model"]  # what is no checkpoint has none
-    except (RuntimeError, EOFError, KeyError, TypeError, pickle.PickleError, zipfile.BadZipFile):
+    except (*_DAMAGE, KeyError, TypeError):
         logger.debug("loading %s failed", checkpoint, exc_info=True)
         raise UsageError(f"{checkpoint}: not a checkpoint of fairseq, or a damaged one") from None
     return state

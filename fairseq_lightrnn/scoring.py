@@ -44,6 +44,13 @@ class WordScores(NamedTuple):
     entropy: np.ndarray | None = None
     rank: np.ndarray | None = None
 
+    def part(self, text: int, start: int, end: int) -> WordScores:
+        """Of a batch's scores, (B, T, …), returns those of some words of a text."""
+        log_probs = self.log_probs[text, start:end]
+        if self.entropy is None or self.rank is None:
+            return WordScores(log_probs)
+        return WordScores(log_probs, self.entropy[text, start:end], self.rank[text, start:end])
+
 
 class Scorer:
     """Scores sentences with a trained model.
@@ -107,7 +114,8 @@ class Scorer:
         for row, sentence in zip(words, sentences, strict=True):
             row[1 : len(sentence) + 1] = sentence
         reader = _Reader(self)
-        return _split(reader.score(torch.from_numpy(words), lengths), lengths)
+        scores = reader.score(torch.from_numpy(words), lengths)
+        return [scores.part(row, 0, length) for row, length in enumerate(lengths)]
 
     def _consecutive(self, sentences: Iterator[np.ndarray]) -> Iterator[WordScores]:
         reader, last = _Reader(self), np.array([self.start])
@@ -118,7 +126,7 @@ class Scorer:
             scores = reader.score(torch.from_numpy(words[None]), [len(words) - 1])
             ends = np.cumsum(pieces)
             for start, end in zip(ends - pieces, ends, strict=True):
-                yield WordScores(*(None if part is None else part[0, start:end] for part in scores))
+                yield scores.part(0, start, end)
 
 
 class _Reader:
@@ -206,13 +214,6 @@ def _batches(lengths: list[int], words: int) -> Iterator[list[int]]:
         batch.append(index)
     if batch:
         yield batch
-
-
-def _split(scores: WordScores, lengths: Sequence[int]) -> list[WordScores]:
-    return [
-        WordScores(*(None if part is None else part[row, :length] for part in scores))
-        for row, length in enumerate(lengths)
-    ]
 
 
 @dataclass
