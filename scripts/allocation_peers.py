@@ -1,6 +1,7 @@
 """The other ways of allocating words to cells, for `benchmark_allocation.py` to compare with.
 
-Every solver takes an instance and returns the flat cell of each word. None of them is used by the plugin.
+Every solver takes an instance and returns the flat cell of each word. None of them is used by the
+plugin.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ _BLOCK = 4096
 
 @dataclass
 class Instance:
-    """One reallocation: the table before it, the statistics and the output vectors (two components)."""
+    """One reallocation: the table before it, the statistics and the output vectors (two
+    components).
+    """
 
     table: WordTable
     sums: torch.Tensor  # (2, V, d)
@@ -70,7 +73,9 @@ def scipy_dense(instance: Instance) -> np.ndarray:
 
 
 def scipy_dense_rows(instance: Instance) -> np.ndarray:
-    """scipy's `linear_sum_assignment` for the rows, each repeated for each of its cells: exact for the rows."""
+    """scipy's `linear_sum_assignment` for the rows, each repeated for each of its cells: exact for
+    the rows.
+    """
     cells = np.sort(instance.table.cells)
     rows = cells // instance.table.shape[1]
     matrix = instance.costs[0].block(slice(None)).numpy()[:, rows]
@@ -78,7 +83,9 @@ def scipy_dense_rows(instance: Instance) -> np.ndarray:
 
 
 def cheapest_arcs(instance: Instance, keep: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns (words, flat cells, costs less the mean of the word) of the cheapest cells of each word."""
+    """Returns (words, flat cells, costs less the mean of the word) of the cheapest cells of each
+    word.
+    """
     num_words, keep = instance.table.num_words, min(keep, instance.table.num_words)
     prices = np.full(instance.table.shape, np.inf)
     prices.reshape(-1)[instance.table.cells] = 0.0
@@ -111,7 +118,9 @@ def fill_up(instance: Instance, held: np.ndarray) -> np.ndarray:
 
 
 def scipy_sparse(instance: Instance, keep: int = 200) -> np.ndarray:
-    """scipy's `min_weight_full_bipartite_matching` on the 200 cheapest cells of each word and its present one."""
+    """scipy's `min_weight_full_bipartite_matching` on the 200 cheapest cells of each word and its
+    present one.
+    """
     words, cells, values = cheapest_arcs(instance, keep)
     num_words = instance.table.num_words
     index = np.full(instance.table.num_cells, -1)
@@ -127,7 +136,9 @@ def scipy_sparse(instance: Instance, keep: int = 200) -> np.ndarray:
 
 
 def ortools_flow(instance: Instance, keep: int = 200) -> np.ndarray:
-    """OR-tools' linear assignment (cost scaling) on the 200 cheapest cells of each word and its present one."""
+    """OR-tools' linear assignment (cost scaling) on the 200 cheapest cells of each word and its
+    present one.
+    """
     from ortools.graph.python import linear_sum_assignment as solver
 
     words, cells, values = cheapest_arcs(instance, keep)
@@ -156,10 +167,11 @@ def _take(order, words, cells, held, owners):
 
 
 def dominant_greedy(instance: Instance, keep: int = 200) -> np.ndarray:
-    """The paper's 1/2-approximate matching, locally dominant greedy, on costs less the mean of each word.
+    """The paper's 1/2-approximate matching, locally dominant greedy, on costs less the mean of
+    each word.
 
-    Taking arcs in the order of their costs takes locally dominant arcs; words whose 200 cheapest cells are gone
-    get what is left.
+    Taking arcs in the order of their costs takes locally dominant arcs; words whose 200 cheapest
+    cells are gone get what is left.
     """
     words, cells, values = cheapest_arcs(instance, keep)
     held = np.full(instance.table.num_words, -1)
@@ -169,7 +181,9 @@ def dominant_greedy(instance: Instance, keep: int = 200) -> np.ndarray:
 
 
 def _regret_greedy(costs: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """Assigns the word that would lose most by its second choice first, to its cheapest place with room."""
+    """Assigns the word that would lose most by its second choice first, to its cheapest place with
+    room.
+    """
     room = room.copy()
     order = np.argsort(costs, axis=1, kind="stable")
     at = np.zeros(len(costs), np.int64)
@@ -201,7 +215,9 @@ def _regret_greedy(costs: np.ndarray, room: np.ndarray) -> np.ndarray:
 
 
 def regret_greedy(instance: Instance) -> np.ndarray:
-    """The greedy of the authors' release without its bug: rows, then columns within rows, by a regret queue."""
+    """The greedy of the authors' release without its bug: rows, then columns within rows, by a
+    regret queue.
+    """
     occupied = instance.table.words.reshape(instance.table.shape) >= 0
     num_words = instance.table.num_words
     rows = _regret_greedy(instance.costs[0].block(slice(None)).numpy(), occupied.sum(axis=1))
@@ -214,7 +230,9 @@ def regret_greedy(instance: Instance) -> np.ndarray:
 
 
 def alternating(instance: Instance, passes: int = 20) -> np.ndarray:
-    """Exact columns within rows and exact rows within columns in turn, from the present table, until it stalls."""
+    """Exact columns within rows and exact rows within columns in turn, from the present table,
+    until it stalls.
+    """
     coordinates = np.array(instance.table.coordinates)
     before = sum(instance.cost(instance.table.cells))
     for _ in range(passes):

@@ -1,14 +1,18 @@
-"""Compares ways of allocating words to the cells of a word table: cost, certified gap, time and memory.
+"""Compares ways of allocating words to the cells of a word table: cost, certified gap, time and
+memory.
 
-    python scripts/benchmark_allocation.py --sizes 10000 100000 --json examples/allocation/results.json
+    python scripts/benchmark_allocation.py --sizes 10000 100000 --json
+    examples/allocation/results.json
 
-Instances are files made by `--export` of this project's commands (``--instances``) or synthetic: word w occurs
-``n_w ~ 1 / w`` times (Zipf, at least once, on average 100 times); its summed state is ``n_w mu_w + sqrt(n_w) xi_w``
-with ``mu_w`` and ``xi_w`` Gaussian of standard deviation 0.3 and 0.5 in direction 1, falling with the root of the
-direction; the output vectors are standard Gaussian. So costs are of low rank and very unequal, and the noise of
-rare words is as large as what is to be learnt, like in statistics of trained models. The table before is random.
+Instances are files made by `--export` of this project's commands (``--instances``) or synthetic:
+word w occurs ``n_w ~ 1 / w`` times (Zipf, at least once, on average 100 times); its summed state
+is ``n_w mu_w + sqrt(n_w) xi_w`` with ``mu_w`` and ``xi_w`` Gaussian of standard deviation 0.3 and
+0.5 in direction 1, falling with the root of the direction; the output vectors are standard
+Gaussian. So costs are of low rank and very unequal, and the noise of rare words is as large as
+what is to be learnt, like in statistics of trained models. The table before is random.
 
-Every solver runs in a process of its own, after it has solved a small instance so that nothing is compiled on the clock.
+Every solver runs in a process of its own, after it has solved a small instance so that nothing is
+compiled on the clock.
 """
 
 from __future__ import annotations
@@ -186,9 +190,11 @@ def compare(instance: Instance, directory: Path, time_limit: float) -> dict[str,
 
 
 def markdown(report: dict) -> str:
-    """Returns the results as a table; gaps are shares of what can be gained over the table before."""
+    """Returns the results as a table; gaps are shares of what can be gained over the table
+    before.
+    """
     lines = [
-        "| instance | solver | gap of rows + columns, % | gap of rows, % | seconds | CPU s | peak GiB |",
+        "| instance | solver | gap, rows + columns, % | gap, rows, % | seconds | CPU s | GiB |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, instance in report["instances"].items():
@@ -197,8 +203,9 @@ def markdown(report: dict) -> str:
                 lines.append(f"| {name} | {solver} | | | {result['error']} | | |")
                 continue
             lines.append(
-                f"| {name} | {solver} | {100 * result['joint_gap']:.4g} | {100 * result['row_gap']:.4g} | "
-                f"{result['seconds']:.2f} | {result['cpu_seconds']:.2f} | {result['peak_mib'] / 1024:.2f} |"
+                f"| {name} | {solver} | {100 * result['joint_gap']:.4g} "
+                f"| {100 * result['row_gap']:.4g} | {result['seconds']:.2f} "
+                f"| {result['cpu_seconds']:.2f} | {result['peak_mib'] / 1024:.2f} |"
             )
     return "\n".join(lines)
 

@@ -28,7 +28,9 @@ def optimum(costs: np.ndarray, capacities: np.ndarray) -> float:
 
 @st.composite
 def problems(draw):
-    """Costs of all scales with ties, zero rows and very unequal words; capacities tight or loose, some zero."""
+    """Costs of all scales with ties, zero rows and very unequal words; capacities tight or loose,
+    some zero.
+    """
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     n, m = draw(st.integers(1, 40)), draw(st.integers(1, 8))
     if draw(st.booleans()):
@@ -59,7 +61,9 @@ def test_reaches_the_optimum_and_proves_it(limit, problem):
         found = balanced_assignment(costs, capacities)
     best = optimum(costs, capacities)
     assert (np.bincount(found.assignment, minlength=len(capacities)) <= capacities).all()
-    assert found.cost == pytest.approx(costs[np.arange(len(costs)), found.assignment].sum(), rel=1e-12)
+    assert found.cost == pytest.approx(
+        costs[np.arange(len(costs)), found.assignment].sum(), rel=1e-12
+    )
     assert found.optimal
     assert found.cost <= best + 1e-12 * np.abs(costs).sum()
     assert found.lower_bound <= best
@@ -98,9 +102,9 @@ def test_larger_instances_with_zipf_counts_are_exact(single, monkeypatch):
     random = np.random.default_rng(1)
     n, m = 600, 20
     counts = np.maximum(1, 5000 // np.arange(1, n + 1))[:, None]
-    costs = -(counts * random.normal(size=(n, 8)) + np.sqrt(counts) * random.normal(size=(n, 8))) @ random.normal(
-        size=(8, m)
-    )
+    costs = -(
+        counts * random.normal(size=(n, 8)) + np.sqrt(counts) * random.normal(size=(n, 8))
+    ) @ random.normal(size=(8, m))
     capacities = np.full(m, 30)
     found = balanced_assignment(costs, capacities)
     best = optimum(costs, capacities)
@@ -134,7 +138,10 @@ def test_low_rank_costs_equal_their_matrix():
 def test_weighted_costs_are_the_costs_times_the_weight_less_the_bonus():
     random = torch.Generator().manual_seed(4)
     base = LowRankCosts(
-        torch.randn(9, 2, generator=random), torch.randn(3, 2, generator=random), torch.ones(9), torch.zeros(3)
+        torch.randn(9, 2, generator=random),
+        torch.randn(3, 2, generator=random),
+        torch.ones(9),
+        torch.zeros(3),
     )
     favoured, bonus = torch.arange(9) % 3, torch.arange(9.0).double()
     costs = WeightedCosts(base, 2.5, favoured, bonus)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fairseq_lightrnn.allocation.cooccurrence import neighbour_counts, positive_information, word_vectors
+from fairseq_lightrnn.allocation.cooccurrence import (
+    neighbour_counts,
+    positive_information,
+    word_vectors,
+)
 from fairseq_lightrnn.allocation.initial_table import initial_table
 from fairseq_lightrnn.word_table import balanced_cells
 
@@ -31,7 +35,9 @@ def test_every_kind_fills_the_balanced_cells_and_repeats_itself(kind, num_words,
 
 
 def test_seeds_give_different_random_tables():
-    assert initial_table("random", 50, (8, 7), seed=1) != initial_table("random", 50, (8, 7), seed=2)
+    assert initial_table("random", 50, (8, 7), seed=1) != initial_table(
+        "random", 50, (8, 7), seed=2
+    )
 
 
 def test_frequency_order_runs_along_the_rows():
@@ -90,7 +96,10 @@ def test_vectors_of_a_small_matrix_are_its_singular_vectors():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "alphabetic"}, "must be one of random, frequency, cooccurrence, got 'alphabetic'"),
+        (
+            {"kind": "alphabetic"},
+            "must be one of random, frequency, cooccurrence, got 'alphabetic'",
+        ),
         ({"kind": "frequency"}, "give counts or tokens"),
         ({"kind": "frequency", "counts": np.ones(5)}, "counts must be 6"),
         ({"kind": "cooccurrence"}, "give tokens"),

@@ -33,7 +33,9 @@ def sources(factors: list[np.ndarray]) -> list[DenseCosts]:
 
 @st.composite
 def problems(draw):
-    """Tables of one to three components, full or not, one row or one column, with costs of all scales and ties."""
+    """Tables of one to three components, full or not, one row or one column, with costs of all
+    scales and ties.
+    """
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shape = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
     n = draw(st.integers(1, int(np.prod(shape))))
@@ -63,7 +65,9 @@ def test_reaches_the_optimum_and_its_bound_holds(limit, problem):
     assert sorted(found.assignment.tolist()) == list(range(len(cells)))
     matrix = matrix_of(factors, cells)
     slack = 1e-11 * np.abs(matrix).max(axis=1).sum()
-    assert found.cost == pytest.approx(matrix[np.arange(len(cells)), found.assignment].sum(), abs=slack)
+    assert found.cost == pytest.approx(
+        matrix[np.arange(len(cells)), found.assignment].sum(), abs=slack
+    )
     assert found.cost <= best + slack
     assert found.lower_bound <= best
     assert found.optimal

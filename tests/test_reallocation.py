@@ -88,7 +88,9 @@ def test_both_objectives_against_brute_force(shape, missing, tokens, seed):
     assert rows_first.lower_bound <= best_rows + 1e-12
     for found in (joint, rows_first):
         assert sorted(found.table.cells) == sorted(table.cells)
-        assert found.component_costs_after == pytest.approx(total(costs, found.table.coordinates), abs=1e-9)
+        assert found.component_costs_after == pytest.approx(
+            total(costs, found.table.coordinates), abs=1e-9
+        )
 
 
 def test_later_stages_are_best_within_their_rows():
@@ -111,7 +113,9 @@ def test_joint_equals_scipy_at_four_hundred_words():
     for weight in (1.0, 4.0):
         matrix = weight * costs[0][:, cells[:, 0]] + costs[1][:, cells[:, 1]]
         rows, columns = linear_sum_assignment(matrix)
-        found = reallocate(table, statistics, vectors, biases, objective="joint", row_weight=weight, gap=0.0)
+        found = reallocate(
+            table, statistics, vectors, biases, objective="joint", row_weight=weight, gap=0.0
+        )
         assert found.cost_after == pytest.approx(matrix[rows, columns].sum(), rel=1e-12)
         assert found.gap <= 1e-9 * abs(found.cost_after)
 
@@ -174,7 +178,9 @@ def test_words_that_never_occurred_stay_in_their_row_where_they_can():
 @pytest.mark.parametrize("objective", ["row-first", "joint"])
 def test_threads_and_repetition_do_not_change_the_table(objective):
     arguments = instance(100, (10, 10), seed=8, tokens=1000)[:4]
-    tables = [reallocate(*arguments, objective=objective, num_threads=n).table for n in (1, 2, 3, 1)]
+    tables = [
+        reallocate(*arguments, objective=objective, num_threads=n).table for n in (1, 2, 3, 1)
+    ]
     assert all(table == tables[0] for table in tables)
 
 
@@ -203,6 +209,12 @@ def test_statistics_that_are_not_finite_are_refused_naming_the_word(value):
 )
 def test_bad_arguments_are_refused(change, message):
     table, statistics, vectors, biases, *_ = instance(9, (3, 3), seed=10)
-    arguments = {"table": table, "statistics": statistics, "vectors": vectors, "biases": biases, **change}
+    arguments = {
+        "table": table,
+        "statistics": statistics,
+        "vectors": vectors,
+        "biases": biases,
+        **change,
+    }
     with pytest.raises(ValueError, match=message):
         reallocate(**arguments)

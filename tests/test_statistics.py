@@ -1,4 +1,4 @@
-"""Sums of hidden states: against one-by-one addition, in any order, over shards, and for very frequent words."""
+"""Sums of hidden states: one by one, in any order, over shards, and of very frequent words."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ def test_sums_equal_states_added_one_by_one():
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 1000), size=st.integers(1, 60), cuts=st.lists(st.integers(0, 60), max_size=4))
+@given(
+    seed=st.integers(0, 1000),
+    size=st.integers(1, 60),
+    cuts=st.lists(st.integers(0, 60), max_size=4),
+)
 def test_order_and_shards_do_not_matter_bit_for_bit(seed, size, cuts):
     words, hidden = occurrences(seed, size)
     whole = AllocationStatistics(7, 2, 3)
@@ -51,7 +55,9 @@ def test_order_and_shards_do_not_matter_bit_for_bit(seed, size, cuts):
 def test_word_ranges_together_hold_what_one_holds():
     words, hidden = occurrences(3, 80)
     whole = AllocationStatistics(7, 2, 3)
-    parts = [AllocationStatistics(7, 2, 3, word_range=bounds) for bounds in ((0, 2), (2, 3), (3, 7))]
+    parts = [
+        AllocationStatistics(7, 2, 3, word_range=bounds) for bounds in ((0, 2), (2, 3), (3, 7))
+    ]
     for statistics in (whole, *parts):
         statistics.add(words, hidden)
     assert torch.equal(torch.cat([part.sums for part in parts], dim=1), whole.sums)
@@ -79,7 +85,9 @@ def test_a_very_frequent_word_keeps_its_sum(dtype):
     for _ in range(29):
         statistics.add(words, states)
     exact = 29 * (1 << 20) * float(states[0, 0, 0])
-    assert statistics.sums[0, 0, 0].item() == pytest.approx(exact, rel=1e-5 if dtype == torch.float32 else 1e-12)
+    assert statistics.sums[0, 0, 0].item() == pytest.approx(
+        exact, rel=1e-5 if dtype == torch.float32 else 1e-12
+    )
 
 
 def test_float32_statistics_take_half_the_bytes():

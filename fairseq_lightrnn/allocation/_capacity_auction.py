@@ -1,8 +1,9 @@
 """Auction of places with capacities: the compiled loops of balanced assignment.
 
-Each word bids for its cheapest place at current prices; a place keeps its highest bids and its price is the lowest
-bid it keeps (Bertsekas and Castanon, "The auction algorithm for the transportation problem", 1989, with
-similar objects). Bids are handled one after the other, so the result does not depend on threads.
+Each word bids for its cheapest place at current prices; a place keeps its highest bids and its
+price is the lowest bid it keeps (Bertsekas and Castanon, "The auction algorithm for the
+transportation problem", 1989, with similar objects). Bids are handled one after the other, so the
+result does not depend on threads.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def _best_two(row, prices):
 
 @numba.njit(nogil=True, cache=True, inline="always")
 def _less(bid_a, word_a, bid_b, word_b):
-    """Whether bid a leaves a place before bid b: the lower one, and of equals that of the higher id."""
+    """Whether bid a leaves a place before bid b: the lower; of equals that of the higher id."""
     return bid_a < bid_b or (bid_a == bid_b and word_a > word_b)
 
 
@@ -101,7 +102,8 @@ def auction(costs, prices, offsets, sizes, bids, words, places, queue, state, ep
         waiting -= 1
         made += 1
         place, best, second = _best_two(costs[word], prices)
-        # A raise by the whole difference leaves the word just as content here as with its second choice.
+        # A raise by the whole difference leaves the word just as content here as with its second
+        # choice.
         raise_by = max(second - best, epsilon) if second < np.inf else epsilon
         bid = max(prices[place] + raise_by, np.nextafter(prices[place], np.inf))
         base = offsets[place]

@@ -1,6 +1,8 @@
-"""The smaller of two floats as one machine instruction, so that loops over minima are vectorised."""
+"""The smaller of two floats as one machine instruction, which lets minima be vectorised."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from llvmlite import ir
 from numba.core import types
@@ -10,11 +12,11 @@ __all__ = ["smaller"]
 
 
 @intrinsic
-def smaller(typing_context, a, b):  # type: ignore[no-untyped-def]
+def _smaller(typing_context, a, b):  # type: ignore[no-untyped-def]
     """Returns the smaller of two numbers of one float type, neither of them NaN.
 
-    The compiler turns a loop over ``min`` or ``if`` into one comparison at a time, because it cannot know that
-    there is no NaN; this makes such loops six to ten times as fast.
+    The compiler turns a loop over ``min`` or ``if`` into one comparison at a time, because it
+    cannot know that there is no NaN; this makes such loops six to ten times as fast.
     """
     if not isinstance(a, types.Float) or a != b:
         return None
@@ -26,3 +28,6 @@ def smaller(typing_context, a, b):  # type: ignore[no-untyped-def]
         return builder.call(minimum, arguments, fastmath=("nnan", "nsz", "reassoc"))
 
     return a(a, a), generate
+
+
+smaller: Any = _smaller  # the decorator takes the first argument away, which no type says

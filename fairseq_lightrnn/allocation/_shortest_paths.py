@@ -1,8 +1,9 @@
 """Successive shortest paths over places: the compiled loops that make a balanced assignment exact.
 
-Given any prices, every word sits at its cheapest place, which leaves some places too full and others with room.
-Words then move along shortest paths of the residual graph from full places to places with room. The graph has one node
-a place, so it stays small however many words there are. (Ahuja, Magnanti and Orlin, "Network Flows", 1993, ch. 9.)
+Given any prices, every word sits at its cheapest place, which leaves some places too full and
+others with room. Words then move along shortest paths of the residual graph from full places to
+places with room. The graph has one node a place, so it stays small however many words there are.
+(Ahuja, Magnanti and Orlin, "Network Flows", 1993, ch. 9.)
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ __all__ = ["repair"]
 
 @numba.njit(nogil=True, cache=True)
 def _rescan(costs, place, first, following, spare, arc, mover):
-    """Computes the cheapest move from ``place`` to every other place, and who makes it (-2: free capacity)."""
+    """Computes the cheapest move from ``place`` to every other place, and who makes it (-2: free
+    capacity).
+    """
     m = costs.shape[1]
     for j in range(m):
         arc[place, j] = 0.0 if spare[place] > 0 else np.inf
@@ -87,14 +90,15 @@ def _dijkstra(arc, prices, load, capacities, distance, parent, done):
 
 @numba.njit(nogil=True, cache=True)
 def repair(costs, capacities, prices, places, spare, max_paths):
-    """Moves words until every place holds no more than it may, keeping every word at its cheapest place.
+    """Moves words until no place is too full, keeping every word at its cheapest place.
 
     Args:
       costs: (n, m) costs.
       capacities: (m,) words each place takes.
       prices: (m,) float64 prices, raised in place.
       places: (n,) cheapest place of each word at these prices, changed in place.
-      spare: (m,) units of free capacity lying at each place (all of them at the cheapest price), changed in place.
+      spare: (m,) units of free capacity lying at each place (all of them at the cheapest price),
+        changed in place.
       max_paths: paths after which to give up.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Balanced assignment: n words to m places of given capacities, at least cost, with a certificate."""
+"""Balanced assignment of words to places with capacities, at least cost, with a certificate."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class BalancedAssignment:
       lower_bound: no assignment costs less than this.
       mean_cost: expected cost of an assignment drawn at random, the yardstick of `relative_gap`.
       optimal: whether cost and bound agree to rounding error.
-      prices: (m,) dual prices of the places, a warm start for similar costs; None from the dense solver.
+      prices: (m,) dual prices of the places, a warm start for similar costs; None from the dense
+        solver.
       seconds: time it took.
     """
 
@@ -91,17 +92,18 @@ def balanced_assignment(
     present: np.ndarray | None = None,
     symbols: Sequence[str] | None = None,
 ) -> BalancedAssignment:
-    """Assigns every word to a place so that no place takes more words than its capacity, at least total cost.
+    """Assigns every word to a place within the capacities of the places, at least total cost.
 
     The linear-programming dual has one price a place, and any prices p >= 0 give a lower bound,
-    ``sum_w min_i (cost[w, i] + p[i]) - sum_i capacity[i] p[i]``. An auction with capacities finds prices that are
-    nearly right, shortest paths over the places make the assignment exact. The result is deterministic; where words are
-    indifferent, lower ids go first.
+    ``sum_w min_i (cost[w, i] + p[i]) - sum_i capacity[i] p[i]``. An auction with capacities finds
+    prices that are nearly right, shortest paths over the places make the assignment exact. The
+    result is deterministic; where words are indifferent, lower ids go first.
 
     Args:
       costs: (n, m) costs, or a source that forms them block by block.
       capacities: (m,) words that each place takes; their sum is at least n.
-      gap: stop once the gap is this share of what can be saved over a random assignment; 0 asks for the optimum.
+      gap: stop once the gap is this share of what can be saved over a random assignment; 0 asks
+        for the optimum.
       time_limit: seconds after which to stop with the best assignment and bound so far.
       prices: (m,) prices of a similar problem to start from.
       present: (n,) place of each word now; words that are indifferent stay there where they can.
@@ -111,8 +113,8 @@ def balanced_assignment(
       The assignment and its certificate.
 
     Raises:
-      ValueError: a cost is NaN or infinite (the word is named), the capacities do not hold the words, or shapes
-        do not fit.
+      ValueError: a cost is NaN or infinite (the word is named), the capacities do not hold the
+        words, or shapes do not fit.
     """
     started = time.monotonic()
     deadline = None if time_limit is None else started + time_limit
@@ -167,7 +169,7 @@ def _check_capacities(
 
 
 def _prepare(source: CostSource, capacities: np.ndarray, symbols: Sequence[str] | None) -> _Problem:
-    """Forms the costs block by block, less each word's least cost, and bounds the rounding error."""
+    """Forms the costs block by block, less the least of each word, and bounds the rounding."""
     n, m = source.shape
     dtype = np.float64 if n * m <= _FLOAT64_LIMIT else np.float32
     matrix = np.empty((n, m), dtype)
@@ -268,7 +270,7 @@ def _auction(
     epsilon: float,
     deadline: float | None,
 ) -> np.ndarray:
-    """Runs the auction to its end or the deadline; raises ``epsilon`` where ties make it a war of attrition."""
+    """Runs the auction to its end or the deadline, with a larger raise where ties prolong it."""
     n, m = matrix.shape
     offsets = np.zeros(m + 1, np.int64)
     np.cumsum(capacities, out=offsets[1:])

@@ -1,7 +1,10 @@
-"""Word vectors from neighbouring words: counts, positive pointwise mutual information, truncated SVD.
+"""Word vectors from neighbouring words: counts, positive pointwise mutual information, truncated
+SVD.
 
-The vectors of Bullinaria and Levy ("Extracting semantic representations from word co-occurrence statistics", 2007) with
-a window of one word on either side, left and right kept apart: words that can stand in the same place are alike.
+The vectors of Bullinaria and Levy ("Extracting semantic representations from word co-occurrence
+statistics", 2007) with
+a window of one word on either side, left and right kept apart: words that can stand in the same
+  place are alike.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ def neighbour_counts(
       num_contexts: only the most frequent words count as neighbours; bounds the memory.
 
     Returns:
-      Counts (V, 2 M), right neighbours first, over the M <= ``num_contexts`` most frequent words; and the occurrences
-      of each word, (V,).
+      Counts (V, 2 M), right neighbours first, over the M <= ``num_contexts`` most frequent words;
+      and the occurrences of each word, (V,).
 
     Raises:
       ValueError: a word id is out of range.
@@ -83,7 +86,7 @@ def _pairs(pieces: Iterable[np.ndarray]) -> Iterable[tuple[np.ndarray, np.ndarra
 
 
 def positive_information(counts: sparse.csr_array) -> sparse.csr_array:
-    """Returns the positive pointwise mutual information of words and neighbours, sparse like the counts."""
+    """Returns the positive pointwise mutual information of words and neighbours, sparse."""
     total = counts.sum()
     words = counts.sum(axis=1)
     contexts = counts.sum(axis=0) ** _CONTEXT_POWER

@@ -1,6 +1,7 @@
 """Cost matrices of words and places, formed block by block.
 
-A cost source answers three questions: what the costs of a few words are, what each word pays at a given
+A cost source answers three questions: what the costs of a few words are, what each word pays at a
+  given
 place, and which words it is about. Solvers never see more of a matrix than they ask for.
 """
 
@@ -75,9 +76,10 @@ class DenseCosts:
 class LowRankCosts:
     """Costs ``-(sums @ vectors.T + counts[:, None] * biases)``, never stored whole.
 
-    With summed hidden states as ``sums`` and occurrences as ``counts`` this is, up to a constant of each
-    word, the training loss of giving the word a coordinate (arXiv 1610.09893, section 3.3), because the
-    loss of an occurrence is linear in the hidden state except for a normaliser that all coordinates share.
+    With summed hidden states as ``sums`` and occurrences as ``counts`` this is, up to a constant
+    of each word, the training loss of giving the word a coordinate (arXiv 1610.09893, section
+    3.3), because the loss of an occurrence is linear in the hidden state except for a normaliser
+    that all coordinates share.
 
     Attributes:
       sums: (n, d) summed hidden states; may be backed by a memory-mapped file.
@@ -230,6 +232,6 @@ def require_finite(
         return  # the sum overflowed, the numbers did not
     word = first + int(torch.nonzero(~finite)[0])
     raise ValueError(
-        f"{what} of {word_name(word, symbols)} is NaN or infinite; the model that gathered it has diverged: "
-        "go back to an earlier checkpoint or lower the learning rate"
+        f"{what} of {word_name(word, symbols)} is NaN or infinite; the model that gathered it has "
+        "diverged: go back to an earlier checkpoint or lower the learning rate"
     )

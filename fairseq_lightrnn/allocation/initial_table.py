@@ -46,8 +46,9 @@ def initial_table(
 ) -> WordTable:
     """Builds a word table before any training.
 
-    ``random`` permutes the words, as in arXiv 1610.09893. ``frequency`` fills the table row by row from the most frequent
-    word to the rarest. ``cooccurrence`` puts words with similar neighbours into a row, and within the rows words that differ
+    ``random`` permutes the words, as in arXiv 1610.09893. ``frequency`` fills the table row by row
+    from the most frequent word to the rarest. ``cooccurrence`` puts words with similar neighbours
+    into a row, and within the rows words that differ
     from their row in the same way into a column: balanced k-means on word vectors.
 
     Args:
@@ -63,7 +64,8 @@ def initial_table(
       The table; the occupied cells are those of `balanced_cells`.
 
     Raises:
-      ValueError: the kind is unknown, what it needs is missing, or counts do not fit the dictionary.
+      ValueError: the kind is unknown, what it needs is missing, or counts do not fit the
+        dictionary.
     """
     if kind not in INITIAL_TABLES:
         raise ValueError(f"initial table must be one of {', '.join(INITIAL_TABLES)}, got {kind!r}")
@@ -108,7 +110,7 @@ def _cooccurrence_table(
     seed: int,
     num_threads: int,
 ) -> WordTable:
-    """Clusters the words coordinate by coordinate, each on what the coordinates before left unexplained."""
+    """Clusters the words for one coordinate after the other, on what is not explained yet."""
     started = time.monotonic()
     co_occurrences, counts = neighbour_counts(tokens, num_words, _NUM_CONTEXTS)
     vectors = word_vectors(positive_information(co_occurrences), _VECTOR_DIM, seed)
@@ -140,7 +142,7 @@ def _balanced_clusters(
     random: np.random.Generator,
     executor: ThreadPoolExecutor,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Balanced k-means: every group of words is split over the same centroids with capacities of its own.
+    """Balanced k-means: splits every group of words over the same centroids, by its capacities.
 
     Args:
       vectors: (V, d) word vectors.

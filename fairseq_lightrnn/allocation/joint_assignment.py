@@ -1,4 +1,4 @@
-"""Joint assignment: words to cells of a table, at least total of all component costs, with a certificate."""
+"""Joint assignment of words to cells: least sum of all component costs, with a certificate."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class JointAssignment:
 
 @dataclass
 class _Problem:
-    """Costs as two factors, row costs (n, R) and column costs (n, C), each row less its least entry."""
+    """Costs as two factors, (n, R) and (n, C), each row of them less its least entry."""
 
     sources: Sequence[CostSource]
     lows: list[np.ndarray]  # (n,) what was taken off, for each component
@@ -102,7 +102,7 @@ class _Problem:
         return _fold(blocks[: len(blocks) // 2]), _fold(blocks[len(blocks) // 2 :])
 
     def over_blocks(self, work: Callable[[np.ndarray], None], words: np.ndarray) -> None:
-        """Calls ``work`` on blocks of ``words``, in threads; the kernels leave the interpreter lock."""
+        """Calls ``work`` on blocks of ``words`` in threads, as the kernels release the lock."""
         size = max(8, min(_BLOCK_WORDS, -(-len(words) // self.threads)))
         blocks = [words[start : start + size] for start in range(0, len(words), size)]
         if self.executor is None or len(words) < 64:
@@ -134,20 +134,20 @@ def joint_assignment(
 ) -> JointAssignment:
     """Assigns words to cells, one to one, at the least sum of their component costs.
 
-    An auction with one price a cell (Bertsekas, "The auction algorithm", 1988) finds an assignment within
-    a small share of the optimum; its prices are the certificate. More than two components are folded into
-    two factors, so that the problem solved is the same.
+    An auction with one price a cell (Bertsekas, "The auction algorithm", 1988) finds an assignment
+    within a small share of the optimum; its prices are the certificate. More than two components
+    are folded into two factors, so that the problem solved is the same.
 
     Args:
       costs: k cost sources of (n, R_i).
       cells: (n, k) coordinates of the cells to be filled, all different.
       shape: the k sizes R_i.
-      gap: stop once the gap is this share of what can be saved over a random assignment; 0 asks for the
-        optimum.
+      gap: stop once the gap is this share of what can be saved over a random assignment; 0 asks
+        for the optimum.
       time_limit: seconds after which to stop with what there is.
       memory: bytes that stored costs may take; beyond it they are formed whenever they are needed.
-      present: (n,) index into ``cells`` of the cell of each word now, returned where nothing better is
-        found in time.
+      present: (n,) index into ``cells`` of the cell of each word now, returned where nothing
+        better is found in time.
       symbols: names of the words, for error messages.
       num_threads: threads for looking at all cells; the result does not depend on it.
 
@@ -195,7 +195,7 @@ def _prepare(
     threads: int,
     symbols: Sequence[str] | None,
 ) -> _Problem:
-    """Forms all costs once: checks them, finds the least of each word and stores the factors if they fit."""
+    """Forms all costs once to check them and to find the least ones; stores what fits."""
     n, split = len(cells), len(shape) // 2
     sides = (int(np.prod(shape[:split])), int(np.prod(shape[split:])))
     exact = n * sum(sides) <= _FLOAT64_LIMIT or gap < 1e-6
@@ -203,7 +203,7 @@ def _prepare(
     lows, mean_cost, rounding = [np.empty(n) for _ in shape], 0.0, 0.0
     flat = np.ravel_multi_index(tuple(cells.T), shape).astype(np.int64)
     problem = _Problem(costs, lows, dtype, 0.0, 0.0, flat, sides, threads)
-    stored = None
+    stored: tuple[np.ndarray, np.ndarray] | None = None
     if n * sum(sides) * np.dtype(dtype).itemsize <= memory:
         stored = np.empty((n, sides[0]), dtype), np.empty((n, sides[1]), dtype)
     shares = [np.bincount(cells[:, i], minlength=size) / max(1, n) for i, size in enumerate(shape)]
@@ -285,7 +285,8 @@ def _auction(
     held = np.full(n, -1, np.int64)
     queue = np.arange(n)
     state = np.array([0, n, 0])
-    # Small enough that the words of a batch see each other's prices, large enough to share the sweep.
+    # Small enough that the words of a batch see each other's prices, large enough to share the
+    # sweep.
     stale = np.empty(max(64, n // 50), np.int64)
     made = 0
     while state[1] > 0 or state[2] > 0:
@@ -318,7 +319,7 @@ def _look(
     thresholds: np.ndarray,
 ) -> None:
     """Finds the cheapest cells of some words afresh."""
-    rounded = prices.astype(problem.dtype)
+    rounded: np.ndarray = prices.astype(problem.dtype)
 
     def work(block: np.ndarray) -> None:
         first, second = problem.factors(block)
@@ -328,10 +329,12 @@ def _look(
 
 
 def _bound(problem: _Problem, prices: np.ndarray) -> tuple[float, float]:
-    """Returns the dual value of the prices, which bounds every assignment from below, and its rounding."""
+    """Returns the dual value of the prices, which bounds every assignment from below, and its
+    rounding.
+    """
     n = len(problem.flat)
     values = np.empty(n)
-    rounded = prices.astype(problem.dtype)
+    rounded: np.ndarray = prices.astype(problem.dtype)
 
     def work(block: np.ndarray) -> None:
         first, second = problem.factors(block)

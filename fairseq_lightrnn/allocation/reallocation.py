@@ -39,14 +39,15 @@ _CHECK_BLOCK = 1 << 12
 class Reallocation:
     """A new table and what is known about it. Costs are totals over the statistics, in nats.
 
-    Costs lack the log-normalisers of the occurrences unless the statistics hold them; differences of costs are losses
-    either way. They are predictions: what a word pays at a later component was measured at its old place.
+    Costs lack the log-normalisers of the occurrences unless the statistics hold them; differences
+    of costs are losses either way. They are predictions: what a word pays at a later component was
+    measured at its old place.
 
     Attributes:
       table: the new table.
       moved: number of words whose cell changed.
-      cost_before: cost of the old table; of the first component that was assigned for ``row-first``, of all
-        components (weighted) for ``joint``.
+      cost_before: cost of the old table; of the first component that was assigned for
+        ``row-first``, of all components (weighted) for ``joint``.
       cost_after: the same of the new table.
       lower_bound: no table costs less than this by the same measure.
       component_costs_before: (k,) cost of each component before, never weighted.
@@ -92,11 +93,12 @@ def reallocate(
 ) -> Reallocation:
     """Moves the words over the occupied cells of their table so that the predicted loss is least.
 
-    ``row-first`` works component by component: stage i splits every group of words that share their first i coordinates
-    over the next coordinate, at least cost of that component alone. The first component's costs stay true when words
-    move, the later ones were measured with the old coordinates as input; gathering the statistics again and calling once
-    more with ``fixed_components=1`` mends that. ``joint`` minimises the sum over all components at once, the matching of
-    arXiv 1610.09893, section 3.3.
+    ``row-first`` works component by component: stage i splits every group of words that share
+    their first i coordinates over the next coordinate, at least cost of that component alone. The
+    first component's costs stay true when words move, the later ones were measured with the old
+    coordinates as input; gathering the statistics again and calling once more with
+    ``fixed_components=1`` mends that. ``joint`` minimises the sum over all components at once, the
+    matching of arXiv 1610.09893, section 3.3.
 
     Args:
       table: the present table of V words; its empty cells stay empty.
@@ -104,27 +106,30 @@ def reallocate(
       vectors: k output embeddings, (R_i, d).
       biases: k output biases, (R_i,).
       objective: ``row-first`` or ``joint``.
-      row_weight: factor on the costs of the first component in ``joint``; the larger, the nearer to ``row-first``.
+      row_weight: factor on the costs of the first component in ``joint``; the larger, the nearer
+        to ``row-first``.
       fixed_components: keep this many leading coordinates of every word (``row-first`` only).
       stay_margin: nats per occurrence and component that a word must gain to change its coordinate.
-      gap: share of the gain over a random table at which to stop; default 0 (the optimum) for ``row-first``, 1e-4 for
-        ``joint``.
-      time_limit: seconds after which to stop with the best found so far; later stages of ``row-first`` still run.
+      gap: share of the gain over a random table at which to stop; default 0 (the optimum) for
+        ``row-first``, 1e-4 for ``joint``.
+      time_limit: seconds after which to stop with the best found so far; later stages of
+        ``row-first`` still run.
       symbols: names of the words, for error messages.
       num_threads: threads; the table does not depend on it.
 
     Returns:
-      The new table, its costs and their lower bound. With a ``stay_margin`` the bound holds but is looser.
+      The new table, its costs and their lower bound. With a ``stay_margin`` the bound holds but is
+      looser.
 
     Raises:
-      ValueError: sizes do not fit together, an option is out of range, or a statistic is NaN or infinite (the word is
-        named).
+      ValueError: sizes do not fit together, an option is out of range, or a statistic is NaN or
+        infinite (the word is named).
     """
     started = time.monotonic()
     _check(table, statistics, vectors, biases, objective, row_weight, fixed_components, stay_margin)
     _check_finite(statistics, vectors, biases, symbols)
     threads = num_threads or os.cpu_count() or 1
-    losses: list[CostSource] = [
+    losses = [
         LowRankCosts(statistics.sums[i], vectors[i].detach(), statistics.counts, biases[i].detach())
         for i in range(table.num_components)
     ]
@@ -184,14 +189,16 @@ def assign_by_stages(
 
     Args:
       costs: k cost sources of (V, R_i).
-      table: whose occupied cells are to be filled; words that are indifferent keep their coordinate where they can.
+      table: whose occupied cells are to be filled; words that are indifferent keep their
+        coordinate where they can.
       fixed_components: leading coordinates that stay.
       gap: see `balanced_assignment`.
       time_limit: seconds for the first stage.
       num_threads: groups of later stages that are solved at once.
 
     Returns:
-      The new coordinates, (V, k), and a lower bound on the cost of the first stage, summed over its groups.
+      The new coordinates, (V, k), and a lower bound on the cost of the first stage, summed over
+      its groups.
     """
     shape = table.shape
     occupied = table.words.reshape(shape) >= 0
@@ -258,7 +265,7 @@ def _component_costs(losses: Sequence[CostSource], table: WordTable) -> tuple[fl
 
 
 def _with_margin(
-    losses: Sequence[CostSource],
+    losses: Sequence[LowRankCosts],
     weights: Sequence[float],
     table: WordTable,
     statistics: AllocationStatistics,
@@ -296,12 +303,13 @@ def _check(
         raise ValueError(f"stay_margin must not be negative, got {stay_margin}")
     if not 0 <= fixed_components < k or (fixed_components and objective == "joint"):
         raise ValueError(
-            f"fixed_components must be 0 for joint and below {k} for row-first, got {fixed_components}"
+            f"fixed_components must be 0 for joint and below {k} for row-first, "
+            f"got {fixed_components}"
         )
     if tuple(statistics.sums.shape[:2]) != (k, num_words):
         raise ValueError(
-            f"statistics of {statistics.sums.shape[1]} words and {statistics.sums.shape[0]} components do "
-            f"not fit a table of {num_words} words and {k} components"
+            f"statistics of {statistics.sums.shape[1]} words and {statistics.sums.shape[0]} "
+            f"components do not fit a table of {num_words} words and {k} components"
         )
     dim = statistics.sums.shape[2]
     for component in range(k):
@@ -309,8 +317,8 @@ def _check(
         got = tuple(vectors[component].shape), tuple(biases[component].shape)
         if got != (expected, expected[:1]):
             raise ValueError(
-                f"output vectors and biases of component {component} have shapes {got[0]} and {got[1]}, "
-                f"expected {expected} and {expected[:1]}"
+                f"output vectors and biases of component {component} have shapes {got[0]} and "
+                f"{got[1]}, expected {expected} and {expected[:1]}"
             )
 
 

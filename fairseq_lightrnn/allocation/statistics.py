@@ -11,27 +11,31 @@ from torch import Tensor
 
 __all__ = ["AllocationStatistics"]
 
-# Hidden states are rounded to multiples of 2**-24 before they are added. Sums of such numbers are exact in float64
-# while they stay below 2**29, so the order of the additions - batches, threads, workers - does not matter.
+# Hidden states are rounded to multiples of 2**-24 before they are added. Sums of such numbers are
+# exact in float64 while they stay below 2**29, so the order of the additions - batches, threads,
+# workers - does not matter.
 _RESOLUTION = 2.0**24
 
 
 class AllocationStatistics:
     """Summed hidden states and occurrences of words, gathered with the parameters fixed.
 
-    The loss of giving word ``w`` the coordinate ``a`` of component ``i``, summed over the occurrences of ``w``, is
-    ``const - (sums[i, w] @ vectors[i][a] + counts[w] * biases[i][a])``: the sums stand for V x sqrt(V) losses
-    (arXiv 1610.09893, section 3.3, where the losses are summed one by one).
+    The loss of giving word ``w`` the coordinate ``a`` of component ``i``, summed over the
+    occurrences of ``w``, is ``const - (sums[i, w] @ vectors[i][a] + counts[w] * biases[i][a])``:
+    the sums stand for V x sqrt(V) losses (arXiv 1610.09893, section 3.3, where the losses are
+    summed one by one).
 
-    Statistics of parts of a corpus add up (`merge`, or an all-reduce of `sums` and `counts`). In float64 they are
-    exact, and therefore the same for every order and every number of workers, as long as no sum leaves 2**29.
+    Statistics of parts of a corpus add up (`merge`, or an all-reduce of `sums` and `counts`). In
+    float64 they are exact, and therefore the same for every order and every number of workers, as
+    long as no sum leaves 2**29.
 
     Args:
       num_words: V, size of the dictionary.
       num_components: k, coordinates of a word.
       dim: d, width of the hidden states.
       word_range: only words ``lo <= w < hi`` are kept, others are skipped; all by default.
-      dtype: of the sums. float32 halves the memory; each batch is summed in float64 before it is added.
+      dtype: of the sums. float32 halves the memory; each batch is summed in float64 before it is
+        added.
       device: where the tensors live.
       storage: directory in which the sums are kept as a memory-mapped file instead of in memory.
 
@@ -90,7 +94,8 @@ class AllocationStatistics:
 
         Args:
           words: (N,) word ids that were to be predicted.
-          hidden: (N, k, d) output states; ``hidden[:, i]`` is the state that predicted component ``i``.
+          hidden: (N, k, d) output states; ``hidden[:, i]`` is the state that predicted component
+            ``i``.
 
         Raises:
           ValueError: the shapes do not fit, or an id is not in the dictionary.
@@ -98,8 +103,8 @@ class AllocationStatistics:
         expected = (words.shape[0], self.num_components, self.dim)
         if words.dim() != 1 or tuple(hidden.shape) != expected:
             raise ValueError(
-                f"words {tuple(words.shape)} and hidden {tuple(hidden.shape)} do not fit; expected (N,) and "
-                f"(N, {self.num_components}, {self.dim})"
+                f"words {tuple(words.shape)} and hidden {tuple(hidden.shape)} do not fit; expected "
+                f"(N,) and (N, {self.num_components}, {self.dim})"
             )
         if words.numel() == 0:
             return
@@ -135,10 +140,8 @@ class AllocationStatistics:
         self.counts += other.counts.to(self.counts.device)
 
     def __repr__(self) -> str:
-        return (
-            f"AllocationStatistics(num_words={self.num_words}, num_components={self.num_components}, "
-            f"dim={self.dim}, word_range={self.word_range}, dtype={self.sums.dtype})"
-        )
+        sizes = f"{self.num_words}, {self.num_components}, {self.dim}"
+        return f"AllocationStatistics({sizes}, word_range={self.word_range}, {self.sums.dtype})"
 
 
 def _memory_mapped(
