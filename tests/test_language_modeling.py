@@ -127,6 +127,37 @@ class TestTraining:
         assert last["model"]["decoder.reallocation_round"] == 1
         assert last["model"]["decoder.reallocation_epoch"] == 1
 
+    def test_statistics_of_part_of_the_words(
+        self, data: Path, trained: Path, tmp_path: Path
+    ) -> None:
+        flags = {"reallocate_epochs": 1, "restore_file": trained / "checkpoint1.pt"}
+        train(data, tmp_path, max_epoch=2, reallocation_words=437, **flags)
+        record = json.loads((tmp_path / "reallocations.jsonl").read_text())
+        assert 300 < record["tokens"] < 600  # half of 874, in whole batches
+        assert record["cost_after"] < record["cost_before"]
+
+    @pytest.mark.parametrize("memory", [1.0, 0.5e-5, 1e-6])
+    def test_bounded_memory_gives_the_same_table(
+        self, data: Path, trained: Path, tmp_path: Path, memory: float
+    ) -> None:
+        """float64 and float32 in memory and float32 in a file: 12.7 kB, 6.5 kB, 0.4 kB."""
+        train(
+            data, tmp_path, max_epoch=2, reallocate_epochs=1, reallocation_memory=memory,
+            restore_file=trained / "checkpoint1.pt",
+        )  # fmt: skip
+        one, other = (load(folder / "checkpoint2.pt") for folder in (tmp_path, trained))
+        assert table_of(one, (7, 7)) == table_of(other, (7, 7))
+        assert not list(tmp_path.glob("statistics.*"))
+
+    def test_a_row_weight_is_part_of_the_cost(self, data: Path, tmp_path: Path) -> None:
+        train(
+            data, tmp_path, max_epoch=2, reallocate_epochs=1, reallocation_objective="joint",
+            reallocation_row_weight=3.0,
+        )  # fmt: skip
+        record = json.loads((tmp_path / "reallocations.jsonl").read_text())
+        # About 1.9 nats of rows, thrice, and of columns: perplexities of 7 each.
+        assert 6.5 < record["cost_after"] < record["cost_before"] < 8.5
+
     def test_without_a_schedule_the_table_stays(self, data: Path, tmp_path: Path) -> None:
         train(data, tmp_path, initial_table="random")
         tables = [table_of(load(tmp_path / f"checkpoint{n}.pt"), (7, 7)) for n in (1, 3)]
@@ -384,6 +415,9 @@ class TestBadInput:
             ({"table_shape": "7x7x7"}, "has 3 components, --num-components is 2"),
             ({"num_components": 0}, "--num-components: a table needs at least 1 component"),
             ({"hidden_size": 0}, "--hidden-size 0: must be at least 1"),
+            ({"reallocation_words": 0}, "--reallocation-words 0: must be above 0"),
+            ({"reallocation_memory": -1}, "--reallocation-memory -1.0: must be above 0"),
+            ({"reallocation_row_weight": 2}, "belongs to --reallocation-objective joint"),
             ({"output_residual_dim": -1}, "--output-residual-dim -1: must not be negative"),
             ({"dropout": 1.5}, "--dropout 1.5: must be at least 0 and below 1"),
             ({"reallocate_epochs": 3}, "after epoch 3 no epoch of training follows"),

@@ -239,6 +239,10 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
         scores = self.softmax(hidden, self.table(words.reshape(-1)))
         return scores.reshape(*words.shape, components)
 
+    def statistics_shape(self) -> tuple[int, int]:
+        """Returns k and d, the sizes of the statistics that a reallocation needs of each word."""
+        return self.table.num_components, self.softmax.weight.size(1)
+
     def get_normalized_probs(
         self,
         net_output: tuple[Tensor, dict[str, Any] | None],

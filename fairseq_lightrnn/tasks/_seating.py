@@ -5,6 +5,7 @@
 import json
 import logging
 import os
+import tempfile
 import time
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -13,17 +14,25 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-import torch
-import torch.distributed
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.logging import progress_bar
 from omegaconf import II
-from torch import Tensor, nn
+from torch import nn
 
-from fairseq_lightrnn.allocation.initial_table import initial_table
+from fairseq_lightrnn.allocation.initial_table import INITIAL_TABLES, initial_table
 from fairseq_lightrnn.allocation.reallocation import Reallocation, reallocate
 from fairseq_lightrnn.allocation.statistics import AllocationStatistics
 from fairseq_lightrnn.errors import UsageError, usage_errors
+from fairseq_lightrnn.tasks._reallocation import (
+    broadcast_table,
+    gather_statistics,
+    log_reallocation,
+    rank,
+    reallocation_report,
+    sample_share,
+    statistics_storage,
+    world_size,
+)
 from fairseq_lightrnn.tasks._schedule import reallocation_epochs
 from fairseq_lightrnn.word_table import WordTable
 
@@ -31,10 +40,7 @@ __all__ = ["SeatingConfig", "SeatingMixin"]
 
 logger = logging.getLogger(__name__)
 
-INITIAL_TABLES = ("random", "frequency", "cooccurrence")
 CRITERION = "two_component_cross_entropy"
-
-_REDUCED_ROWS = 1 << 16
 
 
 @dataclass
@@ -63,6 +69,27 @@ class SeatingConfig(FairseqDataclass):
         metadata={
             "help": "what a reallocation minimises: the loss of rows, then that of columns within "
             "each row (row-first), or the sum of both as in the paper (joint)"
+        },
+    )
+    reallocation_row_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "weight of the rows' loss in the joint objective; the larger, the nearer to "
+            "row-first"
+        },
+    )
+    reallocation_words: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "gather statistics over about this many words, spread evenly over the "
+            "training split (default: all)"
+        },
+    )
+    reallocation_memory: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "GiB that the statistics may take; more goes to a file in the save directory "
+            "while it is needed (default: no bound)"
         },
     )
     max_epoch: int = II("optimization.max_epoch")
@@ -98,7 +125,7 @@ class SeatingMixin:
     @classmethod
     def setup_task(cls, args: Any, **kwargs: Any) -> Any:
         """Sets the task up, after checking the flags and the dictionary."""
-        reallocation_epochs(args.reallocate_epochs, args.reallocate_interval, args.max_epoch)
+        _check(args)
         if args.initial_table not in INITIAL_TABLES and not os.path.isfile(args.initial_table):
             raise UsageError(
                 f"--initial-table {args.initial_table}: neither one of "
@@ -175,9 +202,9 @@ class SeatingMixin:
     def _seat_initial_table(self, decoder: Any) -> None:
         start = time.monotonic()
         table = None
-        if _rank() == 0:
+        if rank() == 0:
             table = self._given_table or self._make_initial_table(decoder.table)
-        decoder.table.seat(_broadcast_table(table, decoder.table))
+        decoder.table.seat(broadcast_table(table, decoder.table))
         decoder.reallocation_round.fill_(0)
         table = decoder.table.table()
         logger.info(
@@ -201,35 +228,41 @@ class SeatingMixin:
         decoder: Any = model.decoder
         start = time.monotonic()
         logger.info(f"reallocation after epoch {epoch}: gathering statistics")
-        statistics, losses = self._gather_statistics(model)
-        gathered = time.monotonic()
-        table, result = None, None
-        if _rank() == 0:
-            logger.info(f"reallocation after epoch {epoch}: solving")
-            result = self._solve(decoder, statistics)
-            table = result.table
-        decoder.table.seat(_broadcast_table(table, decoder.table))
+        folder = tempfile.gettempdir() if self.args.no_save else self.args.save_dir
+        size = decoder.table.num_words, *decoder.statistics_shape()
+        with statistics_storage(self.args.reallocation_memory, size, folder) as storage:
+            gathered = gather_statistics(model, self._training_batches(), storage)
+            solving = time.monotonic()
+            result = None
+            if rank() == 0:
+                logger.info(f"reallocation after epoch {epoch}: solving")
+                result = self._solve(decoder, gathered.statistics)
+            table = broadcast_table(result.table if result else None, decoder.table)
+        decoder.table.seat(table)
         decoder.reallocation_round += 1
         decoder.reallocation_epoch.fill_(epoch)
         end = time.monotonic()
         self._reallocation_seconds += end - start
         if result is not None:
-            seconds = {
-                "statistics": gathered - start,
-                "solve": end - gathered,
-                "total": end - start,
+            seconds = {"statistics": solving - start, "solve": end - solving, "total": end - start}
+            share = self._reallocation_seconds / (end - (self._started or start))
+            report = reallocation_report(
+                result,
+                gathered,
+                self.args.reallocation_objective,
+                self.args.reallocation_row_weight,
+            )
+            report |= {
+                "epoch": epoch,
+                "round": int(decoder.reallocation_round),
+                "seconds": {name: round(value, 3) for name, value in seconds.items()},
+                "share_of_training": round(share, 5),
             }
-            words = float(statistics.counts.sum())
-            # The solver's costs lack the log-normalisers, which no table changes; the losses of
-            # the present table have them.
-            joint = str(self.args.reallocation_objective) == "joint"
-            loss = float(losses.sum() if joint else losses[0])
-            costs = {
-                "cost_before": loss / words,
-                "cost_after": (loss + result.cost_after - result.cost_before) / words,
-                "lower_bound": (loss + result.lower_bound - result.cost_before) / words,
-            }
-            self._report(epoch, decoder, result, int(words), costs, seconds)
+            log_reallocation(f"reallocation after epoch {epoch}", report, result.table)
+            self._save_table(result.table, epoch)
+            if not self.args.no_save:
+                with open(Path(self.args.save_dir) / "reallocations.jsonl", "a") as file:
+                    file.write(json.dumps(report) + "\n")
 
     def _solve(self, decoder: Any, statistics: AllocationStatistics) -> Reallocation:
         components = range(decoder.table.num_components)
@@ -240,54 +273,27 @@ class SeatingMixin:
             [vector.detach() for vector in vectors],
             [bias.detach() for bias in biases],
             objective=str(self.args.reallocation_objective),
+            row_weight=self.args.reallocation_row_weight,
+            symbols=self.target_dictionary.symbols,  # type: ignore[attr-defined]
         )
-
-    @torch.no_grad()
-    def _gather_statistics(self, model: nn.Module) -> tuple[AllocationStatistics, Tensor]:
-        """Sums hidden outputs and losses over the training split, in evaluation mode.
-
-        Returns:
-            The statistics of all workers, and the loss in nats of each component, shape (k,).
-        """
-        decoder: Any = model.decoder
-        table = decoder.table
-        dim = decoder.softmax.weight.size(1)
-        statistics = AllocationStatistics(table.num_words, table.num_components, dim)
-        device = decoder.softmax.weight.device
-        losses = torch.zeros(table.num_components, dtype=torch.float64, device=device)
-        training = model.training
-        model.eval()
-        try:
-            for sample in self._training_batches():
-                sample = _to_device(sample, device)
-                target = sample["target"]
-                features, _ = model(**sample["net_input"])
-                real = target.ne(decoder.dictionary.pad())
-                words, features = target[real], features[real]
-                outputs = features.reshape(len(words), table.num_components, -1)
-                statistics.add(words, outputs[..., :dim])
-                losses -= decoder.component_log_probs(features, words).sum(0, dtype=torch.float64)
-        finally:
-            model.train(training)
-        for tensor in (*statistics.sums, statistics.counts, losses):
-            _add_up_workers(tensor, device)
-        return statistics, losses
 
     def _training_batches(self) -> Iterator[Any]:
         """Yields this worker's share of the training split, without fairseq's dummy batches."""
+        dataset = self.datasets[self.args.train_subset]
         batches = self.get_batch_iterator(  # type: ignore[attr-defined]
-            dataset=self.datasets[self.args.train_subset],
+            dataset=dataset,
             max_tokens=self.args.max_tokens,
             max_sentences=self.args.batch_size,
             max_positions=self.max_positions(),  # type: ignore[attr-defined]
             ignore_invalid_inputs=True,
             seed=self.args.seed,
-            num_shards=_world_size(),
-            shard_id=_rank(),
+            num_shards=world_size(),
+            shard_id=rank(),
             num_workers=self.args.num_workers,
             # A cached iterator would be the one that training goes on with.
             disable_iterator_cache=True,
         ).next_epoch_itr(shuffle=False)
+        share = sample_share(self.args.reallocation_words, int(np.sum(dataset.sizes)))
         progress = progress_bar.progress_bar(
             batches,
             log_format=self.args.log_format,
@@ -295,55 +301,31 @@ class SeatingMixin:
             prefix="reallocation statistics",
             default_log_format="simple",
         )
-        return (sample for sample in progress if sample)
-
-    def _report(
-        self,
-        epoch: int,
-        decoder: Any,
-        result: Reallocation,
-        tokens: int,
-        costs: dict[str, float],
-        seconds: dict[str, float],
-    ) -> None:
-        """Logs a reallocation, appends it to ``reallocations.jsonl`` and writes the table."""
-        elapsed = time.monotonic() - (self._started or 0.0)
-        share = self._reallocation_seconds / elapsed
-        record = {
-            "epoch": epoch,
-            "round": int(decoder.reallocation_round),
-            "objective": str(self.args.reallocation_objective),
-            "moved": result.moved,
-            "words": decoder.table.num_words,
-            "tokens": tokens,
-            **costs,
-            "gap": result.gap / tokens,
-            "seconds": {name: round(value, 3) for name, value in seconds.items()},
-            "share_of_training": round(share, 5),
-            "table": result.table.digest(),
-        }
-        logger.info(
-            f"reallocation after epoch {epoch} ({record['objective']}): {result.moved} of "
-            f"{record['words']} words moved, cost {costs['cost_before']:.5f} -> "
-            f"{costs['cost_after']:.5f} nats per word, lower bound {costs['lower_bound']:.5f}, "
-            f"gap {record['gap']:.2e}; statistics {seconds['statistics']:.1f} s, solve "
-            f"{seconds['solve']:.1f} s, reallocations are {100 * share:.1f} % of the training "
-            f"time so far; {result.table}"
-        )
-        self._save_table(result.table, epoch)
-        if not self.args.no_save:
-            with open(Path(self.args.save_dir) / "reallocations.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
+        return (sample for number, sample in enumerate(progress) if sample and share(number))
 
     def _save_table(self, table: WordTable, epoch: int) -> None:
         """Writes the table next to the checkpoints, under its epoch and as the newest."""
-        if _rank() != 0 or self.args.no_save:
+        if rank() != 0 or self.args.no_save:
             return
         directory = Path(self.args.save_dir)
         directory.mkdir(parents=True, exist_ok=True)
         symbols = self.target_dictionary.symbols  # type: ignore[attr-defined]
         table.save(directory / f"word_table.epoch{epoch}.txt", symbols)
         table.save(directory / "word_table.txt", symbols)
+
+
+def _check(args: Any) -> None:
+    """Refuses flags of reallocation that have no meaning."""
+    reallocation_epochs(args.reallocate_epochs, args.reallocate_interval, args.max_epoch)
+    for name in ("reallocation_row_weight", "reallocation_words", "reallocation_memory"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be above 0")
+    if args.reallocation_row_weight != 1 and str(args.reallocation_objective) != "joint":
+        raise UsageError(
+            f"--reallocation-row-weight {args.reallocation_row_weight} belongs to "
+            "--reallocation-objective joint; row-first heeds rows alone"
+        )
 
 
 def _check_checkpoints(*paths: str) -> None:
@@ -357,42 +339,3 @@ def _check_checkpoints(*paths: str) -> None:
                     f"{path}: the checkpoint is truncated; remove it, or go on from another one "
                     "with --restore-file"
                 )
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def _add_up_workers(tensor: Tensor, device: torch.device) -> None:
-    """Sums a tensor over the workers in place, block by block on the device they talk through."""
-    if _world_size() == 1:
-        return
-    for block in tensor.split(_REDUCED_ROWS):
-        shared = block.to(device)
-        torch.distributed.all_reduce(shared)
-        block.copy_(shared)
-
-
-def _broadcast_table(table: WordTable | None, lookup: Any) -> WordTable:
-    """Returns the first worker's table on every worker."""
-    if _world_size() == 1:
-        if table is None:
-            raise ValueError("the only worker made no table")
-        return table
-    cells = torch.empty_like(lookup.cells)
-    if table is not None:
-        cells.copy_(torch.from_numpy(np.array(table.cells)))
-    torch.distributed.broadcast(cells, 0)
-    return WordTable.from_cells(cells.cpu().numpy(), lookup.shape)
-
-
-def _to_device(sample: Any, device: torch.device) -> Any:
-    if isinstance(sample, Tensor):
-        return sample.to(device)
-    if isinstance(sample, dict):
-        return {key: _to_device(value, device) for key, value in sample.items()}
-    return sample
