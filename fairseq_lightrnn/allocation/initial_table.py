@@ -20,7 +20,7 @@ from fairseq_lightrnn.allocation.cooccurrence import (
 from fairseq_lightrnn.allocation.costs import LowRankCosts
 from fairseq_lightrnn.word_table import WordTable, balanced_cells
 
-__all__ = ["INITIAL_TABLES", "initial_table"]
+__all__ = ["INITIAL_TABLES", "initial_table", "table_of_vectors"]
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +80,7 @@ def initial_table(
     else:
         if tokens is None:
             raise ValueError("a co-occurrence table needs the training text; give tokens")
-        threads = num_threads or os.cpu_count() or 1
-        return _cooccurrence_table(tokens, num_words, shape, cells, seed, threads)
+        return _cooccurrence_table(tokens, num_words, shape, seed, num_threads)
     return WordTable.from_cells(cells[order], shape)
 
 
@@ -102,26 +101,34 @@ def _occurrences(
     return counts
 
 
-def _cooccurrence_table(
-    tokens: Iterable[np.ndarray],
-    num_words: int,
-    shape: tuple[int, ...],
-    cells: np.ndarray,
-    seed: int,
-    num_threads: int,
+def table_of_vectors(
+    vectors: np.ndarray,
+    weights: np.ndarray,
+    shape: Sequence[int],
+    *,
+    seed: int = 1,
+    num_threads: int | None = None,
 ) -> WordTable:
-    """Clusters the words for one coordinate after the other, on what is not explained yet."""
-    started = time.monotonic()
-    co_occurrences, counts = neighbour_counts(tokens, num_words, _NUM_CONTEXTS)
-    vectors = word_vectors(positive_information(co_occurrences), _VECTOR_DIM, seed)
-    logger.info("word vectors of %d words took %.1f s", num_words, time.monotonic() - started)
-    weights = counts.astype(np.float64) ** _WEIGHT_POWER
+    """Clusters the words for one coordinate after the other, on what is not explained yet.
+
+    Args:
+      vectors: (V, d) word vectors.
+      weights: (V,) weight of each word.
+      shape: k sizes of the table, with at least V cells.
+      seed: of the k-means.
+      num_threads: threads; the table does not depend on it.
+
+    Returns:
+      The table; the occupied cells are those of `balanced_cells`.
+    """
+    num_words = len(vectors)
+    cells = balanced_cells(num_words, shape)
     occupied = np.zeros(int(np.prod(shape)), bool)
     occupied[cells] = True
     random = np.random.default_rng(seed)
     groups = np.zeros(num_words, np.int64)
     coordinates = np.empty((num_words, len(shape)), np.int64)
-    with ThreadPoolExecutor(num_threads) as executor:
+    with ThreadPoolExecutor(num_threads or os.cpu_count() or 1) as executor:
         for stage, size in enumerate(shape):
             capacities = occupied.reshape(-1, size, int(np.prod(shape[stage + 1 :]))).sum(axis=2)
             clusters, centroids = _balanced_clusters(
@@ -130,8 +137,25 @@ def _cooccurrence_table(
             coordinates[:, stage] = clusters
             vectors = vectors - centroids[clusters]
             groups = groups * size + clusters
-    logger.info("co-occurrence table took %.1f s", time.monotonic() - started)
     return WordTable(coordinates, shape)
+
+
+def _cooccurrence_table(
+    tokens: Iterable[np.ndarray],
+    num_words: int,
+    shape: tuple[int, ...],
+    seed: int,
+    num_threads: int | None,
+) -> WordTable:
+    """Clusters the words by vectors of their neighbours in the text."""
+    started = time.monotonic()
+    co_occurrences, counts = neighbour_counts(tokens, num_words, _NUM_CONTEXTS)
+    vectors = word_vectors(positive_information(co_occurrences), _VECTOR_DIM, seed)
+    logger.info("word vectors of %d words took %.1f s", num_words, time.monotonic() - started)
+    weights = counts.astype(np.float64) ** _WEIGHT_POWER
+    table = table_of_vectors(vectors, weights, shape, seed=seed, num_threads=num_threads)
+    logger.info("co-occurrence table took %.1f s", time.monotonic() - started)
+    return table
 
 
 def _balanced_clusters(
