@@ -1,0 +1,249 @@
+"""``lightrnn-rescore``: re-rank n-best lists with a language model.
+
+Each hypothesis gets ``score + LM_WEIGHT · log P(text) + LENGTH_WEIGHT · words``, log P in nats with
+the end of sentence. The weights are given, read from a file, or tuned on lists with references.
+A KenLM model may be interpolated word by word: P = (1 - a) · P(LightRNN) + a · P(KenLM).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from fairseq_lightrnn.commands._text import read_texts, whole_file
+from fairseq_lightrnn.errors import UsageError, usage_errors
+from fairseq_lightrnn.language_model import LanguageModel
+from fairseq_lightrnn.nbest import (
+    Hypothesis,
+    Weights,
+    format_hypothesis,
+    read_nbest,
+    read_references,
+    tune,
+)
+from fairseq_lightrnn.scoring import DEFAULT_BATCH_WORDS
+
+__all__ = ["main"]
+
+logger = logging.getLogger(__name__)
+
+_KENLM_WEIGHTS = tuple(share / 10 for share in range(11))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightrnn-rescore",
+        description="Re-rank n-best lists ('id ||| hypothesis ||| features ||| score') with a "
+        "trained language model.",
+    )
+    add = parser.add_argument
+    add("checkpoint", help="checkpoint file, or folder with checkpoint_best.pt")
+    add("nbest", nargs="?", default="-", help="n-best lists (default: the standard input)")
+    add("--data", metavar="DIR", help="folder with dict.txt (default: that of the training)")
+    add("--lm-weight", type=float, metavar="W",
+        help=f"weight of log P (default: {Weights.lm})")  # fmt: skip
+    add("--length-weight", type=float, metavar="W",
+        help=f"added for each word; negative favours short ones (default: {Weights.length})"
+        )  # fmt: skip
+    add("--kenlm", metavar="FILE", help="interpolate with this KenLM model (ARPA or binary)")
+    add("--kenlm-weight", type=float, metavar="A",
+        help=f"share of the KenLM model, 0 to 1 (default: {Weights.kenlm})")  # fmt: skip
+    add("--weights", metavar="FILE", help="read the weights that --save-weights wrote")
+    add("--tune", metavar="REFERENCES", help="choose the weights that are best for these right "
+        "sentences: line id + 1 is that of list id (Moses), or 'id words' lines (Kaldi)"
+        )  # fmt: skip
+    add("--metric", choices=("wer", "bleu"), default="wer", help="what --tune optimises")
+    add("--save-weights", metavar="FILE", help="write the weights here, as JSON")
+    add("--best", action="store_true", help="write the first choice of every list alone: its text, "
+        "behind its id where ids are not numbers")  # fmt: skip
+    add("--output", metavar="FILE", help="write here instead of to the standard output")
+    add("--batch-words", type=int, default=DEFAULT_BATCH_WORDS, metavar="N",
+        help="words scored at once (default: %(default)s)")  # fmt: skip
+    add("--device", default="cpu", help="where to compute: cpu (default), cuda, …")
+    add("--no-progress-bar", action="store_true", help="show no progress on the standard error")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status.
+
+    Raises:
+        UsageError: for mistakes in flags and files (on a command line: one sentence, status 1).
+    """
+    args = _parser().parse_args(arguments)
+    weights = _weights(args)
+    kenlm = _load_kenlm(args.kenlm) if args.kenlm else None
+    with usage_errors():
+        lists = read_nbest(read_texts([args.nbest]), args.nbest)
+    references = None
+    if args.tune and lists:
+        with usage_errors():
+            references = read_references(
+                list(read_texts([args.tune])), [nbest[0].key for nbest in lists], args.tune
+            )
+    model = LanguageModel.from_pretrained(args.checkpoint, args.data, args.device)
+    scores = _Scores(model, kenlm, lists, args)
+    if references is not None:
+        weights = _tune(lists, references, scores, weights, args)
+    if args.save_weights:
+        with whole_file(args.save_weights) as file:
+            print(json.dumps(asdict(weights)), file=file)
+    with whole_file(args.output) as file:
+        for nbest, lm_scores, features in zip(
+            lists, scores.of_share(weights.kenlm), scores.features(), strict=True
+        ):
+            for line in _rescored(nbest, lm_scores, features, weights, args.best):
+                print(line, file=file)
+    return 0
+
+
+def _weights(args: argparse.Namespace) -> Weights:
+    if args.batch_words < 1:
+        raise UsageError(f"--batch-words {args.batch_words}: must be at least 1")
+    if args.kenlm_weight is not None and not args.kenlm:
+        raise UsageError(f"--kenlm-weight {args.kenlm_weight} needs --kenlm, the model")
+    if args.tune and args.weights:
+        raise UsageError("--tune and --weights exclude each other")
+    weights = Weights() if args.weights is None else _read_weights(args.weights)
+    given = {"lm": args.lm_weight, "length": args.length_weight, "kenlm": args.kenlm_weight}
+    weights = replace(
+        weights, **{name: value for name, value in given.items() if value is not None}
+    )
+    if not 0 <= weights.kenlm <= 1:
+        raise UsageError(f"--kenlm-weight {weights.kenlm}: must be between 0 and 1")
+    return weights
+
+
+def _read_weights(path: str) -> Weights:
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        return Weights(**{name: float(value) for name, value in values.items()})
+    except FileNotFoundError:
+        raise UsageError(f"--weights {path}: no such file") from None
+    except (AttributeError, TypeError, ValueError):
+        raise UsageError(f"--weights {path}: not a file that --save-weights wrote") from None
+
+
+def _load_kenlm(path: str) -> Any:
+    if not Path(path).is_file():
+        raise UsageError(f"--kenlm {path}: no such file")
+    try:
+        import kenlm
+    except ImportError:
+        raise UsageError(
+            "--kenlm needs the package kenlm: pip install 'fairseq-lightrnn[kenlm]'"
+        ) from None
+    try:
+        return kenlm.Model(path)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--kenlm {path}: not a KenLM model ({reason})") from None
+
+
+class _Scores:
+    """The language models' log-probabilities, in nats, of all hypotheses."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        kenlm: Any,
+        lists: Sequence[Sequence[Hypothesis]],
+        args: argparse.Namespace,
+    ) -> None:
+        texts = [hypothesis.text for nbest in lists for hypothesis in nbest]
+        scores = model.score_lines(texts, batch_words=args.batch_words)
+        hide = args.no_progress_bar or None
+        self.sizes = [len(nbest) for nbest in lists]
+        self.ours = [
+            score.log_probs
+            for score in tqdm(scores, total=len(texts), unit=" hypotheses", disable=hide)
+        ]
+        self.kenlm = None if kenlm is None else [_kenlm_log_probs(kenlm, text) for text in texts]
+
+    def of_share(self, share: float) -> list[list[float]]:
+        """Returns log-probabilities, list by list, with this share of the KenLM model."""
+        if self.kenlm is None:
+            return self._by_list([float(ours.sum()) for ours in self.ours])
+        return self._by_list(
+            [
+                float(_interpolate(ours, theirs, share).sum())
+                for ours, theirs in zip(self.ours, self.kenlm, strict=True)
+            ]
+        )
+
+    def features(self) -> list[list[str]]:
+        """Returns what is added to the features of the hypotheses, list by list."""
+        features = [f"LightRNN= {ours.sum():.6f}" for ours in self.ours]
+        if self.kenlm is not None:
+            pairs = zip(features, self.kenlm, strict=True)
+            features = [f"{feature} KenLM= {theirs.sum():.6f}" for feature, theirs in pairs]
+        return self._by_list(features)
+
+    def _by_list(self, values: list[Any]) -> list[list[Any]]:
+        ends = np.cumsum(self.sizes)
+        return [values[end - size : end] for size, end in zip(self.sizes, ends, strict=True)]
+
+
+def _kenlm_log_probs(model: Any, text: str) -> np.ndarray:
+    """Returns the words' log-probabilities in nats, that of the end of sentence last."""
+    scores = model.full_scores(" ".join(text.split()), bos=True, eos=True)
+    return np.array([log10 for log10, _, _ in scores]) * math.log(10)
+
+
+def _interpolate(ours: np.ndarray, theirs: np.ndarray, share: float) -> np.ndarray:
+    if share in (0, 1):
+        return theirs if share else ours
+    return np.logaddexp(ours + math.log1p(-share), theirs + math.log(share))
+
+
+def _tune(
+    lists: Sequence[Sequence[Hypothesis]],
+    references: Sequence[Sequence[str]],
+    scores: _Scores,
+    weights: Weights,
+    args: argparse.Namespace,
+) -> Weights:
+    shares: Sequence[float] = (weights.kenlm,)
+    if args.kenlm and args.kenlm_weight is None:
+        shares = _KENLM_WEIGHTS
+    found, value, before = tune(lists, references, scores.of_share, shares, args.metric)
+    print(
+        f"{args.metric.upper()} {before:.2f} -> {value:.2f} with --lm-weight {found.lm:g} "
+        f"--length-weight {found.length:g}"
+        + (f" --kenlm-weight {found.kenlm:g}" if args.kenlm else ""),
+        file=sys.stderr,
+    )
+    return found
+
+
+def _rescored(
+    nbest: Sequence[Hypothesis],
+    lm_scores: Sequence[float],
+    features: Sequence[str],
+    weights: Weights,
+    best: bool,
+) -> list[str]:
+    """Returns the lines of a list, the best hypothesis first; equally good ones stay in order."""
+    totals = [
+        hypothesis.score + weights.lm * lm + weights.length * len(hypothesis.text.split())
+        for hypothesis, lm in zip(nbest, lm_scores, strict=True)
+    ]
+    order = sorted(range(len(nbest)), key=lambda index: -totals[index])
+    if best:
+        first = nbest[order[0]]
+        return [first.text if first.key.isdecimal() else f"{first.key} {first.text}"]
+    return [format_hypothesis(nbest[index], features[index], totals[index]) for index in order]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""``lightrnn-rescore``, on a small trained model."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fairseq_run import preprocess, train
+
+from fairseq_lightrnn.commands.rescore import main
+from fairseq_lightrnn.language_model import LanguageModel
+
+NBEST = """\
+0 ||| w1 w8 w15 ||| TM= -1 ||| -1.0
+0 ||| w8 w1 w15 w4 ||| TM= -2 ||| -0.5
+0 ||| unheard-of ||| TM= -3 ||| -4.0
+1 ||| w3 w9 ||| TM= -1 ||| -1.0
+1 ||| w9 w3 ||| TM= -1 ||| -1.0
+"""
+ARPA = """\
+\\data\\
+ngram 1=5
+ngram 2=2
+
+\\1-grams:
+-1.0\t<unk>\t0
+0\t<s>\t-0.3
+-0.5\t</s>\t0
+-0.7\tw1\t-0.2
+-0.9\tw8\t0
+
+\\2-grams:
+-0.2\t<s> w1
+-0.1\tw1 w8
+
+\\end\\
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = preprocess(tmp_path_factory.mktemp("data"))
+    save_dir = tmp_path_factory.mktemp("trained")
+    train(data, save_dir, max_epoch=1, sample_break_mode="eos", initial_table="random")
+    return save_dir / "checkpoint_best.pt"
+
+
+@pytest.fixture
+def nbest(tmp_path: Path) -> Path:
+    path = tmp_path / "lists.txt"
+    path.write_text(NBEST)
+    return path
+
+
+def rescore(capsys: pytest.CaptureFixture[str], *arguments: Any) -> list[str]:
+    capsys.readouterr()
+    assert main([*map(str, arguments)]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_scores_are_added_and_lists_sorted(
+    checkpoint: Path, nbest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = rescore(capsys, checkpoint, nbest, "--lm-weight", 0.7, "--length-weight", 0.25)
+    model = LanguageModel.from_pretrained(checkpoint)
+    expected = []
+    for line in NBEST.splitlines():
+        key, text, features, score = line.split(" ||| ")
+        lm = model.score(text).log_prob
+        total = float(score) + 0.7 * lm + 0.25 * len(text.split())
+        expected.append((key, text, features, lm, total))
+    expected.sort(key=lambda row: (row[0], -row[4]))
+    for line, (key, text, features, lm, total) in zip(lines, expected, strict=True):
+        found = re.fullmatch(r"(\d) \|\|\| (.*) \|\|\| (.*) LightRNN= (\S+) \|\|\| (\S+)", line)
+        assert found and found.groups()[:3] == (key, text, features)
+        assert float(found[4]) == pytest.approx(lm, abs=1e-4)
+        assert float(found[5]) == pytest.approx(total, abs=1e-4)
+
+
+def test_no_weight_keeps_the_order_of_scores(
+    checkpoint: Path, nbest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = rescore(capsys, checkpoint, nbest, "--lm-weight", 0, "--best")
+    assert best == ["w8 w1 w15 w4", "w3 w9"]
+
+
+def test_kaldi_ids_stand_before_the_text(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nbest = tmp_path / "lists.txt"
+    nbest.write_text("utt1 ||| w1 w2 ||| -1\nutt1 ||| w2 ||| -2\nutt2 ||| w3 ||| -1\n")
+    best = rescore(capsys, checkpoint, nbest, "--lm-weight", 0, "--best")
+    assert best == ["utt1 w1 w2", "utt2 w3"]
+
+
+def test_tuned_weights_can_be_used_again(
+    checkpoint: Path, nbest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "refs.txt").write_text("unheard-of\nw9 w3\n")
+    weights = tmp_path / "weights.json"
+    main([
+        str(checkpoint), str(nbest), "--tune", str(tmp_path / "refs.txt"), "--save-weights",
+        str(weights), "--best",
+    ])  # fmt: skip
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1].startswith("WER 200.00 -> ")
+    tuned = json.loads(weights.read_text())
+    again = rescore(capsys, checkpoint, nbest, "--weights", weights, "--best")
+    assert captured.out.splitlines() == again
+    flags = ["--lm-weight", tuned["lm"], "--length-weight", tuned["length"]]
+    assert rescore(capsys, checkpoint, nbest, *flags, "--best") == again
+
+
+def test_bleu(
+    checkpoint: Path, nbest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "refs.txt").write_text("w1 w8 w15 w4 w5\nw9 w3\n")
+    main([
+        str(checkpoint), str(nbest), "--tune", str(tmp_path / "refs.txt"), "--metric", "bleu",
+        "--best",
+    ])  # fmt: skip
+    found = re.search(r"BLEU (\S+) -> (\S+) with --lm-weight", capsys.readouterr().err)
+    assert found and float(found[2]) >= float(found[1])
+
+
+class TestKenLM:
+    @pytest.fixture
+    def arpa(self, tmp_path: Path) -> Path:
+        pytest.importorskip("kenlm", reason="the package kenlm is not installed")
+        path = tmp_path / "model.arpa"
+        path.write_text(ARPA)
+        return path
+
+    def test_words_are_interpolated(
+        self, checkpoint: Path, arpa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        nbest = tmp_path / "lists.txt"
+        nbest.write_text("0 ||| w1 w8 ||| 0\n")
+        ours = LanguageModel.from_pretrained(checkpoint).score("w1 w8").log_probs
+        theirs = [-0.2, -0.1, -0.5]  # the file's, in base 10
+        expected = sum(
+            math.log(0.75 * math.exp(one) + 0.25 * 10**two)
+            for one, two in zip(ours, theirs, strict=True)
+        )
+        (line,) = rescore(
+            capsys, checkpoint, nbest, "--kenlm", arpa, "--kenlm-weight", 0.25, "--lm-weight", 1
+        )
+        assert float(line.split(" ||| ")[-1]) == pytest.approx(expected, abs=1e-4)
+        kenlm = float(line.split("KenLM= ")[1].split()[0])
+        assert kenlm == pytest.approx(sum(theirs) * math.log(10), abs=1e-4)
+
+    def test_the_share_is_tuned(
+        self, checkpoint: Path, arpa: Path, nbest: Path, tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:  # fmt: skip
+        (tmp_path / "refs.txt").write_text("w1 w8 w15\nw3 w9\n")
+        main([str(checkpoint), str(nbest), "--kenlm", str(arpa), "--tune",
+              str(tmp_path / "refs.txt")])  # fmt: skip
+        assert re.search(r"--kenlm-weight (0|1|0\.\d)$", capsys.readouterr().err.strip())
+
+    def test_no_model(self, checkpoint: Path, nbest: Path, arpa: Path) -> None:
+        arpa.write_text("nothing\n")
+        with pytest.raises(SystemExit, match="not a KenLM model"):
+            main([str(checkpoint), str(nbest), "--kenlm", str(arpa)])
+
+
+class TestBadInput:
+    def refused(self, message: str, *arguments: Any) -> None:
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    def test_flags_and_files(
+        self, checkpoint: Path, nbest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        missing = tmp_path / "missing"
+        self.refused(f"{missing}: no such checkpoint", missing, nbest)
+        self.refused(f"{missing}: no such text file", checkpoint, missing)
+        self.refused(f"{missing}: no such text file", checkpoint, nbest, "--tune", missing)
+        self.refused(f"--weights {missing}: no such file", checkpoint, nbest, "--weights", missing)
+        self.refused(f"--kenlm {missing}: no such file", checkpoint, nbest, "--kenlm", missing)
+        self.refused("needs --kenlm", checkpoint, nbest, "--kenlm-weight", 0.5)
+        self.refused("exclude", checkpoint, nbest, "--weights", missing, "--tune", missing)
+        self.refused("--kenlm-weight 2.0: must be between", checkpoint, nbest, "--kenlm", missing,
+                     "--kenlm-weight", 2)  # fmt: skip
+        monkeypatch.setitem(sys.modules, "kenlm", None)
+        self.refused("pip install 'fairseq-lightrnn[kenlm]'", checkpoint, nbest, "--kenlm", nbest)
+        bad = tmp_path / "weights.json"
+        bad.write_text("[1]")
+        self.refused("not a file that --save-weights wrote", checkpoint, nbest, "--weights", bad)
+
+    def test_lists_and_references(self, checkpoint: Path, nbest: Path, tmp_path: Path) -> None:
+        (tmp_path / "refs.txt").write_text("w1\n")
+        self.refused("no reference for the n-best list 1", checkpoint, nbest, "--tune",
+                     tmp_path / "refs.txt")  # fmt: skip
+        nbest.write_text("0 ||| w1\nw2 w3\n")
+        self.refused(f"{nbest}: line 2 has 1 fields", checkpoint, nbest)
