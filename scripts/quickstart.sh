@@ -20,10 +20,10 @@ Options:
   --out DIR                  folder for everything that is made
                              (default: runs/quickstart, with own files runs/quickstart-own)
   --tokenize                 split the words of own files and drop their case first
-  --epochs N                 epochs of training, at least 2 (default: 6)
-  --reallocate-epochs LIST   reallocate after these epochs, such as 2,4 (default: 2)
-  --initial-table KIND       table to begin with: random, frequency or cooccurrence (default: random)
-  --width N                  width of the vectors and of the LSTM (default: 200)
+  --epochs N                 epochs of training, at least 2 (default: 3)
+  --reallocate-epochs LIST   reallocate after these epochs, such as 1,2 (default: 1)
+  --initial-table KIND       table to begin with: random, frequency or cooccurrence (default: cooccurrence)
+  --width N                  width of the vectors and of the LSTM (default: 128)
   --min-count N              words seen less often in TRAIN become <unk> (default: 2)
   --prompt TEXT              words to continue at the end (default: a fixed one, with own files the
                              beginning of a line of TEST)
@@ -49,7 +49,7 @@ whole_number() { # FLAG VALUE LEAST
 
 # --- the command line -----------------------------------------------------------------------------
 
-out='' tokenize=0 epochs=6 reallocate='' initial_table=random width=200 min_count=2 prompt='' seed=1
+out='' tokenize=0 epochs=3 reallocate=1 initial_table=cooccurrence width=128 min_count=2 prompt='' seed=1
 files=()
 while (($#)); do
     case $1 in
@@ -82,11 +82,8 @@ case $initial_table in
     random | frequency | cooccurrence) ;;
     *) mistake "--initial-table $initial_table: give random, frequency or cooccurrence" ;;
 esac
-if [[ -z $reallocate ]]; then
-    reallocate=$((epochs > 2 ? 2 : 1))
-fi
 [[ $reallocate =~ ^[0-9]+(,[0-9]+)*$ ]] ||
-    mistake "--reallocate-epochs $reallocate: give epochs joined by commas, such as 2,4"
+    mistake "--reallocate-epochs $reallocate: give epochs joined by commas, such as 1,2"
 for epoch in ${reallocate//,/ }; do
     ((10#$epoch >= 1 && 10#$epoch < epochs)) ||
         mistake "--reallocate-epochs $reallocate: with --epochs $epochs give epochs from 1 to $((epochs - 1)), since training goes on after a reallocation"
@@ -226,12 +223,20 @@ fi
 begin train "Training, with reallocation after epoch $reallocate of $epochs" \
     "run the same command again, it goes on after the last finished epoch; if memory is short, with a smaller --width"
 checkpoints=$out/checkpoints
+rates=0.004
+for ((epoch = 2; epoch <= epochs; epoch++)); do
+    case $((epochs - epoch)) in
+        0) rates+=,0.001 ;;
+        1) rates+=,0.002 ;;
+        *) rates+=,0.004 ;;
+    esac
+done
 command=(fairseq-train "$data" --user-dir fairseq_lightrnn --task lightrnn_language_modeling
     --arch lightrnn_lm --criterion two_component_cross_entropy
     --embed-dim "$width" --hidden-size "$width" --num-layers 1 --dropout 0.1
     --initial-table "$initial_table" --table-seed "$seed" --reallocate-epochs "$reallocate"
-    --sample-break-mode none --tokens-per-sample 64 --batch-size 64
-    --optimizer adam --lr 0.004 --lr-scheduler inverse_sqrt --warmup-updates 200 --clip-norm 1
+    --sample-break-mode none --tokens-per-sample 64 --batch-size 32
+    --optimizer adam --lr "$rates" --lr-scheduler fixed --warmup-updates 100 --clip-norm 1
     --max-epoch "$epochs" --no-epoch-checkpoints --save-dir "$checkpoints"
     --seed "$seed" --num-workers 0 --log-format json --log-interval 100)
 # Another version of the plugin is another model.
