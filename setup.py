@@ -80,6 +80,7 @@ setup(
     entry_points={
         "console_scripts": [
             # name = fairseq_lightrnn.commands.module:function
+            "lightrnn-reallocate = fairseq_lightrnn.commands.reallocate:main",
             "lightrnn-rescore = fairseq_lightrnn.commands.rescore:main",
             "lightrnn-score = fairseq_lightrnn.commands.score:main",
             "lightrnn-table = fairseq_lightrnn.commands.table:main",

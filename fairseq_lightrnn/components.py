@@ -161,7 +161,7 @@ class ComponentEmbedding(nn.Module):
         if residual_dim:
             if table is None:
                 raise ValueError("residuals belong to words: give the table in force")
-            self.table = table
+            self._table = (table,)
             self.residual = nn.Embedding(table.num_words, residual_dim)
             nn.init.zeros_(self.residual.weight)
             self.projection = nn.Linear(residual_dim, dim, bias=False)
@@ -181,7 +181,8 @@ class ComponentEmbedding(nn.Module):
         vectors = F.embedding(coordinates + offsets, self.weight)
         if self.residual is None or size < len(self.shape):
             return vectors
-        words = self.table.words[self.table.flatten(coordinates)]
+        (table,) = self._table
+        words = table.words[table.flatten(coordinates)]
         last = vectors[..., -1:, :] + self.projection(self.residual(words))[..., None, :]
         return torch.cat([vectors[..., :-1, :], last], dim=-2)
 
@@ -228,12 +229,17 @@ class ComponentSoftmax(nn.Module):
             raise ValueError(
                 f"shared vectors must have shape {(rows, dim)}, got {tuple(weight.shape)}"
             )
-        self.table = table
+        self._table = (table,)
         self.weight = weight
         self.bias = nn.Parameter(torch.zeros(rows))
         words = table.num_words
         self.word_bias = nn.Parameter(torch.zeros(words)) if word_bias else None
         self.residual = nn.Parameter(torch.zeros(words, residual_dim)) if residual_dim else None
+
+    @property
+    def table(self) -> TableLookup:
+        """The word table in force; a module of the model's, not of the softmax."""
+        return self._table[0]
 
     def vectors(self, component: int) -> tuple[Tensor, Tensor]:
         """Returns the vectors (R_i, d) and biases (R_i,) of a component."""

@@ -109,4 +109,4 @@ def valid_losses(records: list[dict[str, Any]]) -> list[float]:
 
 def valid_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns what was logged at the end of each epoch's validation."""
-    return [record for record in records if "valid_wps" in record]
+    return [record for record in records if "valid_wps" in record and "train_loss" not in record]

@@ -116,6 +116,8 @@ class TestTraining:
         assert record["cost_before"] == pytest.approx(row_loss, abs=1e-4)
 
     def test_checkpoints_and_files_hold_the_table(self, data: Path, trained: Path) -> None:
+        names = [name for name in load(trained / "checkpoint1.pt")["model"] if "table" in name]
+        assert names == ["decoder.table.coordinates"]
         first, last = load(trained / "checkpoint1.pt"), load(trained / "checkpoint_last.pt")
         before, after = table_of(first, (7, 7)), table_of(last, (7, 7))
         assert before != after

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -139,7 +140,7 @@ def broadcast_table(table: WordTable | None, lookup: Any) -> WordTable:
 
 
 def sample_share(words: int | None, total: int) -> Callable[[int], bool]:
-    """Spreads a number of words evenly over a split's batches.
+    """Spreads a number of words evenly over a split's batches, the first of which is always used.
 
     Args:
         words: about how many words to use; None uses all.
@@ -151,7 +152,7 @@ def sample_share(words: int | None, total: int) -> Callable[[int], bool]:
     if words is None or words >= total:
         return lambda number: True
     share = Fraction(words, total)
-    return lambda number: int((number + 1) * share) > int(number * share)
+    return lambda number: math.ceil((number + 1) * share) > math.ceil(number * share)
 
 
 @contextmanager

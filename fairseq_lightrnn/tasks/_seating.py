@@ -231,12 +231,12 @@ class SeatingMixin:
         folder = tempfile.gettempdir() if self.args.no_save else self.args.save_dir
         size = decoder.table.num_words, *decoder.statistics_shape()
         with statistics_storage(self.args.reallocation_memory, size, folder) as storage:
-            gathered = gather_statistics(model, self._training_batches(), storage)
+            gathered = gather_statistics(model, self.training_batches(), storage)
             solving = time.monotonic()
             result = None
             if rank() == 0:
                 logger.info(f"reallocation after epoch {epoch}: solving")
-                result = self._solve(decoder, gathered.statistics)
+                result = self.solve_reallocation(decoder, gathered.statistics)
             table = broadcast_table(result.table if result else None, decoder.table)
         decoder.table.seat(table)
         decoder.reallocation_round += 1
@@ -264,7 +264,7 @@ class SeatingMixin:
                 with open(Path(self.args.save_dir) / "reallocations.jsonl", "a") as file:
                     file.write(json.dumps(report) + "\n")
 
-    def _solve(self, decoder: Any, statistics: AllocationStatistics) -> Reallocation:
+    def solve_reallocation(self, decoder: Any, statistics: AllocationStatistics) -> Reallocation:
         components = range(decoder.table.num_components)
         vectors, biases = zip(*(decoder.softmax.vectors(i) for i in components), strict=True)
         return reallocate(
@@ -277,7 +277,7 @@ class SeatingMixin:
             symbols=self.target_dictionary.symbols,  # type: ignore[attr-defined]
         )
 
-    def _training_batches(self) -> Iterator[Any]:
+    def training_batches(self) -> Iterator[Any]:
         """Yields this worker's share of the training split, without fairseq's dummy batches."""
         dataset = self.datasets[self.args.train_subset]
         batches = self.get_batch_iterator(  # type: ignore[attr-defined]

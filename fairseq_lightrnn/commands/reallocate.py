@@ -1,0 +1,213 @@
+"""``lightrnn-reallocate``: re-seats the words of a trained model, outside of training.
+
+For one more round, another objective, or another shape or number of components. Writes a new
+checkpoint, from which fairseq-train goes on. See ``lightrnn-reallocate --help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import checkpoint_utils, tasks
+from omegaconf import OmegaConf
+
+from fairseq_lightrnn import register  # noqa: F401
+from fairseq_lightrnn.allocation.reshaping import (
+    reshape_biases,
+    reshape_vectors,
+    table_of_statistics,
+)
+from fairseq_lightrnn.errors import UsageError, usage_errors
+from fairseq_lightrnn.models.lightrnn_lm import parse_shape
+from fairseq_lightrnn.tasks._reallocation import (
+    Gathered,
+    gather_statistics,
+    log_reallocation,
+    reallocation_report,
+    statistics_storage,
+)
+from fairseq_lightrnn.word_table import WordTable, check_shape
+
+__all__ = ["main"]
+
+logger = logging.getLogger(__name__)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightrnn-reallocate",
+        description="Re-seat the words of a trained model in its word table, or in a table of "
+        "another shape, and write a new checkpoint to go on training from.",
+    )
+    add = parser.add_argument
+    add("checkpoint", help="checkpoint of fairseq-train")
+    add("data", help="folder of binarised data, of the dictionary that the model was trained with")
+    add("--output", required=True, metavar="FILE", help="the new checkpoint")
+    add("--report", metavar="FILE", help="write what was done here, as JSON")
+    add("--split", default="train", help="split to gather statistics on (default: train)")
+    add("--objective", choices=("row-first", "joint"), default="row-first",
+        help="what to minimise: the loss of rows, then that of columns within each row (default), "
+        "or the sum of both")  # fmt: skip
+    add("--row-weight", type=float, default=1.0, metavar="X",
+        help="weight of the rows' loss in --objective joint (default: 1)")  # fmt: skip
+    add("--table-shape", metavar="RxC",
+        help="seat the words in a table of this shape, such as 100x100 or 30x30x30; its vectors "
+        "are means of the old ones, so the model must be trained further")  # fmt: skip
+    add("--words", type=int, metavar="N",
+        help="gather statistics over about this many words (default: all)")  # fmt: skip
+    add("--memory", type=float, metavar="GIB", help="GiB that the statistics may take")
+    add("--max-tokens", type=int, default=8192, metavar="N",
+        help="words of a batch (default: %(default)s); no result depends on it")  # fmt: skip
+    add("--device", default="cpu", help="where to compute: cpu (default), cuda, …")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status.
+
+    Raises:
+        UsageError: for mistakes in flags and files (on a command line: one sentence, status 1).
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = _parser().parse_args(arguments)
+    if not Path(args.output).absolute().parent.is_dir():
+        raise UsageError(f"--output {args.output}: there is no such folder to write into")
+    started = time.monotonic()
+    state, task = _load(args)
+    model = task.build_model(state["cfg"].model, from_checkpoint=True)
+    model.load_state_dict(state["model"], strict=True)
+    model.to(args.device)
+    shape = _new_shape(args, state, model.decoder)
+    task.load_dataset(args.split)
+    decoder: Any = model.decoder
+    size = decoder.table.num_words, *decoder.statistics_shape()
+    with statistics_storage(args.memory, size, tempfile.gettempdir()) as storage:
+        gathered = gather_statistics(model, task.training_batches(), storage)
+        gathering = time.monotonic() - started
+        if shape is None:
+            report, table = _reallocate(args, state, task, decoder, gathered)
+        else:
+            report, table = _reshape(state, decoder, gathered, shape)
+    total = time.monotonic() - started
+    report["seconds"] = {"statistics": gathering, "solve": total - gathering, "total": total}
+    _save(state, args.output)
+    if shape is None:
+        log_reallocation("reallocation", report, table)
+    logger.info(f"wrote {args.output}: {table}")
+    if shape is not None:
+        logger.info(
+            f"go on with fairseq-train … --restore-file {args.output} --reset-optimizer "
+            f"--num-components {len(shape)} --table-shape {'x'.join(map(str, shape))}"
+        )
+    if args.report:
+        _write(args.report, json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def _load(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """Loads the checkpoint and sets up its task for the flags."""
+    if not os.path.isfile(args.checkpoint):
+        raise UsageError(f"{args.checkpoint}: no such checkpoint")
+    overrides = {
+        "data": args.data,
+        "train_subset": args.split,
+        "reallocation_objective": args.objective,
+        "reallocation_row_weight": args.row_weight,
+        "reallocation_words": args.words,
+        "reallocation_memory": args.memory,
+        "initial_table": "random",
+        "reallocate_epochs": None,
+        "reallocate_interval": None,
+        "max_tokens": args.max_tokens,
+        "batch_size": None,
+        "path": args.checkpoint,
+        "log_format": "simple",
+    }
+    state = checkpoint_utils.load_checkpoint_to_cpu(args.checkpoint)
+    if "decoder.table.coordinates" not in state["model"]:
+        raise UsageError(f"{args.checkpoint}: the model has no word table")
+    settings = OmegaConf.create(OmegaConf.to_container(state["cfg"].task))
+    settings.update(overrides)
+    return state, tasks.setup_task(settings)
+
+
+def _new_shape(
+    args: argparse.Namespace, state: dict[str, Any], decoder: Any
+) -> tuple[int, ...] | None:
+    """Returns the shape of --table-shape if it is another one, or None."""
+    if args.table_shape is None:
+        return None
+    with usage_errors(f"--table-shape {args.table_shape}"):
+        shape = check_shape(parse_shape(args.table_shape), decoder.table.num_words)
+    if shape == decoder.table.shape:
+        return None
+    if str(state["cfg"].model.composition) != "recurrent":
+        raise UsageError(
+            f"--table-shape {args.table_shape}: gates of another shape cannot be made from those "
+            "of this model; train one with --initial-table and the table of --composition recurrent"
+        )
+    return shape
+
+
+def _reallocate(
+    args: argparse.Namespace, state: dict[str, Any], task: Any, decoder: Any, gathered: Gathered
+) -> tuple[dict[str, Any], WordTable]:
+    result = task.solve_reallocation(decoder, gathered.statistics)
+    report = reallocation_report(result, gathered, args.objective, args.row_weight)
+    weights = state["model"]
+    weights["decoder.table.coordinates"] = _coordinates(result.table)
+    weights["decoder.reallocation_round"] = weights["decoder.reallocation_round"] + 1
+    return report, result.table
+
+
+def _reshape(
+    state: dict[str, Any], decoder: Any, gathered: Gathered, shape: tuple[int, ...]
+) -> tuple[dict[str, Any], WordTable]:
+    """Seats the words in another shape and makes its vectors from the old ones."""
+    old = decoder.table.table()
+    table = table_of_statistics(gathered.statistics, shape)
+    counts = gathered.statistics.counts.cpu().numpy()
+    weights = state["model"]
+    for name in ("decoder.composition.embedding.weight", "decoder.softmax.weight"):
+        weights[name] = reshape_vectors(weights[name], old, table, counts)
+    weights["decoder.softmax.bias"] = reshape_biases(
+        weights["decoder.softmax.bias"], old, table, counts
+    )
+    weights["decoder.table.coordinates"] = _coordinates(table)
+    state["cfg"].model.table_shape = "x".join(map(str, shape))
+    state["cfg"].model.num_components = len(shape)
+    state["last_optimizer_state"] = None  # its moments belong to vectors that are gone
+    report = {
+        "old_shape": list(old.shape),
+        "new_shape": list(shape),
+        "words": table.num_words,
+        "tokens": gathered.tokens,
+        "loss_before": float(gathered.losses.sum()) / gathered.tokens,
+        "table": table.digest(),
+    }
+    return report, table
+
+
+def _coordinates(table: WordTable) -> torch.Tensor:
+    return torch.from_numpy(table.coordinates.astype("int32"))
+
+
+def _save(state: dict[str, Any], path: str) -> None:
+    """Writes a checkpoint as fairseq does; it appears whole or not at all."""
+    state["cfg"] = OmegaConf.to_container(state["cfg"], resolve=True, enum_to_str=True)
+    checkpoint_utils.torch_persistent_save(state, path)
+
+
+def _write(path: str, text: str) -> None:
+    partial = Path(f"{path}.tmp{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
