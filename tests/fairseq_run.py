@@ -108,5 +108,9 @@ def valid_losses(records: list[dict[str, Any]]) -> list[float]:
 
 
 def valid_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns what was logged at the end of each epoch's validation."""
-    return [record for record in records if "valid_wps" in record and "train_loss" not in record]
+    """Returns what was logged at the end of each epoch's validation.
+
+    fairseq attaches the log file once more at each epoch, and so repeats what it writes.
+    """
+    by_epoch = {record["epoch"]: record for record in records if "valid_wps" in record}
+    return list(by_epoch.values())
