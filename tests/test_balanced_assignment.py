@@ -194,3 +194,35 @@ def test_costs_of_another_shape_are_refused():
         balanced_assignment(np.zeros(3), [3])
     with pytest.raises(ValueError, match="do not fit together"):
         LowRankCosts(torch.zeros(3, 2), torch.zeros(4, 2), torch.zeros(3), torch.zeros(5))
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(), late=st.booleans(), entries=st.sampled_from([1, 10**6]))
+def test_costs_that_do_not_fit_leave_a_small_certified_gap(problem, late, entries):
+    costs, capacities = problem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_SAMPLE_ENTRIES", entries)
+        found = balanced_assignment(costs, capacities, memory=0, time_limit=0.0 if late else None)
+    best = optimum(costs, capacities)
+    slack = 1e-12 * np.abs(costs).sum()
+    assert (np.bincount(found.assignment, minlength=len(capacities)) <= capacities).all()
+    assert found.lower_bound <= best <= found.cost + slack
+    whole = balanced_assignment(costs, capacities)
+    assert found.mean_cost == pytest.approx(whole.mean_cost, rel=1e-9, abs=slack)
+
+
+@pytest.mark.parametrize("idle", [0, 60])
+def test_cached_places_come_close_to_the_optimum(idle, monkeypatch):
+    monkeypatch.setattr(module, "_SAMPLE_ENTRIES", 2000)
+    random = torch.Generator().manual_seed(5)
+    n, m = 600, 40
+    counts = (5000 // torch.arange(1, n + 1)).clamp(min=1).double()
+    sums = counts[:, None] * torch.randn(n, 8, generator=random).double()
+    counts[n - idle :], sums[n - idle :] = 0.0, 0.0
+    vectors = torch.randn(m, 8, generator=random).double()
+    costs = LowRankCosts(sums, vectors, counts, torch.randn(m, generator=random))
+    whole = balanced_assignment(costs, [15] * m)
+    parts = balanced_assignment(costs, [15] * m, memory=0)
+    assert parts.lower_bound <= whole.cost
+    assert parts.relative_gap <= 1e-5
+    assert parts.cost - whole.cost <= 1e-5 * (whole.mean_cost - whole.cost)

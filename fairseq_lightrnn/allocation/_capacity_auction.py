@@ -13,7 +13,7 @@ import numpy as np
 
 from fairseq_lightrnn.allocation._minimum import smaller
 
-__all__ = ["auction", "cheapest", "settle"]
+__all__ = ["auction", "cheapest", "settle", "sift_down", "sift_up"]
 
 _FLAGS = {"nnan", "nsz", "reassoc"}  # lets minima be vectorised; infinities keep their meaning
 
@@ -46,7 +46,7 @@ def _less(bid_a, word_a, bid_b, word_b):
 
 
 @numba.njit(nogil=True, cache=True)
-def _sift_up(bids, words, base, at):
+def sift_up(bids, words, base, at):
     while at > 0:
         parent = (at - 1) >> 1
         if not _less(bids[base + at], words[base + at], bids[base + parent], words[base + parent]):
@@ -57,7 +57,7 @@ def _sift_up(bids, words, base, at):
 
 
 @numba.njit(nogil=True, cache=True)
-def _sift_down(bids, words, base, size):
+def sift_down(bids, words, base, size):
     at = 0
     while True:
         child = 2 * at + 1
@@ -113,11 +113,11 @@ def auction(costs, prices, offsets, sizes, bids, words, places, queue, state, ep
             at = sizes[place]
             bids[base + at], words[base + at] = bid, word
             sizes[place] = at + 1
-            _sift_up(bids, words, base, at)
+            sift_up(bids, words, base, at)
         else:
             loser = words[base]
             bids[base], words[base] = bid, word
-            _sift_down(bids, words, base, capacity)
+            sift_down(bids, words, base, capacity)
             places[loser] = -1
             tail = head + waiting
             queue[tail - n if tail >= n else tail] = loser

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fairseq_lightrnn.allocation import _capacity_auction as kernels
 from fairseq_lightrnn.allocation import _shortest_paths
+from fairseq_lightrnn.allocation._cached_auction import solve_cached
 from fairseq_lightrnn.allocation.costs import CostSource, as_costs, require_finite
 
 __all__ = ["BalancedAssignment", "balanced_assignment"]
@@ -24,6 +25,7 @@ _LINEAR_ASSIGNMENT_LIMIT = 1 << 14  # entries of a capacity-1 matrix up to which
 _FLOAT64_LIMIT = 1 << 27  # entries up to which costs are held in float64
 _BLOCK_ENTRIES = 1 << 19  # temporaries stay in the cache
 _BLOCK_WORDS = 1 << 11
+_SAMPLE_ENTRIES = 1 << 27  # of the sample that gives the first prices of a larger problem
 _BIDS_PER_WORD = 60  # beyond this the raise is too small for an instance with many ties
 _UNIT = 2.0**-52
 
@@ -64,6 +66,18 @@ class BalancedAssignment:
 
 
 @dataclass
+class _Found:
+    """What a solver found: the places, their cost, a bound with its rounding error, and prices."""
+
+    places: np.ndarray
+    cost: float
+    bound: float
+    rounding: float
+    mean_cost: float
+    prices: np.ndarray | None
+
+
+@dataclass
 class _Problem:
     """Costs held in memory: each row less its least entry, and what was lost by that."""
 
@@ -90,6 +104,7 @@ def balanced_assignment(
     time_limit: float | None = None,
     prices: np.ndarray | None = None,
     present: np.ndarray | None = None,
+    memory: int = 8 << 30,
     symbols: Sequence[str] | None = None,
 ) -> BalancedAssignment:
     """Assigns every word to a place within the capacities of the places, at least total cost.
@@ -107,6 +122,8 @@ def balanced_assignment(
       time_limit: seconds after which to stop with the best assignment and bound so far.
       prices: (m,) prices of a similar problem to start from.
       present: (n,) place of each word now; words that are indifferent stay there where they can.
+      memory: bytes that the costs may take. Where the matrix does not fit, only the cheapest places
+        of each word are held, and there is no exact finish: the gap is small, not 0.
       symbols: names of the words, for error messages.
 
     Returns:
@@ -128,24 +145,25 @@ def balanced_assignment(
     if len(open_places) < len(room):
         source = source.restrict(torch.from_numpy(open_places).to(source.device))
     room = room[open_places]
-    problem = _prepare(source, room, symbols)
-    if room.max(initial=0) == 1 and problem.matrix.size <= _LINEAR_ASSIGNMENT_LIMIT:
-        found = _linear_assignment(problem, present)
+    warm = None if prices is None else np.asarray(prices, np.float64)[open_places]
+    if source.shape[0] * len(room) * np.dtype(np.float32).itemsize > memory:
+        found = _solve_in_parts(source, room, gap, deadline, warm, present, symbols)
     else:
-        warm = None if prices is None else np.asarray(prices, np.float64)[open_places]
-        found = _solve(problem, gap, deadline, warm, present)
-    places, bound, final_prices = found
-    cost = _cost(problem, places)
+        problem = _prepare(source, room, symbols)
+        if room.max(initial=0) == 1 and problem.matrix.size <= _LINEAR_ASSIGNMENT_LIMIT:
+            found = _linear_assignment(problem, present)
+        else:
+            found = _solve(problem, gap, deadline, warm, present)
     all_prices = None
-    if final_prices is not None:
+    if found.prices is not None:
         all_prices = np.zeros(len(np.asarray(capacities)))
-        all_prices[open_places] = final_prices
+        all_prices[open_places] = found.prices
     return BalancedAssignment(
-        assignment=open_places[places],
-        cost=cost,
-        lower_bound=min(cost, bound - problem.rounding),
-        mean_cost=problem.mean_cost,
-        optimal=cost - bound <= 2 * problem.rounding,
+        assignment=open_places[found.places],
+        cost=found.cost,
+        lower_bound=min(found.cost, found.bound - found.rounding),
+        mean_cost=found.mean_cost,
+        optimal=found.cost - found.bound <= 2 * found.rounding,
         prices=all_prices,
         seconds=time.monotonic() - started,
     )
@@ -205,15 +223,14 @@ def _cost(problem: _Problem, places: np.ndarray) -> float:
     return float(problem.source.chosen(chosen).sum())
 
 
-def _linear_assignment(
-    problem: _Problem, present: np.ndarray | None
-) -> tuple[np.ndarray, float, np.ndarray | None]:
+def _linear_assignment(problem: _Problem, present: np.ndarray | None) -> _Found:
     """Solves a problem of capacity 1 with scipy's dense solver."""
     places = np.full(len(problem.lows), -1, np.int64)
     rows, columns = linear_sum_assignment(problem.matrix[problem.active])
     places[problem.active[rows]] = columns
-    _place_indifferent(problem, places, present)
-    return places, _cost(problem, places), None
+    _place_indifferent(problem.capacities, places, present)
+    cost = _cost(problem, places)
+    return _Found(places, cost, cost, problem.rounding, problem.mean_cost, None)
 
 
 def _solve(
@@ -222,7 +239,7 @@ def _solve(
     deadline: float | None,
     warm: np.ndarray | None,
     present: np.ndarray | None,
-) -> tuple[np.ndarray, float, np.ndarray]:
+) -> _Found:
     """Auction, then shortest paths where the auction's certificate does not do."""
     n, m = problem.matrix.shape
     active = problem.active
@@ -233,34 +250,86 @@ def _solve(
     if warm is not None and problem.spare == 0 and np.ptp(warm) <= 2 * problem.spread:
         prices = warm - warm.min()
     epsilon = max(0.5 * gap, 1e-6) * scale / max(1, len(active))
-    found = _auction(matrix, problem.capacities, prices, epsilon, deadline)
+    held = _auction(matrix, problem.capacities, prices, epsilon, deadline)
     places = np.full(n, -1, np.int64)
-    places[active] = found
-    _place_indifferent(problem, places, present)
+    places[active] = held
+    _place_indifferent(problem.capacities, places, present)
     cost = _cost(problem, places)
     values = np.empty(len(active))
-    nearest = found.copy()
+    nearest = held.copy()
     slack = 8 * _UNIT * (problem.spread + prices.max(initial=0.0))
     kernels.cheapest(matrix, prices, values, nearest, slack)
     bound = _bound(problem, values, prices)
     enough = max(gap * (problem.mean_cost - bound), 2 * problem.rounding)
     late = deadline is not None and time.monotonic() >= deadline
+    found = _Found(places, cost, bound, problem.rounding, problem.mean_cost, prices)
     if cost - bound <= enough or late or len(active) == 0:
-        return places, bound, prices
+        return found
     logger.debug("auction left a gap of %.3g in %d words; repairing", cost - bound, len(active))
     exact = prices.copy()
     spare = _lay_spare(problem, nearest, exact)
     if _shortest_paths.repair(matrix, problem.capacities, exact, nearest, spare, n) < 0:
-        return places, bound, prices
+        return found
     exact -= exact.min()
     repaired = np.full(n, -1, np.int64)
     repaired[active] = nearest
-    _place_indifferent(problem, repaired, present)
+    _place_indifferent(problem.capacities, repaired, present)
     kernels.cheapest(matrix, exact, values, nearest.copy(), slack)
     better = _bound(problem, values, exact)
     if better >= bound:
-        bound, prices = better, exact
-    return (repaired if _cost(problem, repaired) < cost else places), bound, prices
+        found.bound, found.prices = better, exact
+    if _cost(problem, repaired) < cost:
+        found.places, found.cost = repaired, _cost(problem, repaired)
+    return found
+
+
+def _solve_in_parts(
+    source: CostSource,
+    capacities: np.ndarray,
+    gap: float,
+    deadline: float | None,
+    warm: np.ndarray | None,
+    present: np.ndarray | None,
+    symbols: Sequence[str] | None,
+) -> _Found:
+    """Solves a problem too large to hold: a sample gives prices, cached lists do the rest."""
+    idle = source.indifferent().cpu().numpy()
+    active = np.flatnonzero(~idle)
+    # Too few words for each place would give prices that are worse than none.
+    wanted = max(_SAMPLE_ENTRIES // len(capacities), 16 * len(capacities))
+    step = max(1, len(active) // wanted)
+    sample = active[::step]
+    spare = int(capacities.sum()) - len(active)
+    shares = _shares(capacities, len(sample) + spare // step)
+    part = source.select(torch.from_numpy(sample).to(source.device))
+    first = balanced_assignment(part, shares, gap=1e-4, symbols=symbols)
+    gain = (first.mean_cost - first.lower_bound) / max(1, len(sample))
+    prices = np.zeros(len(capacities))
+    if spare == 0:  # free units only fit prices of zero
+        known = first.prices if warm is None else warm
+        prices = prices if known is None else known - known.min()
+    raise_least = max(0.5 * gap, 1e-6) * gain
+    found = solve_cached(source, capacities, active, prices, raise_least, deadline)
+    places = found.places
+    _place_indifferent(capacities, places, present)
+    constant = 0.0
+    if idle.any():
+        alone = source.select(torch.from_numpy(np.flatnonzero(idle)).to(source.device))
+        anywhere = torch.zeros(alone.shape[0], dtype=torch.long, device=source.device)
+        paid = alone.chosen(anywhere)
+        constant = float(paid.sum())
+        found.rounding += _UNIT * (8 + source.terms) * float(paid.abs().sum())
+    cost = float(source.chosen(torch.from_numpy(places).to(source.device)).sum())
+    bound, mean_cost = found.bound + constant, found.mean_cost + constant
+    return _Found(places, cost, bound, found.rounding, mean_cost, found.prices)
+
+
+def _shares(capacities: np.ndarray, total: int) -> np.ndarray:
+    """Scales capacities down to a total, rounding where the least is lost; lower places first."""
+    exact = capacities * (total / capacities.sum())
+    shares = np.floor(exact).astype(np.int64)
+    shares[np.argsort(shares - exact, kind="stable")[: total - int(shares.sum())]] += 1
+    return shares
 
 
 def _auction(
@@ -314,12 +383,14 @@ def _lay_spare(problem: _Problem, nearest: np.ndarray, prices: np.ndarray) -> np
     return spare
 
 
-def _place_indifferent(problem: _Problem, places: np.ndarray, present: np.ndarray | None) -> None:
+def _place_indifferent(
+    capacities: np.ndarray, places: np.ndarray, present: np.ndarray | None
+) -> None:
     """Gives the words that are indifferent what the others left, their present place first."""
     idle = np.flatnonzero(places < 0)
     if len(idle) == 0:
         return
-    room = problem.capacities - np.bincount(places[places >= 0], minlength=len(problem.capacities))
+    room = capacities - np.bincount(places[places >= 0], minlength=len(capacities))
     if present is not None:
         for place in np.unique(present[idle]):
             staying = idle[present[idle] == place][: room[place] if place >= 0 else 0]

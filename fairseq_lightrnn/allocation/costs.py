@@ -67,6 +67,10 @@ class DenseCosts:
         """Returns the costs of some of the places."""
         return DenseCosts(self.matrix[:, places])
 
+    def indifferent(self) -> Tensor:
+        """Returns which words pay the same everywhere, (n,) booleans."""
+        return (self.matrix == self.matrix[:, :1]).all(dim=1)
+
     def chosen(self, places: Tensor) -> Tensor:
         """Returns what each word pays at its place, (n,) in float64."""
         return self.matrix.gather(1, places[:, None]).squeeze(1).to(torch.float64)
@@ -132,6 +136,14 @@ class LowRankCosts:
         """Returns the costs of some of the places."""
         return LowRankCosts(self.sums, self.vectors[places], self.counts, self.biases[places])
 
+    def indifferent(self) -> Tensor:
+        """Returns which words never occurred, (n,) booleans; they pay the same everywhere."""
+        idle = self.counts == 0
+        words = torch.nonzero(idle).squeeze(1)
+        for some in words.split(_CHOSEN_BLOCK):
+            idle[some] = (self.sums[some] == 0).all(dim=1)
+        return idle
+
     def chosen(self, places: Tensor) -> Tensor:
         """Returns what each word pays at its place, (n,) in float64."""
         n = self.shape[0]
@@ -189,6 +201,10 @@ class WeightedCosts:
     def restrict(self, places: Tensor) -> DenseCosts:
         """Returns the costs of some of the places, as a matrix."""
         return DenseCosts(self.block(slice(None))[:, places])
+
+    def indifferent(self) -> Tensor:
+        """Returns which words pay the same everywhere, (n,) booleans."""
+        return self.base.indifferent() & (self.bonus == 0)
 
     def chosen(self, places: Tensor) -> Tensor:
         """Returns what each word pays at its place, (n,) in float64."""

@@ -88,6 +88,7 @@ def reallocate(
     stay_margin: float = 0.0,
     gap: float | None = None,
     time_limit: float | None = None,
+    memory: int = 8 << 30,
     symbols: Sequence[str] | None = None,
     num_threads: int | None = None,
 ) -> Reallocation:
@@ -114,6 +115,8 @@ def reallocate(
         ``row-first``, 1e-4 for ``joint``.
       time_limit: seconds after which to stop with the best found so far; later stages of
         ``row-first`` still run.
+      memory: bytes that costs may take besides the statistics; with less they are formed again or
+        only the cheapest places are kept.
       symbols: names of the words, for error messages.
       num_threads: threads; the table does not depend on it.
 
@@ -145,6 +148,8 @@ def reallocate(
             shape=table.shape,
             gap=1e-4 if gap is None else gap,
             time_limit=time_limit,
+            memory=memory,
+            present=np.searchsorted(order, table.cells),
             symbols=symbols,
             num_threads=threads,
         )
@@ -158,6 +163,7 @@ def reallocate(
             fixed_components=fixed_components,
             gap=0.0 if gap is None else gap,
             time_limit=time_limit,
+            memory=memory,
             num_threads=threads,
         )
         new = WordTable(coordinates, table.shape)
@@ -183,6 +189,7 @@ def assign_by_stages(
     fixed_components: int = 0,
     gap: float = 0.0,
     time_limit: float | None = None,
+    memory: int = 8 << 30,
     num_threads: int = 1,
 ) -> tuple[np.ndarray, float]:
     """Assigns coordinate after coordinate, each stage within the groups of the stages before it.
@@ -194,6 +201,7 @@ def assign_by_stages(
       fixed_components: leading coordinates that stay.
       gap: see `balanced_assignment`.
       time_limit: seconds for the first stage.
+      memory: bytes that costs may take.
       num_threads: groups of later stages that are solved at once.
 
     Returns:
@@ -227,6 +235,7 @@ def assign_by_stages(
                 capacities[group],
                 gap=gap,
                 time_limit=limit,
+                memory=memory,
                 present=table.coordinates[words, stage],
             )
             coordinates[words, stage] = found.assignment
