@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fairseq_run import preprocess, train, valid_losses
 
+from fairseq_lightrnn.allocation.reallocation import reallocate as solve
+from fairseq_lightrnn.allocation.statistics import AllocationStatistics
 from fairseq_lightrnn.commands.reallocate import main
+from fairseq_lightrnn.word_table import WordTable
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,24 @@ def test_the_same_table_as_in_training(data: Path, trained: Path, tmp_path: Path
     assert changed == [
         "decoder.reallocation_round", "decoder.table.coordinates",
     ]  # fmt: skip
+
+
+def test_exported_statistics_give_the_same_table(data: Path, trained: Path, tmp_path: Path) -> None:
+    checkpoint, folder = trained / "checkpoint1.pt", tmp_path / "export"
+    report = reallocate(checkpoint, data, tmp_path / "new.pt", "--export", folder)
+    rest = np.load(folder / "rest.npz")
+    statistics = AllocationStatistics(48, 2, 8)
+    statistics.sums.copy_(torch.from_numpy(np.load(folder / "sums.npy")))
+    statistics.counts.copy_(torch.from_numpy(rest["counts"]))
+    result = solve(
+        WordTable.from_cells(rest["cells"], rest["shape"]),
+        statistics,
+        [torch.from_numpy(rest[f"vectors{i}"]) for i in (0, 1)],
+        [torch.from_numpy(rest[f"biases{i}"]) for i in (0, 1)],
+    )
+    assert result.table.digest() == report["table"]
+    with pytest.raises(SystemExit, match="exists already"):
+        reallocate(checkpoint, data, tmp_path / "new.pt", "--export", folder)
 
 
 def test_training_goes_on_from_the_new_checkpoint(

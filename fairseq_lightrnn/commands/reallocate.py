@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from fairseq import checkpoint_utils, tasks
 from omegaconf import OmegaConf
@@ -65,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--words", type=int, metavar="N",
         help="gather statistics over about this many words (default: all)")  # fmt: skip
     add("--memory", type=float, metavar="GIB", help="GiB that the statistics may take")
+    add("--export", metavar="DIR", help="also write the statistics, the table and the output vectors "
+        "to this new folder, for scripts/benchmark_allocation.py --instances")  # fmt: skip
     add("--max-tokens", type=int, default=8192, metavar="N",
         help="words of a batch (default: %(default)s); no result depends on it")  # fmt: skip
     add("--device", default="cpu", help="where to compute: cpu (default), cuda, …")
@@ -81,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     if not Path(args.output).absolute().parent.is_dir():
         raise UsageError(f"--output {args.output}: there is no such folder to write into")
+    if args.export and Path(args.export).exists():
+        raise UsageError(f"--export {args.export}: exists already; give a new folder")
     started = time.monotonic()
     state, task = _load(args)
     model = task.build_model(state["cfg"].model, from_checkpoint=True)
@@ -93,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with statistics_storage(args.memory, size, tempfile.gettempdir()) as storage:
         gathered = gather_statistics(model, task.training_batches(), storage)
         gathering = time.monotonic() - started
+        if args.export:
+            _export(Path(args.export), decoder, gathered)
         if shape is None:
             report, table = _reallocate(args, state, task, decoder, gathered)
         else:
@@ -195,6 +202,20 @@ def _reshape(
         "table": table.digest(),
     }
     return report, table
+
+
+def _export(folder: Path, decoder: Any, gathered: Gathered) -> None:
+    """Writes what a reallocation is computed from."""
+    folder.mkdir(parents=True)
+    np.save(folder / "sums.npy", gathered.statistics.sums.float().numpy())
+    table = decoder.table.table()
+    outputs: dict[str, np.ndarray] = {}
+    for component in range(table.num_components):
+        vectors, biases = decoder.softmax.vectors(component)
+        outputs[f"vectors{component}"] = vectors.detach().cpu().numpy()
+        outputs[f"biases{component}"] = biases.detach().cpu().numpy()
+    counts = gathered.statistics.counts.numpy()
+    np.savez(folder / "rest.npz", cells=table.cells, shape=table.shape, counts=counts, **outputs)
 
 
 def _coordinates(table: WordTable) -> torch.Tensor:
