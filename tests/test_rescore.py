@@ -47,7 +47,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = preprocess(tmp_path_factory.mktemp("data"))
     save_dir = tmp_path_factory.mktemp("trained")
     train(data, save_dir, max_epoch=1, sample_break_mode="eos", initial_table="random")
-    return save_dir / "checkpoint_best.pt"
+    return save_dir / "checkpoint_last.pt"
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_dir = tmp_path_factory.mktemp("trained")
     train(data, save_dir, max_epoch=2, sample_break_mode="eos")
-    return save_dir / "checkpoint_best.pt"
+    return save_dir / "checkpoint_last.pt"
 
 
 @pytest.fixture
