@@ -63,24 +63,26 @@ def preprocess(directory: Path, sentences: int = 120) -> Path:
     return directory / "bin"
 
 
-def train(data: Path, save_dir: Path, *arguments: Any, **flags: Any) -> list[dict[str, Any]]:
-    """Trains a tiny model on the CPU and returns what fairseq logged in JSON."""
+def train_arguments(data: Path, save_dir: Path, *arguments: Any, **flags: Any) -> list[str]:
+    """Returns the arguments with which fairseq-train trains a tiny model on the CPU."""
     values = {
         "arch": "lightrnn_lm", "criterion": "two_component_cross_entropy", "optimizer": "adam",
         "lr": 0.01, "embed-dim": 8, "hidden-size": 8, "tokens-per-sample": 12, "batch-size": 8,
         "max-epoch": 3, "seed": 1, "log-format": "json", "log-file": save_dir / "train.log",
         "num-workers": 0, **{name.replace("_", "-"): value for name, value in flags.items()},
     }  # fmt: skip
-    save_dir.mkdir(parents=True, exist_ok=True)
     pairs = [
-        part
-        for name, value in values.items()
-        if value is not None
-        for part in (f"--{name}", str(value))
+        part for name, value in values.items() if value is not None for part in (f"--{name}", value)
     ]
     task = [] if "--task" in arguments else TASK
+    return [str(p) for p in (data, "--cpu", "--save-dir", save_dir, *task, *pairs, *arguments)]
+
+
+def train(data: Path, save_dir: Path, *arguments: Any, **flags: Any) -> list[dict[str, Any]]:
+    """Trains a tiny model on the CPU and returns what fairseq logged in JSON."""
+    save_dir.mkdir(parents=True, exist_ok=True)
     try:
-        run("train", data, "--cpu", "--save-dir", save_dir, *task, *pairs, *arguments)
+        run("train", *train_arguments(data, save_dir, *arguments, **flags))
     finally:
         _close_log_files()
     return read_log(save_dir)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from fairseq_run import (
     read_log,
     run,
     train,
+    train_arguments,
     valid_losses,
     valid_records,
     write_text,
@@ -260,6 +264,44 @@ class TestResume:
             initial_table="random", table_seed=7,
         )  # fmt: skip
         assert_same_training(tmp_path / "checkpoint3.pt", trained / "checkpoint3.pt")
+
+
+KILLED = """
+import os, signal, sys
+import fairseq_compat
+fairseq_compat.install()
+from fairseq_lightrnn import word_table_files
+from fairseq_lightrnn.tasks import _seating
+def kill(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+def kill_at_the_second(original, seen=[]):
+    def replace(*args):
+        seen.append(args)
+        return kill() if len(seen) > 2 else original(*args)
+    return replace
+if sys.argv.pop(1) == "solve":
+    _seating.reallocate = kill
+else:
+    word_table_files.os.replace = kill_at_the_second(os.replace)
+import fairseq_lightrnn.register
+from fairseq_cli.train import cli_main
+cli_main()
+"""
+
+
+@pytest.mark.parametrize("moment", ["solve", "write"])
+def test_a_reallocation_killed_is_done_again(
+    data: Path, trained: Path, tmp_path: Path, moment: str
+) -> None:
+    """kill -9 amid the solve, or amid the writing of the table, loses and changes nothing."""
+    arguments = train_arguments(data, tmp_path, reallocate_epochs=1, save_interval_updates=4)
+    killed = subprocess.run([sys.executable, "-c", KILLED, moment, *arguments], timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    before = WordTable.load(tmp_path / "word_table.txt", symbols(data))
+    assert before == table_of(load(tmp_path / "checkpoint_last.pt"), (7, 7))
+    train(data, tmp_path, reallocate_epochs=1, save_interval_updates=4)
+    assert_same_training(tmp_path / "checkpoint3.pt", trained / "checkpoint3.pt")
+    assert len((tmp_path / "reallocations.jsonl").read_text().splitlines()) == 1
 
 
 class TestEvaluation:

@@ -66,8 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--words", type=int, metavar="N",
         help="gather statistics over about this many words (default: all)")  # fmt: skip
     add("--memory", type=float, metavar="GIB", help="GiB that the statistics may take")
-    add("--export", metavar="DIR", help="also write the statistics, the table and the output vectors "
-        "to this new folder, for scripts/benchmark_allocation.py --instances")  # fmt: skip
+    add("--export", metavar="DIR", help="also write the statistics, the table and the output "
+        "vectors to this new folder, for scripts/benchmark_allocation.py --instances")  # fmt: skip
     add("--max-tokens", type=int, default=8192, metavar="N",
         help="words of a batch (default: %(default)s); no result depends on it")  # fmt: skip
     add("--device", default="cpu", help="where to compute: cpu (default), cuda, …")
