@@ -14,6 +14,7 @@ from fairseq_run import preprocess, train
 from scipy.stats import chisquare
 
 from fairseq_lightrnn.language_model import LanguageModel
+from fairseq_lightrnn.models.lightrnn_lm import LightRNNLanguageModel
 
 
 @pytest.fixture(scope="module")
@@ -22,15 +23,30 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["recurrent", "gated"])
-def model(
+def folder(
     request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> LanguageModel:
+) -> Path:
     save_dir = tmp_path_factory.mktemp("trained")
     extras = {}
     if request.param == "gated":
         extras = {"input_residual_dim": 2, "output_residual_dim": 2}
     train(data, save_dir, max_epoch=2, sample_break_mode="eos", composition=request.param, **extras)
-    return LanguageModel.from_pretrained(save_dir)
+    return save_dir
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> LanguageModel:
+    return LanguageModel.from_pretrained(folder)
+
+
+def test_five_lines_from_checkpoint_to_answer(
+    folder: Path, model: LanguageModel, data: Path
+) -> None:
+    same = LightRNNLanguageModel.from_pretrained(folder, data=data)
+    assert same.score("w1 w8").perplexity == model.score("w1 w8").perplexity
+    assert same.next_words("w1", 3) == model.next_words("w1", 3)
+    assert same.sample("w1", seed=1) == model.sample("w1", seed=1)
+    assert torch.equal(same.embedding("w1"), model.embedding("w1"))
 
 
 def test_score_of_one_sentence(model: LanguageModel) -> None:

@@ -4,7 +4,8 @@
 
 from argparse import Namespace
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
@@ -23,6 +24,9 @@ from fairseq_lightrnn.errors import UsageError, usage_errors
 from fairseq_lightrnn.gated import GatedComposition
 from fairseq_lightrnn.recurrent import RecurrentComposition
 from fairseq_lightrnn.word_table import check_shape, default_shape
+
+if TYPE_CHECKING:
+    from fairseq_lightrnn.language_model import LanguageModel
 
 __all__ = ["LightRNNDecoder", "LightRNNLanguageModel", "LightRNNLanguageModelConfig"]
 
@@ -315,6 +319,25 @@ class LightRNNLanguageModel(FairseqLanguageModel):
                 "--task lightrnn_language_modeling"
             )
         return cls(LightRNNDecoder(cfg, task.target_dictionary))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, path: str | Path, data: str | Path | None = None, device: str = "cpu"
+    ) -> "LanguageModel":
+        """Loads a trained model to be asked from Python.
+
+        Args:
+            path: a checkpoint, or a folder of checkpoints, of which the best is taken.
+            data: folder of ``dict.txt``; by default that which the model was trained on, or that
+                of the checkpoint.
+            device: where to compute.
+
+        Returns:
+            A :class:`fairseq_lightrnn.language_model.LanguageModel`.
+        """
+        from fairseq_lightrnn.language_model import LanguageModel
+
+        return LanguageModel.from_pretrained(path, data, device)
 
 
 def _preset(name: str, **values: Any) -> None:
