@@ -54,6 +54,11 @@ def test_fairseq_commands_run_one_after_the_other(
     ]
     assert (tmp_path / "checkpoints" / "reallocations.jsonl").exists()
     assert any(line.startswith("H-0") for line in capsys.readouterr().out.splitlines())
+    (block,) = (block for block in blocks("python") if "from_pretrained" in block)
+    exec(block, {})
+    perplexity, words = capsys.readouterr().out.splitlines()
+    assert float(perplexity) > 1
+    assert len(eval(words)) == 5
 
 
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
