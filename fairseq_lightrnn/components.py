@@ -268,18 +268,23 @@ class ComponentSoftmax(nn.Module):
 
     def _word_logits(self, query: Tensor, prefix: Tensor) -> Tensor | float:
         """Returns what words of their own add to the last component's logits, (N, R_k)."""
-        table = self.table
-        group, size = table.flatten(prefix), table.shape[-1]
         logits: Tensor | float = 0.0
         if self.word_bias is not None:
-            in_cells = self.word_bias[table.words].view(-1, size)
-            logits = logits + F.embedding(group, in_cells)
+            logits = logits + self._of_groups(self.word_bias[:, None], prefix).squeeze(2)
         if self.residual is not None:
-            # First in the order of cells, so that the words of a group are neighbours in memory.
-            in_cells = F.embedding(table.words, self.residual).view(-1, size * query.size(1))
-            residuals = F.embedding(group, in_cells).view(len(group), size, -1)
+            residuals = self._of_groups(self.residual, prefix)
             logits = logits + torch.einsum("nse,ne->ns", residuals, query)
         return logits
+
+    def _of_groups(self, values: Tensor, prefix: Tensor) -> Tensor:
+        """Looks up the values (V, e) of all words that share a prefix (N, k - 1): (N, R_k, e)."""
+        words = self.table.words.view(-1, self.table.shape[-1])
+        group = self.table.flatten(prefix)
+        if len(group) < len(words):
+            return F.embedding(words[group], values)
+        # First in the order of cells, so that the words of a group are neighbours in memory.
+        in_cells = F.embedding(words, values).flatten(1)
+        return F.embedding(group, in_cells).view(len(group), words.size(1), -1)
 
     def forward(self, hidden: Tensor, coordinates: Tensor) -> Tensor:
         """Scores given words.
