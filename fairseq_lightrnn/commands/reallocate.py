@@ -209,7 +209,7 @@ def _export(folder: Path, decoder: Any, gathered: Gathered) -> None:
     folder.mkdir(parents=True)
     np.save(folder / "sums.npy", gathered.statistics.sums.float().numpy())
     table = decoder.table.table()
-    outputs: dict[str, np.ndarray] = {}
+    outputs: dict[str, Any] = {}
     for component in range(table.num_components):
         vectors, biases = decoder.softmax.vectors(component)
         outputs[f"vectors{component}"] = vectors.detach().cpu().numpy()
