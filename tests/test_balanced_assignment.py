@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -226,3 +229,52 @@ def test_cached_places_come_close_to_the_optimum(idle, monkeypatch):
     assert parts.lower_bound <= whole.cost
     assert parts.relative_gap <= 1e-5
     assert parts.cost - whole.cost <= 1e-5 * (whole.mean_cost - whole.cost)
+
+
+LIMITED = """
+import resource, sys
+import numpy as np, torch
+from fairseq_lightrnn.allocation import LowRankCosts, balanced_assignment
+
+def problem(n, m):
+    random = torch.Generator().manual_seed(0)
+    factors = torch.randn(n, 4, generator=random), torch.randn(m, 4, generator=random)
+    return LowRankCosts(*factors, torch.ones(n), torch.zeros(m)), np.full(m, n // m)
+
+memory = int(sys.argv[1])
+balanced_assignment(*problem(400, 20), memory=memory)  # compiles
+costs, capacities = problem(20000, 400)
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (48 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+found = balanced_assignment(costs, capacities, gap=1e-3, memory=memory)
+print(found.relative_gap)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and RLIMIT_AS")
+def test_the_memory_bound_holds_under_a_real_limit():
+    def run(memory: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", LIMITED, str(memory)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    bounded = run(1 << 20)
+    assert bounded.returncode == 0, bounded.stderr
+    assert float(bounded.stdout) <= 1e-3
+    assert "Memory" in run(1 << 40).stderr  # the matrix alone takes 64 MB
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("memory", [0, 1 << 30])
+def test_cpu_and_gpu_cost_the_same(memory):
+    random = torch.Generator().manual_seed(6)
+    factors = [torch.randn(3000, 16, generator=random), torch.randn(50, 16, generator=random)]
+    factors += [torch.arange(3000.0), torch.randn(50, generator=random)]
+    costs = [
+        balanced_assignment(
+            LowRankCosts(*(factor.to(device) for factor in factors)), [60] * 50, memory=memory
+        ).cost
+        for device in ("cpu", "cuda")
+    ]
+    assert costs[0] == pytest.approx(costs[1], rel=1e-6)

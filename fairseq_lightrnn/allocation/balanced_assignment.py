@@ -123,7 +123,8 @@ def balanced_assignment(
       prices: (m,) prices of a similar problem to start from.
       present: (n,) place of each word now; words that are indifferent stay there where they can.
       memory: bytes that the costs may take. Where the matrix does not fit, only the cheapest places
-        of each word are held, and there is no exact finish: the gap is small, not 0.
+        of each word are held (about 200 bytes a word) besides a sample of at least 8 words a place,
+        and there is no exact finish: the gap is small, not 0.
       symbols: names of the words, for error messages.
 
     Returns:
@@ -147,7 +148,7 @@ def balanced_assignment(
     room = room[open_places]
     warm = None if prices is None else np.asarray(prices, np.float64)[open_places]
     if source.shape[0] * len(room) * np.dtype(np.float32).itemsize > memory:
-        found = _solve_in_parts(source, room, gap, deadline, warm, present, symbols)
+        found = _solve_in_parts(source, room, gap, deadline, warm, present, memory, symbols)
     else:
         problem = _prepare(source, room, symbols)
         if room.max(initial=0) == 1 and problem.matrix.size <= _LINEAR_ASSIGNMENT_LIMIT:
@@ -290,13 +291,15 @@ def _solve_in_parts(
     deadline: float | None,
     warm: np.ndarray | None,
     present: np.ndarray | None,
+    memory: int,
     symbols: Sequence[str] | None,
 ) -> _Found:
     """Solves a problem too large to hold: a sample gives prices, cached lists do the rest."""
     idle = source.indifferent().cpu().numpy()
     active = np.flatnonzero(~idle)
     # Too few words for each place would give prices that are worse than none.
-    wanted = max(_SAMPLE_ENTRIES // len(capacities), 16 * len(capacities))
+    entries = min(_SAMPLE_ENTRIES, memory // 8)
+    wanted = max(entries // len(capacities), 8 * len(capacities))
     step = max(1, len(active) // wanted)
     sample = active[::step]
     spare = int(capacities.sum()) - len(active)

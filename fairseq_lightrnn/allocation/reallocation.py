@@ -132,8 +132,14 @@ def reallocate(
     _check(table, statistics, vectors, biases, objective, row_weight, fixed_components, stay_margin)
     _check_finite(statistics, vectors, biases, symbols)
     threads = num_threads or os.cpu_count() or 1
+    device = statistics.sums.device
     losses = [
-        LowRankCosts(statistics.sums[i], vectors[i].detach(), statistics.counts, biases[i].detach())
+        LowRankCosts(
+            statistics.sums[i],
+            vectors[i].detach().to(device),
+            statistics.counts.to(device),
+            biases[i].detach().to(device),
+        )
         for i in range(table.num_components)
     ]
     before = _component_costs(losses, table)
