@@ -163,16 +163,18 @@ run() { # COMMAND...: shows it, runs it, keeps its output in the step's log
     "$@" 2>&1 | python "$tools/progress.py" "$step_log"
 }
 
-shown() { # COMMAND...: as one would type it
-    local word line=''
+shown() { # COMMAND...: as one would type it, in lines of 100 characters
+    local word line='' text=''
     for word; do
-        if [[ $word =~ ^[A-Za-z0-9_./:,=+@%-]+$ ]]; then
-            line+="$word "
-        else
-            line+="'${word//\'/\'\\\'\'}' "
+        [[ $word =~ ^[A-Za-z0-9_./:,=+@%-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+        if ((${#line} + ${#word} > 94)) && [[ $word == --* ]]; then
+            text+="$line\\"$'\n    '
+            line=''
         fi
+        line+="$word "
     done
-    printf '%s' "${line% }"
+    text+=$line
+    printf '%s' "${text% }"
 }
 
 # Where threads share cores with other work, waiting for each other in busy loops makes them ten
@@ -223,14 +225,9 @@ fi
 begin train "Training, with reallocation after epoch $reallocate of $epochs" \
     "run the same command again, it goes on after the last finished epoch; if memory is short, with a smaller --width"
 checkpoints=$out/checkpoints
-rates=0.004
-for ((epoch = 2; epoch <= epochs; epoch++)); do
-    case $((epochs - epoch)) in
-        0) rates+=,0.001 ;;
-        1) rates+=,0.002 ;;
-        *) rates+=,0.004 ;;
-    esac
-done
+rates='' # one for each epoch, the last one lower
+for ((epoch = 1; epoch < epochs; epoch++)); do rates+=0.004,; done
+rates+=0.0015
 command=(fairseq-train "$data" --user-dir fairseq_lightrnn --task lightrnn_language_modeling
     --arch lightrnn_lm --criterion two_component_cross_entropy
     --embed-dim "$width" --hidden-size "$width" --num-layers 1 --dropout 0.1

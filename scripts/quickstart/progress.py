@@ -17,7 +17,11 @@ __all__ = ["copy_and_show", "readable"]
 
 WIDTH = 160
 _PREFIX = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| [A-Z]+ \| ([\w.]+) \| ")
-_UNWANTED = re.compile(r"^(Namespace\(|\{'_name'|[SWDP]-\d+\t)|^\s*\d+%\|")
+_UNWANTED = re.compile(
+    r"^(Namespace\(|\{'_name'|[SWDP]-\d+\t|\s*\d+%\|)"
+    r"|^(Preparing to save|Saving|Finished saving|Start iterating|grouped total_num_itrs)\b"
+    r"|^(begin (validation|training)|end of epoch|skipp?ing remaining batches|rank \d+:|\*{9})"
+)
 
 
 def readable(line: str) -> str | None:
