@@ -22,6 +22,7 @@ from fairseq_lightrnn.composition import Composition, Context
 from fairseq_lightrnn.distribution import next_word_log_probs
 from fairseq_lightrnn.errors import UsageError, usage_errors
 from fairseq_lightrnn.gated import GatedComposition
+from fairseq_lightrnn.models._carried_state import CarriedState
 from fairseq_lightrnn.recurrent import RecurrentComposition
 from fairseq_lightrnn.word_table import check_shape, default_shape
 
@@ -182,6 +183,7 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
             cfg.word_bias,
             cfg.output_residual_dim,
         )
+        self.carried_state = CarriedState()
         self.register_buffer("reallocation_round", torch.tensor(-1))
         self.register_buffer("reallocation_epoch", torch.tensor(0))
 
@@ -192,6 +194,7 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
         incremental_state: dict[str, Any] | None = None,
         target_tokens: Tensor | None = None,
         src_lengths: Tensor | None = None,
+        carried: dict[str, Any] | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Predicts the word after each given word.
 
@@ -201,6 +204,8 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
             incremental_state: fairseq's store of states between the steps of a generation.
             target_tokens: the words to predict, shape (B, T).
             src_lengths: not used.
+            carried: name of the ``stream`` of text and number of its ``block``, if the words go on
+                where its last block ended.
 
         Returns:
             With ``target_tokens``: features of shape (B, T, k·(d + e)) that
@@ -209,7 +214,7 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
             last word, (B, 1, V). And fairseq's dictionary of extras.
         """
         if target_tokens is not None:
-            hidden = self.extract_features(prev_output_tokens, target_tokens)
+            hidden = self.extract_features(prev_output_tokens, target_tokens, carried)
             return hidden.flatten(2), {"attn": None, "features": True}
         if incremental_state is None:
             log_probs = self._all_log_probs(prev_output_tokens)
@@ -218,14 +223,22 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
         return log_probs, {"attn": None, "features": False}
 
     def extract_features(  # type: ignore[override]
-        self, prev_output_tokens: Tensor, target_tokens: Tensor
+        self,
+        prev_output_tokens: Tensor,
+        target_tokens: Tensor,
+        carried: dict[str, Any] | None = None,
     ) -> Tensor:
         """Returns the outputs, (B, T, k, d + e), that predict the targets' components."""
         # A text's next source word is its target, but where padding begins it is not the last one.
         upcoming = torch.cat([prev_output_tokens[:, 1:], target_tokens[:, -1:]], dim=1)
         upcoming = torch.where(upcoming.eq(self.dictionary.pad()), target_tokens, upcoming)
         words = torch.cat([prev_output_tokens[:, :1], upcoming], dim=1)  # (B, T+1)
-        hidden, _ = self.composition(self.table(words))
+        state = None
+        if carried is not None:
+            state = self.carried_state.before(**carried, lanes=len(words))
+        hidden, state = self.composition(self.table(words), state)
+        if carried is not None:
+            self.carried_state.after(**carried, state=state)
         return hidden
 
     def component_log_probs(self, features: Tensor, words: Tensor) -> Tensor:

@@ -139,12 +139,17 @@ def broadcast_table(table: WordTable | None, lookup: Any) -> WordTable:
     return WordTable.from_cells(cells.cpu().numpy(), lookup.shape)
 
 
-def sample_share(words: int | None, total: int) -> Callable[[int], bool]:
-    """Spreads a number of words evenly over a split's batches, the first of which is always used.
+def sample_share(
+    words: int | None, total: int, batches: int, in_order: bool
+) -> Callable[[int], bool]:
+    """Chooses batches that hold about a number of words, the first batch always among them.
 
     Args:
         words: about how many words to use; None uses all.
         total: the words of the split.
+        batches: its batches.
+        in_order: take the first batches, since each goes on where the one before stopped;
+            otherwise they are spread evenly.
 
     Returns:
         A function that tells of a batch number whether to use the batch.
@@ -152,6 +157,8 @@ def sample_share(words: int | None, total: int) -> Callable[[int], bool]:
     if words is None or words >= total:
         return lambda number: True
     share = Fraction(words, total)
+    if in_order:
+        return lambda number: number < math.ceil(batches * share)
     return lambda number: math.ceil((number + 1) * share) > math.ceil(number * share)
 
 

@@ -114,6 +114,7 @@ class SeatingMixin:
     seats_words = True
     args: Any
     datasets: dict[str, Any]
+    in_order = False  # whether batches go on where the one before stopped
     _given_table: WordTable | None = None
     _started: float | None = None
     _reallocation_seconds = 0.0
@@ -293,7 +294,9 @@ class SeatingMixin:
             # A cached iterator would be the one that training goes on with.
             disable_iterator_cache=True,
         ).next_epoch_itr(shuffle=False)
-        share = sample_share(self.args.reallocation_words, int(np.sum(dataset.sizes)))
+        share = sample_share(
+            self.args.reallocation_words, int(np.sum(dataset.sizes)), len(batches), self.in_order
+        )
         progress = progress_bar.progress_bar(
             batches,
             log_format=self.args.log_format,

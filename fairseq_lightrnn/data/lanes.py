@@ -1,0 +1,146 @@
+"""Lanes of consecutive text, for hidden states that are carried from batch to batch.
+
+The text is laid out as parallel lanes of consecutive words. Batch n+1 of a lane goes on where batch
+n stopped, so that the state after one is the state before the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from fairseq.data import FairseqDataset, iterators
+
+__all__ = ["LaneDataset", "LaneIterator"]
+
+
+class LaneDataset(FairseqDataset):
+    """Blocks of parallel lanes; an item is a whole batch, cut out in one slice.
+
+    Every word is predicted exactly once: lanes differ by at most one word, and the last block is as
+    short as what remains. The first word of the first lane is predicted from the end of a sentence,
+    the first of every other lane from the word before it.
+
+    Items come in the order in which fairseq deals batches to workers: item n·W + s is block n of
+    the lanes of worker s. Of a single lane, workers but the first get empty batches.
+
+    Args:
+        text: word ids, integers of shape (N,).
+        stream: the name under which a model keeps the state, such as the split's.
+        lanes: lanes of a worker; 1 predicts the text in one pass.
+        length: words of a block.
+        eos: the word before the text.
+        pad: what fills the shorter lanes at the end.
+        workers: W. With a single lane, only the first of them has work.
+    """
+
+    def __init__(
+        self,
+        text: np.ndarray,
+        stream: str,
+        lanes: int,
+        length: int,
+        *,
+        eos: int,
+        pad: int,
+        workers: int = 1,
+    ) -> None:
+        self.text = np.asarray(text, dtype=np.int64)
+        self.stream = stream
+        self.length = length
+        self.eos, self.pad = eos, pad
+        self.workers = workers
+        self.busy_workers = 1 if lanes == 1 else workers
+        self.lanes = lanes
+        total = lanes * self.busy_workers
+        share, extra = divmod(len(self.text), total)
+        # The first `extra` lanes hold one word more.
+        self.starts = np.arange(total) * share + np.minimum(np.arange(total), extra)
+        self.ends = np.append(self.starts[1:], len(self.text))
+        self.blocks = -(-(share + (extra > 0)) // length)
+
+    def single_lane(self) -> LaneDataset:
+        """Returns the same text as one lane, for evaluation."""
+        return LaneDataset(
+            self.text,
+            self.stream,
+            1,
+            self.length,
+            eos=self.eos,
+            pad=self.pad,
+            workers=self.workers,
+        )
+
+    def __len__(self) -> int:
+        return self.blocks * self.workers
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """The words of each item, as an array of shape (items,)."""
+        return np.array([self.num_tokens(index) for index in range(len(self))])
+
+    def num_tokens(self, index: int) -> int:
+        """Returns the words of an item."""
+        block, worker = divmod(index, self.workers)
+        if worker >= self.busy_workers:
+            return 0
+        chosen = slice(worker * self.lanes, (worker + 1) * self.lanes)
+        rest = self.ends[chosen] - self.starts[chosen] - block * self.length
+        return int(rest.clip(0, self.length).sum())
+
+    size = num_tokens
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        block, worker = divmod(index, self.workers)
+        if worker >= self.busy_workers:
+            return {}
+        chosen = slice(worker * self.lanes, (worker + 1) * self.lanes)
+        begin = self.starts[chosen, None] + block * self.length  # (B, 1)
+        width = min(self.length, int((self.ends[chosen] - begin[:, 0]).max(initial=0)))
+        positions = begin + np.arange(max(width, 1))  # (B, T)
+        inside = positions < self.ends[chosen, None]
+        target = np.where(inside, self.text[positions.clip(max=len(self.text) - 1)], self.pad)
+        before = np.where(positions > 0, self.text[(positions - 1).clip(min=0)], self.eos)
+        source = np.where(inside, before, self.pad)
+        tokens = torch.from_numpy(target)
+        return {
+            "id": torch.arange(self.lanes),
+            "nsentences": self.lanes,
+            "ntokens": int(inside.sum()),
+            "net_input": {
+                "src_tokens": torch.from_numpy(source),
+                "src_lengths": torch.from_numpy(inside.sum(axis=1)),
+                "target_tokens": tokens,
+                "carried": {"stream": self.stream, "block": block},
+            },
+            "target": tokens,
+        }
+
+    def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Returns the only sample; items are batches already."""
+        return samples[0] if samples else {}
+
+    def ordered_indices(self) -> np.ndarray:
+        """Returns the items in the order of the text."""
+        return np.arange(len(self))
+
+
+class LaneIterator(iterators.EpochBatchIterator):
+    """Iterates over lanes in order, whatever fairseq would shuffle."""
+
+    def __init__(self, dataset: LaneDataset, **kwargs: Any) -> None:
+        super().__init__(
+            dataset=dataset,
+            collate_fn=dataset.collater,
+            batch_sampler=[[index] for index in range(len(dataset))],
+            disable_shuffling=True,
+            **kwargs,
+        )
+
+    @property
+    def first_batch(self) -> dict[str, Any]:
+        """The batch that fairseq uses where a worker has none; it touches no carried state."""
+        batch = self.dataset[0]
+        batch["net_input"]["carried"] = None
+        return batch

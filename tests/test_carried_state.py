@@ -1,0 +1,192 @@
+"""Hidden states carried from batch to batch, through fairseq's commands."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fairseq import checkpoint_utils
+from fairseq.data import data_utils
+from fairseq_run import TASK, preprocess, read_log, run, train, train_arguments, valid_losses
+
+CARRY = "--carry-hidden-state"
+KINDS = [
+    {"num_components": 1},
+    {"num_components": 2},
+    {"num_components": 3},
+    {"num_components": 2, "composition": "gated", "num_layers": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return preprocess(tmp_path_factory.mktemp("data"))
+
+
+def load(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=False)
+
+
+def unbroken_loss(path: Path, split: str, lanes: int) -> float:
+    """Scores each lane of a split as one text; returns bits a word."""
+    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(path)])
+    sentences = data_utils.load_indexed_dataset(f"{task.args.data}/{split}", task.dictionary, None)
+    text = torch.cat([torch.tensor([task.dictionary.eos()]), *sentences])
+    loss, start = 0.0, 0
+    decoder = model.eval().decoder
+    for size in [len(part) for part in np.array_split(np.arange(len(text) - 1), lanes)]:
+        lane = text[None, start : start + size + 1]
+        with torch.no_grad():
+            features = decoder(lane[:, :-1], target_tokens=lane[:, 1:])[0]
+            loss -= decoder.component_log_probs(features, lane[:, 1:]).sum().item()
+        start += size
+    return loss / (len(text) - 1) / math.log(2)
+
+
+def eval_loss(data: Path, path: Path, *flags: Any) -> float:
+    """Returns the loss of fairseq-eval-lm in bits a word, unrounded."""
+    import fairseq_cli.eval_lm as command
+
+    results: dict[str, float] = {}
+    original = command.eval_lm
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "eval_lm", lambda **kw: results.update(original(**kw)) or results)
+        run("eval-lm", data, *TASK, "--path", path, "--cpu", CARRY, "--num-workers", 0, *flags)
+    return float(results["loss"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1, 7])
+def test_training_losses_are_those_of_unbroken_lanes(
+    data: Path, tmp_path: Path, kind: dict[str, Any], length: int
+) -> None:
+    records = train(
+        data, tmp_path, CARRY, lr=0.0, dropout=0.0, tokens_per_sample=length, batch_size=5,
+        max_epoch=1, **kind,
+    )  # fmt: skip
+    logged = next(float(record["train_loss"]) for record in records if "train_wps" in record)
+    expected = unbroken_loss(tmp_path / "checkpoint1.pt", "train", lanes=5)
+    assert logged == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_is_one_pass_whatever_the_batch(
+    data: Path, tmp_path: Path, kind: dict[str, Any]
+) -> None:
+    records = train(data, tmp_path, CARRY, max_epoch=2, **kind)
+    path = tmp_path / "checkpoint2.pt"
+    expected = unbroken_loss(path, "valid", lanes=1)
+    assert valid_losses(records)[-1] == pytest.approx(expected, abs=1e-4)
+    for flags in (
+        ["--batch-size", 8],
+        ["--batch-size", 3, "--tokens-per-sample", 5],
+        ["--tokens-per-sample", 1, "--softmax-batch", 7],
+    ):
+        loss = eval_loss(data, path, "--gen-subset", "valid", *flags)
+        assert loss == pytest.approx(expected, abs=1e-5)
+    train_loss = eval_loss(data, path, "--gen-subset", "train", "--batch-size", 4)
+    assert train_loss == pytest.approx(unbroken_loss(path, "train", lanes=1), abs=1e-5)
+
+
+def test_no_state_leaks_into_an_epoch_or_split(data: Path, tmp_path: Path) -> None:
+    """With nothing learnt, every epoch and every validation has the same loss."""
+    records = train(data, tmp_path, CARRY, lr=0.0, dropout=0.0, max_epoch=3, batch_size=4)
+    losses = [record["train_loss"] for record in records if "train_wps" in record]
+    assert len(set(losses)) == 1
+    assert len(set(valid_losses(records))) == 1
+
+
+def test_resume_in_mid_epoch_restores_the_state(data: Path, tmp_path: Path) -> None:
+    flags = {"batch_size": 4, "reallocate_epochs": 1, "update_freq": 2}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    train(data, whole, CARRY, save_interval_updates=3, **flags)
+    middle = sorted(whole.glob("checkpoint_2_*.pt"))[0]
+    assert load(middle)["model"]["decoder.carried_state.states"].shape == (2, 1, 4, 8)
+    train(data, resumed, CARRY, restore_file=middle, **flags)
+    one, two = (load(folder / "checkpoint3.pt")["model"] for folder in (whole, resumed))
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+def test_reallocation_gathers_statistics_of_carried_states(data: Path, tmp_path: Path) -> None:
+    """The cost before is the row loss of the unbroken lanes, or of their beginning."""
+    for number, flags in enumerate(({}, {"reallocation_words": 300})):
+        folder = tmp_path / str(number)
+        train(
+            data, folder, CARRY, lr=0.0, dropout=0.0, batch_size=4, max_epoch=2,
+            reallocate_epochs=1, **flags,
+        )  # fmt: skip
+        record = json.loads((folder / "reallocations.jsonl").read_text())
+        logged = next(r for r in read_log(folder) if "train_wps" in r)
+        if not flags:
+            assert record["tokens"] == 874
+            row_loss = float(logged["train_row_loss"]) * math.log(2)
+            assert record["cost_before"] == pytest.approx(row_loss, abs=1e-4)
+        else:
+            assert 300 <= record["tokens"] < 350
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sample-break-mode", "eos"], "--sample-break-mode eos: a carried hidden state crosses"),
+        (["--add-bos-token"], "--add-bos-token and --carry-hidden-state exclude each other"),
+        (["--max-tokens", "100"], "give --batch-size rather than --max-tokens"),
+    ],
+)
+def test_flags_that_do_not_go_together(
+    data: Path, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    batch_size = None if "--max-tokens" in flags else 8
+    with pytest.raises(SystemExit, match=message):
+        train(data, tmp_path, CARRY, *flags, batch_size=batch_size)
+
+
+def test_resuming_with_other_lanes_is_refused(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path, CARRY, batch_size=4, save_interval_updates=3, max_epoch=1)
+    middle = sorted(tmp_path.glob("checkpoint_1_*.pt"))[0]
+    with pytest.raises(ValueError, match="resume with the --batch-size"):
+        train(data, tmp_path / "on", CARRY, batch_size=3, restore_file=middle, max_epoch=1)
+
+
+class TestWorkers:
+    WORKERS = ["--distributed-world-size", 2, "--distributed-backend", "gloo",
+               "--ddp-backend", "legacy_ddp"]  # fmt: skip
+
+    def start(self, data: Path, save_dir: Path, *arguments: Any, **flags: Any) -> None:
+        save_dir.mkdir(parents=True)
+        command = [Path(sys.executable).parent / "fairseq-train"]
+        command += train_arguments(data, save_dir, CARRY, *arguments, dropout=0.0, **flags)
+        result = subprocess.run(
+            [str(part) for part in command], capture_output=True, text=True, timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr[-3000:]
+
+    def test_two_workers_have_the_lanes_of_one(self, data: Path, tmp_path: Path) -> None:
+        flags = {"max_epoch": 2, "reallocate_epochs": 1, "save_interval_updates": 7}
+        self.start(data, tmp_path / "one", batch_size=8, **flags)
+        self.start(data, tmp_path / "two", *self.WORKERS, batch_size=4, **flags)
+        one, two = (load(tmp_path / name / "checkpoint2.pt")["model"] for name in ("one", "two"))
+        for name, value in one.items():
+            if name != "decoder.carried_state.states":  # padding at the end of an epoch is read too
+                torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-5)
+        losses = [valid_losses(read_log(tmp_path / name)) for name in ("one", "two")]
+        assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+
+        (middle,) = (tmp_path / "two").glob("checkpoint_2_14.pt")
+        self.start(
+            data, tmp_path / "on", *self.WORKERS, "--restore-file", middle, batch_size=4,
+            max_epoch=2, reallocate_epochs=1,
+        )  # fmt: skip
+        resumed = load(tmp_path / "on" / "checkpoint2.pt")["model"]
+        for name, value in two.items():
+            assert torch.equal(value, resumed[name]), name
