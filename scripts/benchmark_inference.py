@@ -1,0 +1,316 @@
+"""Compares what a trained language model does all day: scoring, generating, next-word queries.
+
+    python scripts/benchmark_inference.py --sizes 10000 33278 415000 1000000 --json results.json
+
+LightRNN (the paper's composition, the gated one, and that with a bias and residuals for each word)
+beside fairseq's ``lstm_lm`` with full and with adaptive softmax, all of one width. Measured are
+
+- ``score``: words a second through fairseq's ``SequenceScorer``, as ``fairseq-eval-lm`` scores;
+- ``greedy``, ``beam5``, ``sample``: words a second through fairseq's ``SequenceGenerator``;
+- ``sample2``: words a second by two-stage sampling, which LightRNN alone has;
+- ``next10``: milliseconds for the ten most probable next words, with their probabilities;
+
+each in a process of its own, with the memory that the process held before (``model``: program and
+model) and what the measurement took on top at its peak (``work``).
+
+Weights are random: the time of all of these but ``next10`` does not depend on them. The search for
+the most probable words does depend on how sharp the predictions are, so it is measured twice: with
+random weights, whose flat predictions are the worst case (``next10 flat``), and with biases that
+make the perplexity of each component that of ``--component-perplexity`` (``next10``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MODELS = ("lightrnn", "gated", "gated+words", "full", "adaptive")
+MEASURES = ("score", "greedy", "beam5", "sample", "sample2", "next10", "next10 flat")
+OURS = ("lightrnn", "gated", "gated+words")
+ONLY_OURS = ("sample2", "next10 flat")
+# Cutoffs of fairseq's adaptive softmax; those beyond the vocabulary are left out.
+CUTOFFS = (10_000, 50_000, 200_000)
+RESIDUALS = (16, 8)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--sizes", type=int, nargs="+", default=[10_000, 33_278, 415_000, 1_000_000],
+        metavar="V", help="vocabulary sizes")  # fmt: skip
+    add("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    add("--measures", nargs="+", choices=MEASURES, default=list(MEASURES))
+    add("--width", type=int, default=200, help="of vectors and LSTM (default: %(default)s)")
+    add("--layers", type=int, default=1, help="of the LSTM (default: %(default)s)")
+    add("--batch", type=int, default=16, help="sentences scored at once (default: %(default)s)")
+    add("--length", type=int, default=32, help="words of a sentence (default: %(default)s)")
+    add("--generated", type=int, default=10, help="words generated (default: %(default)s)")
+    add("--component-perplexity", type=float, default=12.0,
+        help="of each component, for next10 (default: %(default)s, a perplexity of 144 a word)"
+        )  # fmt: skip
+    add("--seconds", type=float, default=3.0, help="to measure each for (default: %(default)s)")
+    add("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
+    add("--device", default="cpu")
+    add("--json", type=Path, metavar="FILE", help="write the figures here too")
+    add("--worker", nargs=3, metavar=("MODEL", "MEASURE", "V"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def build(name: str, num_words: int, args: argparse.Namespace) -> Any:
+    """Builds a fairseq model with random weights."""
+    import torch
+    from fairseq.data import Dictionary
+
+    class Sized(Dictionary):
+        """A dictionary of so many words, without the words."""
+
+        def __len__(self) -> int:
+            return num_words
+
+    torch.manual_seed(1)
+    dictionary = Sized()
+    if name in OURS:
+        from fairseq_lightrnn.models.lightrnn_lm import (
+            LightRNNDecoder,
+            LightRNNLanguageModel,
+            LightRNNLanguageModelConfig,
+        )
+
+        cfg = LightRNNLanguageModelConfig(
+            embed_dim=args.width, hidden_size=args.width, num_layers=args.layers,
+            composition="recurrent" if name == "lightrnn" else "gated",
+        )  # fmt: skip
+        if name == "gated+words":
+            cfg.word_bias = True
+            cfg.input_residual_dim, cfg.output_residual_dim = RESIDUALS
+        return LightRNNLanguageModel(LightRNNDecoder(cfg, dictionary))
+    from fairseq.models.lstm_lm import LSTMLanguageModel
+
+    cutoffs = [cutoff for cutoff in CUTOFFS if cutoff < num_words] or [num_words // 5]
+    task = Namespace(
+        dictionary=dictionary, source_dictionary=dictionary, target_dictionary=dictionary
+    )
+    settings = Namespace(
+        decoder_embed_dim=args.width, decoder_hidden_size=args.width, decoder_layers=args.layers,
+        decoder_out_embed_dim=args.width, share_decoder_input_output_embed=False,
+        criterion="adaptive_loss" if name == "adaptive" else "cross_entropy",
+        adaptive_softmax_cutoff=",".join(map(str, cutoffs)),
+    )  # fmt: skip
+    return LSTMLanguageModel.build_model(settings, task)
+
+
+def sharpen(decoder: Any, perplexity: float) -> None:
+    """Sets biases, falling with the logarithm of a random rank, of this perplexity."""
+    import torch
+
+    for component, size in enumerate(decoder.table.shape):
+        ranks = torch.randperm(size) + 1.0
+        low, high = 0.0, 20.0
+        for _ in range(60):
+            slope = (low + high) / 2
+            log_probs = torch.log_softmax(-slope * ranks.log(), 0)
+            flat = -(log_probs.exp() * log_probs).sum() > math.log(perplexity)
+            low, high = (slope, high) if flat else (low, slope)
+        decoder.softmax.vectors(component)[1].copy_(-low * ranks.log())
+
+
+def work(name: str, measure: str, model: Any, args: argparse.Namespace) -> Callable[[], int]:
+    """Returns what is to be timed: a function that returns how many words it has done."""
+    import torch
+    from fairseq.search import Sampling
+    from fairseq.sequence_generator import SequenceGenerator
+    from fairseq.sequence_scorer import SequenceScorer
+
+    dictionary = model.decoder.dictionary
+    num_words, eos = len(dictionary), dictionary.eos()
+    if measure == "score":
+        text = torch.randint(4, num_words, (args.batch, args.length + 1)).to(args.device)
+        target = text[:, 1:].contiguous()
+        inputs = {"src_tokens": text[:, :-1], "src_lengths": None}
+        if name in OURS:
+            inputs["target_tokens"] = target
+        sample = {
+            "net_input": inputs, "target": target, "start_indices": [0] * args.batch,
+        }  # fmt: skip
+        # As many positions at a time as keep a full softmax within 512 MiB.
+        scorer = SequenceScorer(dictionary, softmax_batch=max(1, 2**27 // num_words))
+        return lambda: len(scorer.generate([model], sample)) * args.length
+    if measure in ("greedy", "beam5", "sample"):
+        generator = SequenceGenerator(
+            [model], dictionary, beam_size=5 if measure == "beam5" else 1,
+            max_len_b=args.generated, min_len=args.generated,
+            search_strategy=Sampling(dictionary) if measure == "sample" else None,
+        )  # fmt: skip
+        source = torch.full((1, 1), eos, device=args.device)
+        sample = {"net_input": {"src_tokens": source}}
+
+        def generate() -> int:
+            generator.generate([model], sample, bos_token=eos)
+            return args.generated
+
+        return generate
+    return query(name, measure, model, args)
+
+
+def query(name: str, measure: str, model: Any, args: argparse.Namespace) -> Callable[[], int]:
+    import torch
+
+    decoder = model.decoder
+    num_words = len(decoder.dictionary)
+    words = torch.randint(4, num_words, (1, 1)).to(args.device)
+    if name not in OURS:
+
+        def dense() -> int:
+            output = decoder(words, incremental_state={})
+            log_probs = decoder.get_normalized_probs(output, log_probs=True, sample=None)
+            log_probs[0, -1].topk(10)
+            return 1
+
+        return dense
+    from fairseq_lightrnn.distribution import sample_words, top_words
+
+    if measure == "next10":
+        sharpen(decoder, args.component_perplexity)
+
+    def top() -> int:
+        context = decoder.composition.read(decoder.table(words))
+        found = top_words(decoder.composition, decoder.softmax, context, 10)
+        top.expanded = int(found.expanded[0])  # type: ignore[attr-defined]
+        return 1
+
+    def two_stage() -> int:
+        drawn, context = words[:, 0], None
+        for _ in range(args.generated):
+            context = decoder.composition.read(decoder.table(drawn[:, None]), context)
+            drawn = sample_words(decoder.composition, decoder.softmax, context)
+        return args.generated
+
+    return two_stage if measure == "sample2" else top
+
+
+def memory(key: str) -> float:
+    """Returns a figure of /proc/self/status in MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def worker(args: argparse.Namespace) -> None:
+    """Measures one thing and prints it as JSON."""
+    import fairseq_compat
+
+    fairseq_compat.install()
+    import torch
+
+    torch.set_num_threads(args.threads)
+    torch.set_grad_enabled(False)
+    name, measure, size = args.worker
+    model = build(name, int(size), args).eval().to(args.device)
+    run = work(name, measure, model, args)
+    before = memory("VmRSS")
+    reset = Path("/proc/self/clear_refs")
+    if reset.exists():
+        reset.write_text("5")  # the peak begins anew
+
+    def timed() -> tuple[float, int]:
+        start = time.perf_counter()
+        words = run()
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start, words
+
+    timed()
+    runs = [timed()]
+    while len(runs) < 3 or sum(seconds for seconds, _ in runs) < args.seconds:
+        runs.append(timed())
+    seconds = statistics.median(seconds for seconds, _ in runs)
+    result = {
+        "seconds": seconds,
+        "words_per_second": runs[0][1] / seconds,
+        "runs": len(runs),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "model_mib": before,
+        "work_mib": max(0.0, memory("VmHWM") - before),
+    }
+    if hasattr(run, "expanded"):
+        result["expanded_rows"] = run.expanded
+        result["rows"] = model.decoder.table.shape[0]
+    print(json.dumps(result))
+
+
+def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
+    results = []
+    for size in args.sizes:
+        for measure in args.measures:
+            for name in args.models:
+                if measure in ONLY_OURS and name not in OURS:
+                    continue
+                command = [sys.executable, __file__, *sys.argv[1:], "--worker", name, measure,
+                           str(size)]  # fmt: skip
+                done = subprocess.run(
+                    command, capture_output=True, text=True, env=environment(args)
+                )
+                record: dict[str, Any] = {"words": size, "model": name, "measure": measure}
+                if done.returncode:
+                    record["error"] = (done.stderr.strip().splitlines() or ["killed"])[-1]
+                else:
+                    record.update(json.loads(done.stdout.splitlines()[-1]))
+                results.append(record)
+                print(line(record), flush=True)
+    return results
+
+
+def environment(args: argparse.Namespace) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+
+
+def line(record: dict[str, Any]) -> str:
+    head = f"{record['words']:>9,}  {record['measure']:<11}  {record['model']:<11}"
+    if "error" in record:
+        return f"{head}  failed: {record['error']}"
+    speed = f"{record['words_per_second']:>12,.0f} words/s"
+    if record["measure"].startswith("next10"):
+        speed = f"{1000 * record['seconds']:>12.2f} ms     "
+    memory_used = f"model {record['model_mib']:>6.0f} MiB  work {record['work_mib']:>6.0f} MiB"
+    rows = f"  {record['expanded_rows']} of {record['rows']} rows" if "rows" in record else ""
+    return f"{head}  {speed}  {memory_used}{rows}"
+
+
+def main() -> None:
+    args = parse()
+    if args.worker:
+        worker(args)
+        return
+    results = measure_all(args)
+    if args.json:
+        import torch
+
+        settings = {
+            key: value for key, value in vars(args).items() if key not in ("json", "worker")
+        }
+        report = {
+            "settings": settings, "machine": platform.processor() or platform.machine(),
+            "python": platform.python_version(), "torch": torch.__version__, "results": results,
+        }  # fmt: skip
+        partial = args.json.with_name(args.json.name + ".tmp")
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+        os.replace(partial, args.json)
+
+
+if __name__ == "__main__":
+    main()
