@@ -91,15 +91,22 @@ class _Problem:
         return self.form(words)
 
     def form(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Computes the factors of some words; components are folded into two."""
+        """Computes the factors of some words."""
         blocks = []
-        for source, low in zip(self.sources, self.lows, strict=True):
-            block = source.block(torch.from_numpy(words).to(source.device)).cpu().numpy()
+        for source in self.sources:
+            block = source.block(torch.from_numpy(words).to(source.device))
+            blocks.append(block.cpu().numpy())
+        return self.centre(words, blocks)
+
+    def centre(self, words: np.ndarray, blocks: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Takes the least costs off and folds the components into two factors."""
+        parts = []
+        for block, low in zip(blocks, self.lows, strict=True):
             # The same product in another block may round otherwise, and nothing may be negative.
-            blocks.append(np.maximum(block - low[words, None], 0.0).astype(self.dtype))
-        if len(blocks) == 1:
-            return np.zeros((len(words), 1), self.dtype), blocks[0]
-        return _fold(blocks[: len(blocks) // 2]), _fold(blocks[len(blocks) // 2 :])
+            parts.append(np.maximum(block - low[words, None], 0.0).astype(self.dtype))
+        if len(parts) == 1:
+            return np.zeros((len(words), 1), self.dtype), parts[0]
+        return _fold(parts[: len(parts) // 2]), _fold(parts[len(parts) // 2 :])
 
     def over_blocks(self, work: Callable[[np.ndarray], None], words: np.ndarray) -> None:
         """Calls ``work`` on blocks of ``words`` in threads, as the kernels release the lock."""
@@ -209,10 +216,12 @@ def _prepare(
     shares = [np.bincount(cells[:, i], minlength=size) / max(1, n) for i, size in enumerate(shape)]
     for start in range(0, n, _BLOCK_WORDS):
         words = np.arange(start, min(start + _BLOCK_WORDS, n))
+        blocks = []
         for component, source in enumerate(costs):
             block = source.block(torch.from_numpy(words).to(source.device))
             require_finite(block, f"the cost of component {component}", start, symbols)
             numbers = block.cpu().numpy()
+            blocks.append(numbers)
             low, high = numbers.min(axis=1), numbers.max(axis=1)
             lows[component][words] = low
             mean_cost += float((numbers @ shares[component]).sum())
@@ -220,7 +229,7 @@ def _prepare(
             if dtype is np.float32:
                 rounding += 2.0**-24 * float((high - low).sum())
         if stored is not None:
-            stored[0][words], stored[1][words] = problem.form(words)
+            stored[0][words], stored[1][words] = problem.centre(words, blocks)
     problem.mean_cost, problem.rounding, problem.stored = mean_cost, rounding, stored
     return problem
 
