@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["TopWords", "component_log_probs", "top_words"]
 
 # Prefixes of a text expanded in the first round; each round takes twice as many as that before.
-_FIRST_ROUND = 2
+_FIRST_ROUND = 4
 _LAST_ROUND = 256
 _IMPOSSIBLE = float("-inf")
 
