@@ -16,7 +16,9 @@ import fairseq_compat
 fairseq_compat.install()
 
 import numpy as np  # noqa: E402
+from fairseq import checkpoint_utils  # noqa: E402
 from fairseq.logging import metrics  # noqa: E402
+from fairseq_cli import train as train_command  # noqa: E402
 
 import fairseq_lightrnn.register  # noqa: E402
 
@@ -27,6 +29,9 @@ TASK = ["--user-dir", USER_DIR, "--task", "lightrnn_language_modeling"]
 def run(command: str, *arguments: Any) -> None:
     """Runs ``fairseq-<command>`` with arguments, as its script does."""
     metrics.reset()
+    # What a process of its own would not remember of an earlier training.
+    for function in (checkpoint_utils.save_checkpoint, train_command.should_stop_early):
+        vars(function).clear()
     module = importlib.import_module(f"fairseq_cli.{command.replace('-', '_')}")
     logging.getLogger().setLevel(logging.INFO)  # fairseq's own choice, which pytest overrules
     argv = [f"fairseq-{command}", *map(str, arguments)]

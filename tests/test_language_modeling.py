@@ -486,7 +486,8 @@ class TestBadInput:
         train(data, tmp_path / "a", max_epoch=1)
         file = tmp_path / "a" / "word_table.txt"
         file.write_text(file.read_text().replace("\nw3 ", "\nx3 "))
-        message = f"{file}: line 9 holds 'x3' where the dictionary has 'w3'; the table belongs"
+        line = symbols(data).index("w3") + 2
+        message = f"{file}: line {line} holds 'x3' where the dictionary has 'w3'; the table"
         self.refused(message, data, tmp_path / "b", initial_table=file)
 
     def test_truncated_table(self, data: Path, tmp_path: Path) -> None:
