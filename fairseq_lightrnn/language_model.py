@@ -130,9 +130,17 @@ class LanguageModel:
                 f"has {len(coordinates)}; give the dictionary that it was trained with"
             )
         settings.data = str(folder)
-        (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task(
-            [str(checkpoint)], state=state
-        )
+        try:
+            (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task(
+                [str(checkpoint)], state=state
+            )
+        except RuntimeError as error:
+            logger.debug("loading %s failed", checkpoint, exc_info=True)
+            reason = " ".join(str(error).split())
+            raise UsageError(
+                f"{checkpoint}: does not fit the model that it describes; was it written by "
+                f"another version? ({reason})"
+            ) from None
         return cls(model.float().to(device), dictionary, bool(settings.add_bos_token))
 
     @property

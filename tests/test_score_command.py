@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from fairseq_run import preprocess, run, train
 
 from fairseq_lightrnn.commands.score import main
@@ -284,6 +285,14 @@ class TestBadInput:
         damaged.write_bytes(checkpoint.read_bytes()[:5000])
         self.refused(f"{damaged}: not a checkpoint of fairseq, or a damaged one", damaged, text)
         self.refused("not a checkpoint of fairseq", text, text)
+
+    def test_checkpoint_of_another_version(
+        self, checkpoint: Path, text: Path, tmp_path: Path
+    ) -> None:
+        state = torch.load(checkpoint, weights_only=False)
+        state["model"]["decoder.softmax.other"] = state["model"].pop("decoder.softmax.bias")
+        torch.save(state, tmp_path / "old.pt")
+        self.refused("old.pt: does not fit the model that it describes", tmp_path / "old.pt", text)
 
     def test_dictionary_of_another_model(
         self, checkpoint: Path, text: Path, tmp_path: Path
