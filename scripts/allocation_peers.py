@@ -117,44 +117,43 @@ def fill_up(instance: Instance, held: np.ndarray) -> np.ndarray:
     return held
 
 
-def scipy_sparse(instance: Instance, keep: int = 200) -> np.ndarray:
-    """scipy's `min_weight_full_bipartite_matching` on the 200 cheapest cells of each word and its
-    present one.
+def _pruned(instance: Instance, keep: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns (words, columns, costs) of the cheapest arcs, with the present cell of each word.
+
+    Columns number the occupied cells in order. The arcs to the present cells make a full matching
+    possible; they cost more than any other arc unless they are among the cheapest anyway.
     """
     words, cells, values = cheapest_arcs(instance, keep)
     num_words = instance.table.num_words
     index = np.full(instance.table.num_cells, -1)
-    order = np.sort(instance.table.cells)
-    index[order] = np.arange(num_words)
-    missing = values.max() + 1.0  # an arc that makes a full matching possible
-    words = np.concatenate([words, np.arange(num_words)])
-    columns = np.concatenate([index[cells], index[instance.table.cells]])
-    values = np.concatenate([values, np.full(num_words, missing)])
-    arcs = sparse.coo_array((values, (words, columns)), shape=(num_words, num_words)).tocsr()
-    arcs.data -= arcs.data.min() - 1.0
-    return order[sparse.csgraph.min_weight_full_bipartite_matching(sparse.csr_matrix(arcs))[1]]
+    index[np.sort(instance.table.cells)] = np.arange(num_words)
+    present = np.arange(num_words) * num_words + index[instance.table.cells]
+    keys = np.concatenate([words * num_words + index[cells], present])
+    values = np.concatenate([values, np.full(num_words, values.max() + 1.0)])
+    keys, first = np.unique(keys, return_index=True)
+    return keys // num_words, keys % num_words, values[first] - values.min()
+
+
+def scipy_sparse(instance: Instance, keep: int = 200) -> np.ndarray:
+    """scipy's `min_weight_full_bipartite_matching` on the 200 cheapest cells of each word."""
+    words, columns, values = _pruned(instance, keep)
+    size = (instance.table.num_words,) * 2
+    arcs = sparse.csr_matrix((values + 1.0, (words, columns)), shape=size)
+    matched = sparse.csgraph.min_weight_full_bipartite_matching(arcs)[1]
+    return np.sort(instance.table.cells)[matched]
 
 
 def ortools_flow(instance: Instance, keep: int = 200) -> np.ndarray:
-    """OR-tools' linear assignment (cost scaling) on the 200 cheapest cells of each word and its
-    present one.
-    """
+    """OR-tools' linear assignment (cost scaling) on the 200 cheapest cells of each word."""
     from ortools.graph.python import linear_sum_assignment as solver
 
-    words, cells, values = cheapest_arcs(instance, keep)
-    num_words = instance.table.num_words
-    order = np.sort(instance.table.cells)
-    index = np.full(instance.table.num_cells, -1)
-    index[order] = np.arange(num_words)
-    words = np.concatenate([words, np.arange(num_words)])
-    columns = np.concatenate([index[cells], index[instance.table.cells]])
-    values = np.concatenate([values, np.full(num_words, values.max() + 1.0)])
-    scaled = np.round((values - values.min()) * 1e3).astype(np.int64)
+    words, columns, values = _pruned(instance, keep)
     assignment = solver.SimpleLinearSumAssignment()
-    assignment.add_arcs_with_cost(words, columns, scaled)
+    assignment.add_arcs_with_cost(words, columns, np.round(values * 1e3).astype(np.int64))
     if assignment.solve() != assignment.OPTIMAL:
         raise RuntimeError("OR-tools found no assignment")
-    return order[[assignment.right_mate(word) for word in range(num_words)]]
+    matched = [assignment.right_mate(word) for word in range(instance.table.num_words)]
+    return np.sort(instance.table.cells)[matched]
 
 
 @numba.njit(cache=True)
