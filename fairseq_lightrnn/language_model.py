@@ -134,7 +134,7 @@ class LanguageModel:
             (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task(
                 [str(checkpoint)], state=state
             )
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError) as error:
             logger.debug("loading %s failed", checkpoint, exc_info=True)
             reason = " ".join(str(error).split())
             raise UsageError(
