@@ -36,8 +36,9 @@ def main() -> None:
                     best = every.topk(count).values
                     torch.testing.assert_close(found.log_probs, best, atol=1e-5, rtol=1e-5)
     for count, rows in expanded.items():
+        median = sorted(rows)[len(rows) // 2]
         print(
-            f"top {count}: mean {sum(rows) / len(rows):.1f}, median {sorted(rows)[len(rows) // 2]}, "
+            f"top {count}: mean {sum(rows) / len(rows):.1f}, median {median}, "
             f"most {max(rows)} of {model.table.shape[0]} rows ({len(rows)} queries)"
         )
 
