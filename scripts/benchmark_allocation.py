@@ -4,7 +4,7 @@ memory.
     python scripts/benchmark_allocation.py --sizes 10000 100000 --json
     examples/allocation/results.json
 
-Instances are files made by `--export` of this project's commands (``--instances``) or synthetic:
+Instances are folders made by ``lightrnn-reallocate --export`` (``--instances``) or synthetic:
 word w occurs ``n_w ~ 1 / w`` times (Zipf, at least once, on average 100 times); its summed state
 is ``n_w mu_w + sqrt(n_w) xi_w`` with ``mu_w`` and ``xi_w`` Gaussian of standard deviation 0.3 and
 0.5 in direction 1, falling with the root of the direction; the output vectors are standard

@@ -398,8 +398,9 @@ class TestGeneration:
         decoder = models[0].eval().decoder
         words = torch.randint(4, 44, (3, 6))
         with torch.no_grad():
-            every, extra = decoder(words)
-            every = decoder.get_normalized_probs((every, extra), log_probs=True)
+            # Every prefix afresh, the distribution after its last word.
+            prefixes = [decoder(words[:, : step + 1]) for step in range(6)]
+            every = torch.cat([decoder.get_normalized_probs(p, True) for p in prefixes], dim=1)
             targets = decoder(words[:, :-1], target_tokens=words[:, 1:])
             scores = decoder.get_normalized_probs(targets, True, {"target": words[:, 1:]})
             chosen = every[:, :-1].gather(2, words[:, 1:, None])

@@ -210,16 +210,15 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
         Returns:
             With ``target_tokens``: features of shape (B, T, k·(d + e)) that
             :meth:`get_normalized_probs` turns into the targets' log-probabilities. Without:
-            log-probabilities over all words, (B, T, V); with an incremental state only after the
-            last word, (B, 1, V). And fairseq's dictionary of extras.
+            log-probabilities of all words after the last one given, (B, 1, V); that is all that
+            generation and shallow fusion look at. And fairseq's dictionary of extras.
         """
         if target_tokens is not None:
             hidden = self.extract_features(prev_output_tokens, target_tokens, carried)
             return hidden.flatten(2), {"attn": None, "features": True}
-        if incremental_state is None:
-            log_probs = self._all_log_probs(prev_output_tokens)
-        else:
-            log_probs = self._next_log_probs(prev_output_tokens, incremental_state)
+        log_probs = self._next_log_probs(
+            prev_output_tokens, {} if incremental_state is None else incremental_state
+        )
         return log_probs, {"attn": None, "features": False}
 
     def extract_features(  # type: ignore[override]
@@ -266,7 +265,7 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
         log_probs: bool,
         sample: dict[str, Any] | None = None,
     ) -> Tensor:
-        """Returns (log-)probabilities of shape (B, T, V).
+        """Returns (log-)probabilities of shape (B, T, V), or (B, 1, V) of next words.
 
         After scoring, every entry of the last axis is the target's: a view that takes no memory,
         from which fairseq gathers the target. After generation, all words' own, normalised again
@@ -284,14 +283,6 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
         scores = self.component_log_probs(net_output[0], sample["target"]).sum(-1, keepdim=True)
         scores = scores if log_probs else scores.exp()
         return scores.expand(*sample["target"].shape, len(self.dictionary))
-
-    def _all_log_probs(self, words: Tensor) -> Tensor:
-        context: Context | None = None
-        steps = []
-        for step in self.table(words).split(1, dim=1):
-            context = self.composition.read(step, context)
-            steps.append(next_word_log_probs(self.composition, self.softmax, context))
-        return torch.stack(steps, dim=1)
 
     def _next_log_probs(self, words: Tensor, incremental_state: dict[str, Any]) -> Tensor:
         context = self._stored(incremental_state)
