@@ -197,8 +197,8 @@ column.</p>
 <div id="bar">
 <label>Find a word <input id="query" type="search" autocomplete="off" spellcheck="false"></label>
 <label>Rows in order of <select id="order">
-<option value="number">their number</option>
-<option value="frequency">how much of the text they cover</option></select></label>
+<option value="frequency">how much of the text they cover</option>
+<option value="number">their number</option></select></label>
 <div id="found"></div>
 <div id="chosen"></div>
 </div>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
 import sys
@@ -56,11 +57,13 @@ def load_model(checkpoint: Path, data: Path) -> Model:
 
     import fairseq_lightrnn.register  # noqa: F401
 
+    logging.getLogger("fairseq").setLevel(logging.WARNING)
     models, _, task = checkpoint_utils.load_model_ensemble_and_task(
         [str(checkpoint)], arg_overrides={"data": str(data)}
     )
     state = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint))
     config = state["cfg"]["model"]
+    position = state["extra_state"]["train_iterator"]
     decoder = models[0].decoder
     dictionary = task.source_dictionary
     counts = np.zeros(len(dictionary), dtype=np.int64)
@@ -75,7 +78,8 @@ def load_model(checkpoint: Path, data: Path) -> Model:
         embed_dim=config.embed_dim,
         hidden_size=config.hidden_size,
         num_layers=config.num_layers,
-        epoch=int(state["extra_state"]["train_iterator"]["epoch"]),
+        # At the end of an epoch the iterator stands before the next one.
+        epoch=int(position["epoch"]) - (position["iterations_in_epoch"] == 0),
     )
 
 
@@ -107,7 +111,7 @@ def ordinary_lstm_parameters(
 def table_rows(
     model: Model, rows: int = ROWS_SHOWN, words: int = WORDS_SHOWN
 ) -> dict[int, list[str]]:
-    """Picks rows of the table to show, from those that cover much text to those of rare words.
+    """Picks rows of the table to show, among the third that covers most of the text.
 
     Returns:
         The most frequent words of each row, by row number.
@@ -115,7 +119,8 @@ def table_rows(
     row_of = model.table.coordinates[:, 0]
     coverage = np.bincount(row_of, weights=model.counts, minlength=model.table.shape[0])
     ranked = np.argsort(-coverage, kind="stable")
-    picked = ranked[np.unique(np.linspace(0, 0.8 * (len(ranked) - 1), rows).astype(int))]
+    # Words of the later rows are too rare to tell whether they belong together.
+    picked = ranked[np.unique(np.linspace(0, 0.3 * (len(ranked) - 1), rows).astype(int))]
     shown = {}
     for row in picked.tolist():
         members = np.flatnonzero(row_of == row)
@@ -213,8 +218,8 @@ def report(summary: Mapping, rows: Mapping[int, list[str]], out: Path, prompt: s
         f"                  {summary['test_ppl']:.0f} equally likely ones, out of "
         f"{summary['vocabulary']:,}. Lower is better.",
         f"Parameters        {summary['parameters']:,}",
-        f"                  An ordinary LSTM of the same width has {ordinary:,},",
-        f"                  {times:.{0 if times >= 10 else 1}f} times as many.",
+        f"                  An ordinary LSTM of the same width has {ordinary:,}, "
+        f"{times:.{0 if times >= 10 else 1}f} times as many.",
         f"Word table        {summary['vocabulary']:,} words in {shape} cells",
         f"Training          {summary['train_words']:,} words × {len(valid)} epochs, "
         f"{summary['words_per_second']:,.0f} words per second",
