@@ -280,4 +280,9 @@ class CorpusScore:
 
 
 def _perplexity(log_prob: float, words: int) -> float | None:
-    return math.exp(-log_prob / words) if words else None
+    if not words:
+        return None
+    try:
+        return math.exp(-log_prob / words)
+    except OverflowError:
+        return math.inf

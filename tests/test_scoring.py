@@ -145,3 +145,9 @@ class TestCorpusScore:
         score = CorpusScore(unk=3, eos=2)
         assert score.perplexity is None
         assert score.perplexity_without_unknown is None
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite() -> None:
+    score = CorpusScore(unk=3, eos=2)
+    score.add(np.array([5]), np.array([[-500.0, -500.0]]))
+    assert score.perplexity == math.inf
