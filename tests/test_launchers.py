@@ -76,7 +76,7 @@ def test_two_workers_equal_one_with_update_freq_2(
 
 def test_torchrun(data: Path, tmp_path: Path, one_worker: dict[str, torch.Tensor]) -> None:
     start(
-        SCRIPTS / "torchrun", "--nproc_per_node", 2, "--master-port", 29517,
+        SCRIPTS / "torchrun", "--standalone", "--nproc_per_node", 2,
         SCRIPTS / "fairseq-train", data, *flags(tmp_path), "--distributed-backend", "gloo",
         "--ddp-backend", "legacy_ddp",
     )  # fmt: skip
