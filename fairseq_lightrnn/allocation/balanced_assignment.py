@@ -15,6 +15,7 @@ from torch import Tensor
 from fairseq_lightrnn.allocation import _capacity_auction as kernels
 from fairseq_lightrnn.allocation import _shortest_paths
 from fairseq_lightrnn.allocation._cached_auction import solve_cached
+from fairseq_lightrnn.allocation.certificate import CertifiedAssignment
 from fairseq_lightrnn.allocation.costs import CostSource, as_costs, require_finite
 
 __all__ = ["BalancedAssignment", "balanced_assignment"]
@@ -31,38 +32,15 @@ _UNIT = 2.0**-52
 
 
 @dataclass(frozen=True)
-class BalancedAssignment:
+class BalancedAssignment(CertifiedAssignment):
     """An assignment of words to places and how far from the best it can be.
 
     Attributes:
-      assignment: (n,) place of each word.
-      cost: total cost of the assignment, summed in float64.
-      lower_bound: no assignment costs less than this.
-      mean_cost: expected cost of an assignment drawn at random, the yardstick of `relative_gap`.
-      optimal: whether cost and bound agree to rounding error.
       prices: (m,) dual prices of the places, a warm start for similar costs; None from the dense
         solver.
-      seconds: time it took.
     """
 
-    assignment: np.ndarray
-    cost: float
-    lower_bound: float
-    mean_cost: float
-    optimal: bool
     prices: np.ndarray | None
-    seconds: float
-
-    @property
-    def gap(self) -> float:
-        """Cost minus lower bound: an upper bound on what a better assignment could save."""
-        return max(0.0, self.cost - self.lower_bound)
-
-    @property
-    def relative_gap(self) -> float:
-        """The gap as a share of what the best assignment saves over a random one."""
-        gain = self.mean_cost - self.lower_bound
-        return self.gap / gain if gain > 0 else 0.0
 
 
 @dataclass

@@ -14,6 +14,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from fairseq_lightrnn.allocation import _cell_auction as kernels
+from fairseq_lightrnn.allocation.certificate import CertifiedAssignment
 from fairseq_lightrnn.allocation.costs import CostSource, require_finite
 
 __all__ = ["JointAssignment", "joint_assignment"]
@@ -28,36 +29,8 @@ _BIDS_PER_WORD = 60  # beyond this the raise is too small for an instance with m
 _UNIT = 2.0**-52
 
 
-@dataclass(frozen=True)
-class JointAssignment:
-    """An assignment of words to cells and how far from the best it can be.
-
-    Attributes:
-      assignment: (n,) index into ``cells`` of the cell of each word.
-      cost: total cost, summed in float64.
-      lower_bound: no assignment costs less than this.
-      mean_cost: expected cost of an assignment drawn at random, the yardstick of `relative_gap`.
-      optimal: whether cost and bound agree to rounding error.
-      seconds: time it took.
-    """
-
-    assignment: np.ndarray
-    cost: float
-    lower_bound: float
-    mean_cost: float
-    optimal: bool
-    seconds: float
-
-    @property
-    def gap(self) -> float:
-        """Cost minus lower bound: an upper bound on what a better assignment could save."""
-        return max(0.0, self.cost - self.lower_bound)
-
-    @property
-    def relative_gap(self) -> float:
-        """The gap as a share of what the best assignment saves over a random one."""
-        gain = self.mean_cost - self.lower_bound
-        return self.gap / gain if gain > 0 else 0.0
+class JointAssignment(CertifiedAssignment):
+    """An assignment of words to cells, by index into ``cells``, and its certificate."""
 
 
 @dataclass

@@ -27,6 +27,7 @@ from fairseq_lightrnn.allocation.reshaping import (
     reshape_vectors,
     table_of_statistics,
 )
+from fairseq_lightrnn.commands._text import whole_file
 from fairseq_lightrnn.errors import UsageError, usage_errors
 from fairseq_lightrnn.models.lightrnn_lm import parse_shape
 from fairseq_lightrnn.tasks._reallocation import (
@@ -116,7 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"--num-components {len(shape)} --table-shape {'x'.join(map(str, shape))}"
         )
     if args.report:
-        _write(args.report, json.dumps(report, indent=2) + "\n")
+        with whole_file(args.report) as file:
+            print(json.dumps(report, indent=2), file=file)
     return 0
 
 
@@ -226,9 +228,3 @@ def _save(state: dict[str, Any], path: str) -> None:
     """Writes a checkpoint as fairseq does; it appears whole or not at all."""
     state["cfg"] = OmegaConf.to_container(state["cfg"], resolve=True, enum_to_str=True)
     checkpoint_utils.torch_persistent_save(state, path)
-
-
-def _write(path: str, text: str) -> None:
-    partial = Path(f"{path}.tmp{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
