@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 import fairseq_compat
@@ -11,3 +14,11 @@ fairseq_compat.install()
 # A busy machine must not fail a test.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny corpus, binarised; tests only read it."""
+    from fairseq_run import preprocess  # imports fairseq, which not every test needs
+
+    return preprocess(tmp_path_factory.mktemp("data"))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 from fairseq.data import data_utils
-from fairseq_run import TASK, preprocess, read_log, run, train, train_arguments, valid_losses
+from fairseq_run import TASK, read_log, run, train, train_arguments, valid_losses
 
 CARRY = "--carry-hidden-state"
 KINDS = [
@@ -24,11 +24,6 @@ KINDS = [
     {"num_components": 3},
     {"num_components": 2, "composition": "gated", "num_layers": 2},
 ]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return preprocess(tmp_path_factory.mktemp("data"))
 
 
 def load(path: Path) -> dict[str, Any]:

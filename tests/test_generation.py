@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from fairseq_run import TASK, preprocess, run, train, write_text
+from fairseq_run import TASK, run, train, write_text
 from scipy.stats import chisquare
 from torch import Tensor
 
@@ -25,11 +25,6 @@ class Trained(NamedTuple):
     folder: Path
     models: list[Any]  # of two epochs: an ensemble
     task: Any
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return preprocess(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module", params=["recurrent", "gated"])

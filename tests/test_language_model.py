@@ -10,16 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fairseq_run import preprocess, train
+from fairseq_run import train
 from scipy.stats import chisquare
 
 from fairseq_lightrnn.language_model import LanguageModel
 from fairseq_lightrnn.models.lightrnn_lm import LightRNNLanguageModel
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return preprocess(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module", params=["recurrent", "gated"])

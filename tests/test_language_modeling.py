@@ -16,7 +16,6 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq_run import (
     TASK,
-    preprocess,
     read_log,
     run,
     train,
@@ -27,11 +26,6 @@ from fairseq_run import (
 )
 
 from fairseq_lightrnn.word_table import WordTable
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return preprocess(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

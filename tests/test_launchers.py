@@ -11,14 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from fairseq_run import TASK, preprocess, run, train
+from fairseq_run import TASK, run, train
 
 SCRIPTS = Path(sys.executable).parent
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return preprocess(tmp_path_factory.mktemp("data"))
 
 
 def flags(save_dir: Path, **values: Any) -> list[str]:

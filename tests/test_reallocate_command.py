@@ -7,17 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fairseq_run import preprocess, train, valid_losses
+from fairseq_run import train, valid_losses
 
 from fairseq_lightrnn.allocation.reallocation import reallocate as solve
 from fairseq_lightrnn.allocation.statistics import AllocationStatistics
 from fairseq_lightrnn.commands.reallocate import main
 from fairseq_lightrnn.word_table import WordTable
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return preprocess(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

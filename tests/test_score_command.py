@@ -11,17 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fairseq_run import preprocess, run, train
+from fairseq_run import run, train
 
 from fairseq_lightrnn.commands.score import main
 from fairseq_lightrnn.language_model import LanguageModel
 
 TEXT = "w1 w8 w15\nw3 unheard-of w9 w9\n\nw2\n"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return preprocess(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

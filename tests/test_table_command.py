@@ -8,17 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fairseq_run import preprocess, train
+from fairseq_run import train
 
 from fairseq_lightrnn.commands.table import main
 from fairseq_lightrnn.commands.table_page import read_dictionary
 from fairseq_lightrnn.language_model import LanguageModel
 from fairseq_lightrnn.word_table import WordTable
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return preprocess(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
