@@ -12,7 +12,9 @@ Gaussian. So costs are of low rank and very unequal, and the noise of rare words
 what is to be learnt, like in statistics of trained models. The table before is random.
 
 Every solver runs in a process of its own, after it has solved a small instance so that nothing is
-compiled on the clock.
+compiled on the clock. Statistics of more than 4 GiB stay in a memory-mapped file, in ``--scratch``,
+as those of a training with ``--reallocation-memory`` do; the memory reported is what a process
+holds besides such files.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -36,22 +39,35 @@ from allocation_peers import PEERS, Instance
 from fairseq_lightrnn.allocation import reallocate
 from fairseq_lightrnn.word_table import WordTable, balanced_cells, default_shape
 
+_MAPPED_BYTES = 4 << 30  # statistics larger than this are not read into memory
+
 # name: (objective, gap asked, largest V)
 OURS = {
     "ours, row-first": ("row-first", None, 10**9),
-    "ours, joint": ("joint", 1e-4, 10**9),
+    "ours, joint": ("joint", 1e-4, 2_000_000),
     "ours, joint, gap 0": ("joint", 0.0, 12_000),
 }
 
 
-def synthetic(num_words: int, dim: int, seed: int) -> Instance:
-    """Draws the synthetic instance that the head of this file describes."""
+def synthetic(num_words: int, dim: int, seed: int, directory: Path | None = None) -> Instance:
+    """Draws the synthetic instance that the head of this file describes.
+
+    With a directory, it is written there too, and its sums are never held in memory.
+    """
     generator = torch.Generator().manual_seed(seed)
     shape = default_shape(num_words)
     zipf = 1.0 / torch.arange(1, num_words + 1, dtype=torch.float64)
     counts = (100.0 * num_words * zipf / zipf.sum()).round().clamp(min=1.0)
     spectrum = torch.arange(1, dim + 1).float().rsqrt()
-    sums = torch.empty(2, num_words, dim)
+    if directory is None:
+        sums = torch.empty(2, num_words, dim)
+    else:
+        directory.mkdir(parents=True)
+        sums = torch.from_numpy(
+            np.lib.format.open_memmap(
+                directory / "sums.npy", mode="w+", dtype="float32", shape=(2, num_words, dim)
+            )
+        )
     for component in range(2):
         for start in range(0, num_words, 1 << 15):
             n = counts[start : start + (1 << 15), None].float()
@@ -61,27 +77,26 @@ def synthetic(num_words: int, dim: int, seed: int) -> Instance:
     vectors = [torch.randn(size, dim, generator=generator) for size in shape]
     biases = [0.1 * torch.randn(size, generator=generator) for size in shape]
     cells = np.random.default_rng(seed).permutation(balanced_cells(num_words, shape))
-    return Instance(WordTable.from_cells(cells, shape), sums, counts, vectors, biases)
-
-
-def save(instance: Instance, directory: Path) -> None:
-    directory.mkdir(parents=True)
-    np.save(directory / "sums.npy", instance.sums.numpy())
-    np.savez(
-        directory / "rest.npz",
-        cells=instance.table.cells,
-        shape=instance.table.shape,
-        counts=instance.counts.numpy(),
-        **{f"vectors{i}": instance.vectors[i].numpy() for i in (0, 1)},
-        **{f"biases{i}": instance.biases[i].numpy() for i in (0, 1)},
-    )
+    instance = Instance(WordTable.from_cells(cells, shape), sums, counts, vectors, biases)
+    if directory is not None:
+        np.savez(
+            directory / "rest.npz",
+            cells=instance.table.cells,
+            shape=instance.table.shape,
+            counts=instance.counts.numpy(),
+            **{f"vectors{i}": instance.vectors[i].numpy() for i in (0, 1)},
+            **{f"biases{i}": instance.biases[i].numpy() for i in (0, 1)},
+        )
+    return instance
 
 
 def load(directory: Path) -> Instance:
+    sums = directory / "sums.npy"
+    mapped = sums.stat().st_size > _MAPPED_BYTES
     with np.load(directory / "rest.npz") as rest:
         return Instance(
             WordTable.from_cells(rest["cells"], rest["shape"]),
-            torch.from_numpy(np.load(directory / "sums.npy")),
+            torch.from_numpy(np.load(sums, mmap_mode="r+" if mapped else None)),
             torch.from_numpy(rest["counts"]),
             [torch.from_numpy(rest[f"vectors{i}"]) for i in (0, 1)],
             [torch.from_numpy(rest[f"biases{i}"]) for i in (0, 1)],
@@ -114,15 +129,15 @@ def solve(name: str, instance: Instance) -> dict[str, float]:
 
 
 def run_alone(name: str, directory: Path, time_limit: float) -> dict[str, float | str]:
-    """Runs a solver in a process of its own."""
+    """Runs a solver in a process of its own; its log goes to this one's error stream."""
     command = [sys.executable, __file__, "--solve", name, "--instance", str(directory)]
     load_before = os.getloadavg()[0]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=time_limit)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=time_limit)
     except subprocess.TimeoutExpired:
         return {"error": f"not done after {time_limit:.0f} s"}
     if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["killed"])[-1]}
+        return {"error": f"failed with status {done.returncode}"}
     return {**json.loads(done.stdout.splitlines()[-1]), "load_before": round(load_before, 2)}
 
 
@@ -130,11 +145,37 @@ def child(name: str, directory: Path) -> None:
     """Solves a small instance, then the one asked for, and prints the result."""
     solve(name, synthetic(2500, 8, 0))
     compile_for_float32(name)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("fairseq_lightrnn").setLevel(logging.DEBUG)
     instance = load(directory)
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = Memory()
     result = solve(name, instance)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({**result, "peak_mib": peak / 1024, "instance_mib": held / 1024}))
+    print(json.dumps({**result, "peak_mib": memory.stop() / 1024}))
+
+
+class Memory(threading.Thread):
+    """Watches how much memory this process holds, mapped files not counted."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+        self.ended = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.ended.wait(0.05):
+            self.look()
+
+    def look(self) -> None:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        self.peak = max(self.peak, int(status.split("RssAnon:")[1].split()[0]))
+
+    def stop(self) -> int:
+        """Returns the largest amount seen, in KiB."""
+        self.ended.set()
+        self.join()
+        self.look()
+        return self.peak
 
 
 def compile_for_float32(name: str) -> None:
@@ -153,18 +194,20 @@ def compile_for_float32(name: str) -> None:
         setattr(module, limit, value)
 
 
-def compare(instance: Instance, directory: Path, time_limit: float) -> dict[str, object]:
-    """Runs every solver that is meant for this size and works out the gaps."""
+def compare(
+    instance: Instance, directory: Path, time_limit: float, solvers: list[str]
+) -> dict[str, object]:
+    """Runs the solvers that are meant for this size and works out the gaps."""
     num_words = instance.table.num_words
     rows_before, columns_before = instance.cost(instance.table.cells)
     limits = {name: limit for name, (_, limit) in PEERS.items()}
     limits.update({name: limit for name, (_, _, limit) in OURS.items()})
     results = {}
-    for name in (*OURS, *PEERS):
+    for name in solvers:
         if num_words <= limits[name]:
             results[name] = run_alone(name, directory, time_limit)
             print(f"V = {num_words}: {name}: {results[name]}", flush=True)
-    row_bound = results["ours, row-first"].get("lower_bound")
+    row_bound = results.get("ours, row-first", {}).get("lower_bound")
     joint_bounds = [
         result["lower_bound"]
         for name, result in results.items()
@@ -203,11 +246,15 @@ def markdown(report: dict) -> str:
                 lines.append(f"| {name} | {solver} | | | {result['error']} | | |")
                 continue
             lines.append(
-                f"| {name} | {solver} | {100 * result['joint_gap']:.4g} "
-                f"| {100 * result['row_gap']:.4g} | {result['seconds']:.2f} "
+                f"| {name} | {solver} | {percent(result.get('joint_gap'))} "
+                f"| {percent(result.get('row_gap'))} | {result['seconds']:.2f} "
                 f"| {result['cpu_seconds']:.2f} | {result['peak_mib'] / 1024:.2f} |"
             )
     return "\n".join(lines)
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.4g}"
 
 
 def plot(report: dict, path: Path) -> dict[str, float]:
@@ -254,10 +301,14 @@ def main() -> None:
         "--dim", type=int, default=512, help="width of synthetic states (default: 512)"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--solvers", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS], metavar="NAME"
+    )
     parser.add_argument("--time-limit", type=float, default=1800.0, help="seconds for one solver")
     parser.add_argument(
         "--json", type=Path, help="results; a .png and .md file beside it show them"
     )
+    parser.add_argument("--scratch", type=Path, help="folder for synthetic instances")
     parser.add_argument("--solve", help=argparse.SUPPRESS)
     parser.add_argument("--instance", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -275,14 +326,17 @@ def main() -> None:
         },
         "instances": {},
     }
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         for path in args.instances:
-            report["instances"][path.name] = compare(load(path), path, args.time_limit)
+            report["instances"][path.name] = compare(
+                load(path), path, args.time_limit, args.solvers
+            )
         for size in args.sizes:
             directory = Path(scratch) / str(size)
-            instance = synthetic(size, args.dim, args.seed)
-            save(instance, directory)
-            report["instances"][f"synthetic-{size}"] = compare(instance, directory, args.time_limit)
+            instance = synthetic(size, args.dim, args.seed, directory)
+            report["instances"][f"synthetic-{size}"] = compare(
+                instance, directory, args.time_limit, args.solvers
+            )
     print(markdown(report))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

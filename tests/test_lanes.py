@@ -54,9 +54,9 @@ def test_blocks_are_exact() -> None:
     assert [data[block]["target"].shape[1] for block in range(len(data))] == [5, 5, 2]
 
 
-def test_a_single_lane_is_one_workers() -> None:
-    data = dataset(20, 4, 5, workers=2).single_lane()
-    assert [data.num_tokens(index) for index in range(len(data))] == [5, 0, 5, 0, 5, 0, 5, 0]
+def test_a_single_lane_is_one_workers_in_batches_of_as_many_words() -> None:
+    data = dataset(47, 4, 5, workers=2).single_lane()
+    assert [data.num_tokens(index) for index in range(len(data))] == [20, 0, 20, 0, 7, 0]
     assert data[1] == {}
     assert data.collater([]) == {}
 

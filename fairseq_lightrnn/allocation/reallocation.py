@@ -247,20 +247,28 @@ def assign_by_stages(
             coordinates[words, stage] = found.assignment
             return found
 
-        solved = _each(solve, np.flatnonzero(np.diff(starts)), num_threads)
+        solved = _each(solve, np.flatnonzero(np.diff(starts)), num_threads, f"component {stage}")
         if stage == fixed_components:
             bound = float(sum(found.lower_bound for found in solved))
     return coordinates, bound
 
 
 def _each(
-    solve: Callable[[int], BalancedAssignment], groups: np.ndarray, num_threads: int
+    solve: Callable[[int], BalancedAssignment], groups: np.ndarray, num_threads: int, title: str
 ) -> list[BalancedAssignment]:
     """Solves every group, several at once where there are several."""
-    if len(groups) < 2 or num_threads < 2:
-        return [solve(int(group)) for group in groups]
-    with ThreadPoolExecutor(num_threads) as executor:
-        return list(executor.map(solve, (int(group) for group in groups)))
+    begun = time.monotonic()
+    solved: list[BalancedAssignment] = []
+    threads = num_threads if len(groups) > 1 else 1
+    with ThreadPoolExecutor(threads) as executor:
+        for found in executor.map(solve, (int(group) for group in groups)):
+            solved.append(found)
+            if len(solved) % max(1, len(groups) // 20) == 0:
+                seconds = time.monotonic() - begun
+                logger.debug(
+                    "%s: %d of %d groups, %.1f s", title, len(solved), len(groups), seconds
+                )
+    return solved
 
 
 def _prefix(coordinates: np.ndarray, shape: Sequence[int], stage: int) -> np.ndarray:

@@ -30,13 +30,8 @@ from fairseq_lightrnn.allocation.reshaping import (
 from fairseq_lightrnn.commands._text import whole_file
 from fairseq_lightrnn.errors import UsageError, usage_errors
 from fairseq_lightrnn.models.lightrnn_lm import parse_shape
-from fairseq_lightrnn.tasks._reallocation import (
-    Gathered,
-    gather_statistics,
-    log_reallocation,
-    reallocation_report,
-    statistics_storage,
-)
+from fairseq_lightrnn.tasks._reallocation import log_reallocation, reallocation_report
+from fairseq_lightrnn.tasks._statistics import Gathered, gather_statistics, statistics_storage
 from fairseq_lightrnn.word_table import WordTable, check_shape
 
 __all__ = ["main"]
@@ -66,7 +61,12 @@ def _parser() -> argparse.ArgumentParser:
         "are means of the old ones, so the model must be trained further")  # fmt: skip
     add("--words", type=int, metavar="N",
         help="gather statistics over about this many words (default: all)")  # fmt: skip
-    add("--memory", type=float, metavar="GIB", help="GiB that the statistics may take")
+    add(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="GiB that statistics and costs may take, besides some 300 bytes a word",
+    )
     add("--export", metavar="DIR", help="also write the statistics, the table and the output "
         "vectors to this new folder, for scripts/benchmark_allocation.py --instances")  # fmt: skip
     add("--max-tokens", type=int, default=8192, metavar="N",
@@ -97,12 +97,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     decoder: Any = model.decoder
     size = decoder.table.num_words, *decoder.statistics_shape()
     with statistics_storage(args.memory, size, tempfile.gettempdir()) as storage:
-        gathered = gather_statistics(model, task.training_batches(), storage)
+        gathered = gather_statistics(model, task.training_batches(), storage.arguments)
         gathering = time.monotonic() - started
         if args.export:
             _export(Path(args.export), decoder, gathered)
         if shape is None:
-            report, table = _reallocate(args, state, task, decoder, gathered)
+            memory = storage.solver_memory
+            report, table = _reallocate(args, state, task, decoder, gathered, memory)
         else:
             report, table = _reshape(state, decoder, gathered, shape)
     total = time.monotonic() - started
@@ -168,9 +169,14 @@ def _new_shape(
 
 
 def _reallocate(
-    args: argparse.Namespace, state: dict[str, Any], task: Any, decoder: Any, gathered: Gathered
+    args: argparse.Namespace,
+    state: dict[str, Any],
+    task: Any,
+    decoder: Any,
+    gathered: Gathered,
+    memory: dict[str, int],
 ) -> tuple[dict[str, Any], WordTable]:
-    result = task.solve_reallocation(decoder, gathered.statistics)
+    result = task.solve_reallocation(decoder, gathered.statistics, memory)
     report = reallocation_report(result, gathered, args.objective, args.row_weight)
     weights = state["model"]
     weights["decoder.table.coordinates"] = _coordinates(result.table)

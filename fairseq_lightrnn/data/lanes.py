@@ -61,12 +61,12 @@ class LaneDataset(FairseqDataset):
         self.blocks = -(-(share + (extra > 0)) // length)
 
     def single_lane(self) -> LaneDataset:
-        """Returns the same text as one lane, for evaluation."""
+        """Returns the same text as one lane, for evaluation, in batches of as many words."""
         return LaneDataset(
             self.text,
             self.stream,
             1,
-            self.length,
+            self.length * self.lanes,
             eos=self.eos,
             pad=self.pad,
             workers=self.workers,

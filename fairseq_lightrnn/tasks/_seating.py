@@ -2,6 +2,7 @@
 
 # ruff: noqa: UP045  (fairseq reads flags from Optional[...], not from X | None)
 
+import itertools
 import json
 import logging
 import os
@@ -25,15 +26,17 @@ from fairseq_lightrnn.allocation.statistics import AllocationStatistics
 from fairseq_lightrnn.errors import UsageError, usage_errors
 from fairseq_lightrnn.tasks._reallocation import (
     broadcast_table,
-    gather_statistics,
     log_reallocation,
-    rank,
     reallocation_report,
+)
+from fairseq_lightrnn.tasks._schedule import reallocation_epochs
+from fairseq_lightrnn.tasks._statistics import (
+    gather_statistics,
+    rank,
     sample_share,
     statistics_storage,
     world_size,
 )
-from fairseq_lightrnn.tasks._schedule import reallocation_epochs
 from fairseq_lightrnn.word_table import WordTable
 
 __all__ = ["SeatingConfig", "SeatingMixin"]
@@ -88,8 +91,9 @@ class SeatingConfig(FairseqDataclass):
     reallocation_memory: Optional[float] = field(
         default=None,
         metadata={
-            "help": "GiB that the statistics may take; more goes to a file in the save directory "
-            "while it is needed (default: no bound)"
+            "help": "GiB that a reallocation's statistics and costs may take, besides some 300 "
+            "bytes a word; statistics that do not fit go to a file in the save directory while "
+            "they are needed, costs are formed anew (default: 8 for costs, no bound for the rest)"
         },
     )
     max_epoch: int = II("optimization.max_epoch")
@@ -232,12 +236,14 @@ class SeatingMixin:
         folder = tempfile.gettempdir() if self.args.no_save else self.args.save_dir
         size = decoder.table.num_words, *decoder.statistics_shape()
         with statistics_storage(self.args.reallocation_memory, size, folder) as storage:
-            gathered = gather_statistics(model, self.training_batches(), storage)
+            gathered = gather_statistics(model, self.training_batches(), storage.arguments)
             solving = time.monotonic()
             result = None
             if rank() == 0:
                 logger.info(f"reallocation after epoch {epoch}: solving")
-                result = self.solve_reallocation(decoder, gathered.statistics)
+                result = self.solve_reallocation(
+                    decoder, gathered.statistics, storage.solver_memory
+                )
             table = broadcast_table(result.table if result else None, decoder.table)
         decoder.table.seat(table)
         decoder.reallocation_round += 1
@@ -265,7 +271,10 @@ class SeatingMixin:
                 with open(Path(self.args.save_dir) / "reallocations.jsonl", "a") as file:
                     file.write(json.dumps(report) + "\n")
 
-    def solve_reallocation(self, decoder: Any, statistics: AllocationStatistics) -> Reallocation:
+    def solve_reallocation(
+        self, decoder: Any, statistics: AllocationStatistics, memory: dict[str, int]
+    ) -> Reallocation:
+        """Finds the words' new cells, as the flags ask for."""
         components = range(decoder.table.num_components)
         vectors, biases = zip(*(decoder.softmax.vectors(i) for i in components), strict=True)
         return reallocate(
@@ -276,12 +285,13 @@ class SeatingMixin:
             objective=str(self.args.reallocation_objective),
             row_weight=self.args.reallocation_row_weight,
             symbols=self.target_dictionary.symbols,  # type: ignore[attr-defined]
+            **memory,
         )
 
     def training_batches(self) -> Iterator[Any]:
         """Yields this worker's share of the training split, without fairseq's dummy batches."""
         dataset = self.datasets[self.args.train_subset]
-        batches = self.get_batch_iterator(  # type: ignore[attr-defined]
+        iterator = self.get_batch_iterator(  # type: ignore[attr-defined]
             dataset=dataset,
             max_tokens=self.args.max_tokens,
             max_sentences=self.args.batch_size,
@@ -293,18 +303,23 @@ class SeatingMixin:
             num_workers=self.args.num_workers,
             # A cached iterator would be the one that training goes on with.
             disable_iterator_cache=True,
-        ).next_epoch_itr(shuffle=False)
+        )
         share = sample_share(
-            self.args.reallocation_words, int(np.sum(dataset.sizes)), len(batches), self.in_order
+            self.args.reallocation_words,
+            int(np.sum(dataset.sizes)),
+            len(iterator.frozen_batches),
+            self.in_order,
         )
         progress = progress_bar.progress_bar(
-            batches,
+            iterator.next_epoch_itr(shuffle=False),
             log_format=self.args.log_format,
             log_interval=self.args.log_interval,
             prefix="reallocation statistics",
             default_log_format="simple",
         )
-        return (sample for number, sample in enumerate(progress) if sample and share(number))
+        # Batches are dealt to the workers in turn, so that these are the same for any number.
+        chosen = (share(number * world_size() + rank()) for number in itertools.count())
+        return (sample for sample, used in zip(progress, chosen) if sample and used)  # noqa: B905
 
     def _save_table(self, table: WordTable, epoch: int) -> None:
         """Writes the table next to the checkpoints, under its epoch and as the newest."""

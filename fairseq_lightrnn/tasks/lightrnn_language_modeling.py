@@ -14,8 +14,8 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 from fairseq_lightrnn.criterions import two_component_cross_entropy  # noqa: F401  (registers)
 from fairseq_lightrnn.data.lanes import LaneDataset, LaneIterator
 from fairseq_lightrnn.errors import UsageError
-from fairseq_lightrnn.tasks._reallocation import world_size
 from fairseq_lightrnn.tasks._seating import SeatingConfig, SeatingMixin
+from fairseq_lightrnn.tasks._statistics import world_size
 
 __all__ = ["LightRNNLanguageModelingConfig", "LightRNNLanguageModelingTask", "TargetInputDataset"]
 

@@ -1,0 +1,261 @@
+"""The statistics of a reallocation: gathered over the workers, each of which owns some words."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from fairseq_lightrnn.allocation.statistics import AllocationStatistics
+from fairseq_lightrnn.errors import UsageError
+
+__all__ = [
+    "Gathered",
+    "Storage",
+    "gather_statistics",
+    "rank",
+    "sample_share",
+    "statistics_storage",
+    "word_range",
+    "world_size",
+]
+
+logger = logging.getLogger(__name__)
+
+# Words whose statistics are sent at once; bounds the memory of the exchange.
+_SENT_WORDS = 1 << 14
+_GIB = 1 << 30
+
+
+def rank() -> int:
+    """Returns the number of this worker."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Returns the number of workers."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def word_range(num_words: int, worker: int) -> tuple[int, int]:
+    """Returns the words whose statistics a worker adds up."""
+    return num_words * worker // world_size(), num_words * (worker + 1) // world_size()
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What a pass over text gathered.
+
+    Attributes:
+        statistics: summed hidden outputs and counts over the text of all workers; of all words on
+            the first worker, of its own words on any other.
+        losses: the loss in nats of each component over all text, float64 of shape (k,).
+    """
+
+    statistics: AllocationStatistics
+    losses: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """The number of words that were predicted."""
+        return int(self.statistics.counts.sum())
+
+
+@torch.no_grad()
+def gather_statistics(
+    model: nn.Module, batches: Iterable[Any], storage: dict[str, Any] | None = None
+) -> Gathered:
+    """Sums hidden outputs and losses over batches, in evaluation mode.
+
+    Every worker adds up the outputs of its own words only, batch after batch in the order in which
+    one worker would have read them, so that the sums are the same for any number of workers. The
+    first worker, which is to solve, then collects them.
+
+    Args:
+        model: a model with a LightRNN decoder; its parameters stay as they are.
+        batches: this worker's batches.
+        storage: further arguments of :class:`AllocationStatistics`.
+
+    Returns:
+        The statistics and losses of all workers together.
+    """
+    decoder: Any = model.decoder
+    table, (components, dim) = decoder.table, decoder.statistics_shape()
+    device = decoder.softmax.weight.device
+    own = word_range(table.num_words, rank())
+    kept = (0, table.num_words) if rank() == 0 else own
+    statistics = AllocationStatistics(
+        table.num_words, components, dim, word_range=kept, **storage or {}
+    )
+    losses = torch.zeros(components, dtype=torch.float64, device=device)
+    training = model.training
+    model.eval()
+    try:
+        outputs = (_outputs(model, sample, losses) for sample in batches)
+        for words, hidden in _exchange(outputs, (components, dim), device):
+            mine = (words >= own[0]) & (words < own[1])
+            statistics.add(words[mine], hidden[mine])
+    finally:
+        model.train(training)
+    if world_size() > 1:
+        torch.distributed.all_reduce(losses)
+        _collect(statistics, device)
+    return Gathered(statistics, losses)
+
+
+def _outputs(model: nn.Module, sample: Any, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a batch's target words (N,) and the outputs (N, k, d) that predict them."""
+    decoder: Any = model.decoder
+    components, dim = decoder.statistics_shape()
+    sample = _to_device(sample, losses.device)
+    target = sample["target"]
+    features, _ = model(**sample["net_input"])
+    real = target.ne(decoder.dictionary.pad())
+    words, features = target[real], features[real]
+    losses -= decoder.component_log_probs(features, words).sum(0, dtype=torch.float64)
+    return words, features.reshape(len(words), components, -1)[..., :dim]
+
+
+def _to_device(sample: Any, device: torch.device) -> Any:
+    if isinstance(sample, Tensor):
+        return sample.to(device)
+    if isinstance(sample, dict):
+        return {key: _to_device(value, device) for key, value in sample.items()}
+    return sample
+
+
+def _exchange(
+    outputs: Iterator[tuple[Tensor, Tensor]], size: tuple[int, int], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the words and outputs of all workers, batch by batch in the order of the text.
+
+    Workers may have different numbers of batches, and batches different numbers of words.
+    """
+    if world_size() == 1:
+        yield from outputs
+        return
+    while True:
+        mine = next(outputs, None)
+        count = torch.tensor([-1 if mine is None else len(mine[0])], device=device)
+        gathered = [torch.empty_like(count) for _ in range(world_size())]
+        torch.distributed.all_gather(gathered, count)
+        counts = [int(number) for number in gathered]
+        if max(counts) < 0:
+            return
+        # All must send equally much: the length of the longest.
+        words = torch.zeros(max(counts), dtype=torch.int64, device=device)
+        hidden = torch.zeros(max(counts), *size, device=device)
+        if mine is not None:
+            words[: len(mine[0])], hidden[: len(mine[0])] = mine
+        all_words = [torch.empty_like(words) for _ in counts]
+        all_hidden = [torch.empty_like(hidden) for _ in counts]
+        torch.distributed.all_gather(all_words, words)
+        torch.distributed.all_gather(all_hidden, hidden)
+        for number, some, states in zip(counts, all_words, all_hidden, strict=True):
+            if number > 0:
+                yield some[:number], states[:number]
+
+
+def _collect(statistics: AllocationStatistics, device: torch.device) -> None:
+    """Sends every worker's sums and counts to the first, block by block."""
+    first, _ = statistics.word_range
+    for worker in range(1, world_size()):
+        if rank() not in (0, worker):
+            continue
+        low, high = word_range(statistics.num_words, worker)
+        for start in range(low, high, _SENT_WORDS):
+            some = slice(start - first, min(start + _SENT_WORDS, high) - first)
+            for tensor in (*statistics.sums, statistics.counts):
+                block = tensor[some].to(device)
+                if rank() == 0:
+                    torch.distributed.recv(block, worker)
+                    tensor[some] = block.to(tensor.device)
+                else:
+                    torch.distributed.send(block.contiguous(), 0)
+
+
+def sample_share(
+    words: int | None, total: int, batches: int, in_order: bool
+) -> Callable[[int], bool]:
+    """Chooses batches that hold about a number of words, the first batch always among them.
+
+    Args:
+        words: about how many words to use; None uses all.
+        total: the words of the split.
+        batches: its batches.
+        in_order: take the first batches, since each goes on where the one before stopped;
+            otherwise they are spread evenly.
+
+    Returns:
+        A function that tells of a batch number whether to use the batch.
+    """
+    if words is None or words >= total:
+        return lambda number: True
+    share = Fraction(words, total)
+    if in_order:
+        return lambda number: number < math.ceil(batches * share)
+    return lambda number: math.ceil((number + 1) * share) > math.ceil(number * share)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where statistics are kept, and what memory that leaves.
+
+    Attributes:
+        arguments: further arguments of :class:`AllocationStatistics`.
+        solver_memory: arguments of the solver: bytes that its costs may take.
+    """
+
+    arguments: dict[str, Any]
+    solver_memory: dict[str, int]
+
+
+@contextmanager
+def statistics_storage(
+    memory: float | None, size: tuple[int, int, int], directory: str | Path
+) -> Iterator[Storage]:
+    """Shares a budget of memory out to statistics and solver.
+
+    Args:
+        memory: GiB; None knows no bound.
+        size: V, k and d.
+        directory: where a memory-mapped file may lie while it is needed.
+
+    Yields:
+        Statistics in float64, or in float32 where that is too much, or in a float32 file that goes
+        away afterwards, so that they take at most half of the first worker's memory, and alike on
+        the others. The solver has the rest.
+
+    Raises:
+        UsageError: if not even the counts fit.
+    """
+    if memory is None:
+        yield Storage({}, {})
+        return
+    budget = int(memory * _GIB)
+    for dtype in (torch.float64, torch.float32):
+        taken = AllocationStatistics.bytes_needed(*size, dtype)
+        if taken <= budget // 2:
+            yield Storage({"dtype": dtype}, {"memory": budget - taken})
+            return
+    counts = 8 * size[0]
+    if counts > budget // 2:
+        raise UsageError(
+            f"--reallocation-memory {memory}: the counts of {size[0]} words alone take "
+            f"{counts / _GIB:.3g} GiB, which must be at most half of it; allow more"
+        )
+    os.makedirs(directory, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="statistics.", dir=directory) as folder:
+        logger.info(f"statistics do not fit in {memory / 2:g} GiB, they go to a file in {folder}")
+        yield Storage({"dtype": torch.float32, "storage": folder}, {"memory": budget - counts})

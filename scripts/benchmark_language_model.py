@@ -1,0 +1,267 @@
+"""Trains language models of one width side by side and compares their perplexity, speed and size.
+
+    python scripts/benchmark_language_model.py FOLDER OUTPUT --seeds 1 2 --epochs 30
+
+FOLDER holds ``train.txt``, ``valid.txt`` and ``test.txt`` (anything may stand before ``train``, as
+in ``ptb.train.txt``); OUTPUT receives binarised data, a folder for each run, ``results.json``,
+``results.md`` and curves. Runs are processes of ``fairseq-train`` with one thread each, all with
+the same width, layers, dropout, optimiser and schedule. Finished runs are kept, interrupted ones go
+on from their last checkpoint, and ``--report`` sums up what there is.
+
+Systems (``--systems``): the paper's model on a random table (``random``) and on a co-occurrence
+table (``recurrent``); the gated composition bare (``gated``), with a bias for each word
+(``gated-bias``) and with 25 numbers of each word's own (``gated-full``); the same program with one
+component, which is an ordinary softmax LSTM (``softmax``); fairseq's ``lstm_lm`` with full
+(``lstm_lm``) and with adaptive softmax (``lstm_lm-adaptive``). The last two know no carried state:
+they are trained on blocks, and tested on blocks long enough that the start does not matter.
+
+Seconds are those that the CPU worked for a training process, start and validation included, so
+that other work on the machine changes them little. Perplexities are those of the checkpoint with
+the best validation loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from language_model_report import summarise
+
+PLUGIN = Path(__file__).resolve().parent.parent / "fairseq_lightrnn"
+SPLITS = ("train", "valid", "test")
+WORDS_OWN = ["--word-bias", "--input-residual-dim", "16", "--output-residual-dim", "8"]
+# Of fairseq's adaptive softmax; those beyond the vocabulary are left out.
+CUTOFFS = (2_000, 10_000, 50_000, 200_000)
+TEST_BLOCK = 2048
+
+# name: flags of the model
+OURS: dict[str, list[str]] = {
+    "gated-full": ["--composition", "gated", *WORDS_OWN],
+    "gated-bias": ["--composition", "gated", "--word-bias"],
+    "gated": ["--composition", "gated"],
+    "recurrent": [],
+    "random": ["--initial-table", "random"],
+    "softmax": ["--num-components", "1", "--initial-table", "random"],
+}
+PEERS = ("lstm_lm", "lstm_lm-adaptive")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("text", type=Path, metavar="FOLDER", help="of the text files")
+    add("out", type=Path, metavar="OUTPUT", help="folder to write to")
+    add("--systems", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])
+    add("--seeds", type=int, nargs="+", default=[1])
+    add("--epochs", type=int, default=30, help="of training (default: %(default)s)")
+    add("--seconds", type=float, metavar="S",
+        help="train a system no further once it has had S CPU seconds")  # fmt: skip
+    add("--width", type=int, default=200, help="of vectors and LSTM (default: %(default)s)")
+    add("--layers", type=int, default=1, help="of the LSTM (default: %(default)s)")
+    add("--dropout", type=float, default=0.3, help="(default: %(default)s)")
+    add("--lr", type=float, default=0.002, help="of Adam at first (default: %(default)s)")
+    add("--batch-size", type=int, default=32, help="lanes (default: %(default)s)")
+    add("--block", type=int, default=35, help="words of a block (default: %(default)s)")
+    add("--step", type=int, default=5, help="epochs of a process (default: %(default)s)")
+    add("--report", action="store_true", help="train nothing, sum up what there is")
+    return parser.parse_args()
+
+
+def find_text(folder: Path) -> dict[str, Path]:
+    """Returns the files of the splits."""
+    files = {}
+    for split in SPLITS:
+        found = sorted(folder.glob(f"*{split}.txt")) or sorted(folder.glob(f"*{split}.tokens"))
+        if len(found) != 1:
+            raise SystemExit(f"{folder}: expected one file *{split}.txt, found {len(found)}")
+        files[split] = found[0]
+    return files
+
+
+def call(module: str, *arguments: Any, log: Path | None = None) -> str:
+    """Runs one of fairseq's commands with one thread and returns what it printed."""
+    command = [sys.executable, "-m", f"fairseq_cli.{module}", *map(str, arguments)]
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    if log is not None:
+        log.write_text(done.stdout)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}")
+    return done.stdout
+
+
+def binarise(text: Path, out: Path) -> Path:
+    """Makes fairseq's binary data, unless they are there."""
+    if not (out / "bin" / "test.idx").exists():
+        files = find_text(text)
+        pairs = [part for split in SPLITS for part in (f"--{split}pref", files[split])]
+        call("preprocess", "--only-source", *pairs, "--destdir", out / "bin")
+    return out / "bin"
+
+
+def model_flags(system: str, args: argparse.Namespace, num_words: int) -> list[Any]:
+    """Returns the flags of a system's task, model and criterion."""
+    if system in OURS:
+        return [
+            "--user-dir", PLUGIN, "--task", "lightrnn_language_modeling", "--carry-hidden-state",
+            "--arch", "lightrnn_lm", "--criterion", "two_component_cross_entropy",
+            "--embed-dim", args.width, "--hidden-size", args.width, "--num-layers", args.layers,
+            *OURS[system],
+        ]  # fmt: skip
+    flags = [
+        "--task", "language_modeling", "--arch", "lstm_lm", "--decoder-embed-dim", args.width,
+        "--decoder-hidden-size", args.width, "--decoder-out-embed-dim", args.width,
+        "--decoder-layers", args.layers,
+    ]  # fmt: skip
+    if system == "lstm_lm":
+        return [*flags, "--criterion", "cross_entropy"]
+    cutoffs = ",".join(str(cutoff) for cutoff in CUTOFFS if cutoff < num_words)
+    return [*flags, "--criterion", "adaptive_loss", "--adaptive-softmax-cutoff", cutoffs]
+
+
+def train(system: str, seed: int, data: Path, folder: Path, args: argparse.Namespace) -> None:
+    """Trains until the epochs or the seconds are spent, a few epochs a process."""
+    num_words = len((data / "dict.txt").read_text(encoding="utf-8").splitlines()) + 4
+    flags = [
+        data, *model_flags(system, args, num_words), "--dropout", args.dropout,
+        "--tokens-per-sample", args.block, "--batch-size", args.batch_size, "--optimizer", "adam",
+        "--lr", args.lr, "--lr-scheduler", "reduce_lr_on_plateau", "--lr-shrink", 0.5,
+        "--clip-norm", 1, "--seed", seed, "--cpu", "--num-workers", 0, "--save-dir", folder,
+        "--no-epoch-checkpoints", "--log-format", "json", "--log-interval", 1000,
+    ]  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        steps = read_lines(folder / "steps.jsonl")
+        done = steps[-1]["epoch"] if steps else 0
+        spent = sum(step["cpu_seconds"] for step in steps)
+        if done >= args.epochs or (args.seconds is not None and spent >= args.seconds):
+            return
+        goal = min(done + args.step, args.epochs)
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+        output = call("train", *flags, "--max-epoch", goal, log=folder / "last-step.log")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        keep_epochs(output, folder / "epochs.jsonl")
+        # What an interrupted process had done of these epochs is not in its seconds.
+        trained = trained_epochs(output)
+        step = {
+            "epoch": goal,
+            "epochs_trained": trained,
+            "cpu_seconds": used * (goal - done) / max(trained, 1),
+            "seconds": time.monotonic() - start,
+            "peak_mib": after.ru_maxrss / 1024,
+        }
+        with open(folder / "steps.jsonl", "a") as file:
+            file.write(json.dumps(step) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in open(path)] if path.exists() else []
+
+
+def trained_epochs(output: str) -> int:
+    return len(set(re.findall(r'"epoch": (\d+), "valid_loss"', output)))
+
+
+def keep_epochs(output: str, path: Path) -> None:
+    """Appends each epoch's validation to a file."""
+    known = {record["epoch"] for record in read_lines(path)}
+    with open(path, "a") as file:
+        for found in re.findall(r"\{\"epoch\": \d+, \"valid_loss\".*\}", output):
+            record = json.loads(found)
+            if record["epoch"] not in known:
+                known.add(record["epoch"])
+                perplexity = 2 ** float(record["valid_loss"])
+                kept = {"epoch": record["epoch"], "valid_ppl": round(perplexity, 3)}
+                file.write(json.dumps(kept) + "\n")
+
+
+def test(system: str, data: Path, folder: Path, args: argparse.Namespace) -> None:
+    """Scores the test split with the best checkpoint and counts parameters."""
+    epoch = read_lines(folder / "steps.jsonl")[-1]["epoch"]
+    path = folder / "test.json"
+    if path.exists() and json.loads(path.read_text())["epoch"] == epoch:
+        return
+    flags = ["--cpu", "--path", folder / "checkpoint_best.pt", "--gen-subset", "test"]
+    if system in OURS:
+        flags += ["--user-dir", PLUGIN, "--task", "lightrnn_language_modeling",
+                  "--carry-hidden-state", "--tokens-per-sample", args.block,
+                  "--batch-size", args.batch_size]  # fmt: skip
+    else:
+        flags += ["--task", "language_modeling", "--tokens-per-sample", TEST_BLOCK,
+                  "--batch-size", 4]  # fmt: skip
+    output = call("eval_lm", data, *flags)
+    found = re.search(r"Loss \(base 2\): ([0-9.]+), Perplexity: ([0-9.]+)", output)
+    if found is None:
+        raise SystemExit(f"{folder}: no perplexity in\n{output[-2000:]}")
+    result = {"epoch": epoch, "test_ppl": float(found[2]), **count_parameters(folder)}
+    path.write_text(json.dumps(result) + "\n")
+
+
+def count_parameters(folder: Path) -> dict[str, int]:
+    """Returns the number of parameters, and of those that the vocabulary makes."""
+    import torch
+
+    state = torch.load(folder / "checkpoint_best.pt", map_location="cpu", weights_only=False)
+    buffers = ("table.", "carried_state.", "reallocation_", "version")
+    vocabulary = ("embedding", "softmax", "gates", "embed_tokens", "fc_out")
+    sizes = {
+        name.removeprefix("decoder."): math.prod(tensor.shape)
+        for name, tensor in state["model"].items()
+    }
+    sizes = {name: size for name, size in sizes.items() if not name.startswith(buffers)}
+    own = sum(size for name, size in sizes.items() if any(part in name for part in vocabulary))
+    return {"parameters": sum(sizes.values()), "vocabulary_parameters": own}
+
+
+def describe(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what is needed to reproduce the figures."""
+    digests = {
+        split: hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        for split, path in find_text(args.text).items()
+    }
+    packages = ("fairseq", "torch", "numpy", "scipy")
+    names = ("width", "layers", "dropout", "lr", "batch_size", "block")
+    return {
+        "settings": {name: getattr(args, name) for name in names},
+        "sha256": digests,
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
+    }
+
+
+def main() -> None:
+    args = parse()
+    args.out.mkdir(parents=True, exist_ok=True)
+    data = binarise(args.text, args.out)
+    for seed in args.seeds:
+        for system in args.systems:
+            folder = args.out / f"{system}-{seed}"
+            if not args.report:
+                train(system, seed, data, folder, args)
+            if (folder / "steps.jsonl").exists():
+                test(system, data, folder, args)
+                summarise(args.out, describe(args))
+
+
+if __name__ == "__main__":
+    main()
