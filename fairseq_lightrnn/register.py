@@ -1,4 +1,4 @@
-"""Importing this module registers the plugin with fairseq: models, criterions, optimisers, tasks."""
+"""Importing this module registers models, criterions, optimisers and tasks with fairseq."""
 
 from fairseq_lightrnn.criterions import two_component_cross_entropy
 from fairseq_lightrnn.models import lightrnn_lm

@@ -74,8 +74,8 @@ class NonmonotoneASGD(FairseqOptimizer):
         interval = self.cfg.nonmonotone_interval
         if not self._optimizer.averaging and is_nonmonotone(self.validation_losses, interval):
             logger.info(
-                f"validation loss {loss:.4f} is above that of more than {interval} validations "
-                f"before: averaging the parameters from update {num_updates} on"
+                f"validation loss {loss:.4f} is above the best of more than {interval} "
+                f"validations ago: averaging the parameters from update {num_updates} on"
             )
             self._optimizer.start_averaging()
 
