@@ -208,3 +208,21 @@ class TestWorkers:
         resumed = load(tmp_path / "on" / "checkpoint2.pt")["model"]
         for name, value in two.items():
             assert torch.equal(value, resumed[name]), name
+
+    @pytest.mark.slow
+    def test_two_workers_draw_the_same_blocks_and_average(self, data: Path, tmp_path: Path) -> None:
+        flags = {
+            "max_epoch": 4, "optimizer": "nt_asgd", "nonmonotone_interval": 0, "lr": 4,
+            "clip_norm": 0.2, "activation_regularisation": 2,
+        }  # fmt: skip
+        random = "--random-block-lengths"
+        self.start(data, tmp_path / "one", random, batch_size=8, **flags)
+        self.start(data, tmp_path / "two", random, *self.WORKERS, batch_size=4, **flags)
+        one, two = (load(tmp_path / name / "checkpoint4.pt") for name in ("one", "two"))
+        averaged = [
+            saved["last_optimizer_state"]["param_groups"][0]["averaged"] for saved in (one, two)
+        ]
+        assert averaged[0] == averaged[1] > 1
+        for name, value in one["model"].items():
+            if name != "decoder.carried_state.states":
+                torch.testing.assert_close(value, two["model"][name], rtol=1e-3, atol=1e-4)
