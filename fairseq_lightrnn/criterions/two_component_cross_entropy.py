@@ -130,7 +130,7 @@ class TwoComponentCrossEntropyCriterion(FairseqCriterion):
 
         They are per word, like the loss, of which fairseq takes the sum and the mean later on.
         """
-        if "activations" not in extra:
+        if "activations" not in (extra or {}):
             raise UsageError(
                 "--activation-regularisation and --temporal-activation-regularisation need the "
                 "LSTM of --arch lightrnn_lm; leave them out"
