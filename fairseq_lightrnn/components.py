@@ -138,6 +138,9 @@ class ComponentEmbedding(nn.Module):
         table: the word table in force; needed for residuals only.
         residual_dim: numbers of every word's own, projected to ``dim`` and added to the vector of
             its last component; 0 for none. They start at zero.
+        dropout: the probability that training drops a whole vector, for all of its occurrences in a
+            batch; the others are scaled. Words' residuals are vectors of their own: dropped word by
+            word, whatever becomes of the words' components (arXiv 1708.02182, section 4.3).
 
     Attributes:
         weight: parameter of shape (ΣR_i, dim).
@@ -149,9 +152,11 @@ class ComponentEmbedding(nn.Module):
         dim: int,
         table: TableLookup | None = None,
         residual_dim: int = 0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.shape = tuple(shape)
+        self.dropout = dropout
         self.weight = nn.Parameter(torch.empty(sum(shape), dim))
         offsets = torch.tensor([0, *accumulate(shape[:-1])])
         self.offsets: Tensor
@@ -178,13 +183,22 @@ class ComponentEmbedding(nn.Module):
         """
         size = coordinates.size(-1)
         offsets = self.offsets[first_component : first_component + size]
-        vectors = F.embedding(coordinates + offsets, self.weight)
+        vectors = self._look_up(coordinates + offsets, self.weight)
         if self.residual is None or size < len(self.shape):
             return vectors
         (table,) = self._table
         words = table.words[table.flatten(coordinates)]
-        last = vectors[..., -1:, :] + self.projection(self.residual(words))[..., None, :]
+        residuals = self._look_up(words, self.residual.weight)
+        last = vectors[..., -1:, :] + self.projection(residuals)[..., None, :]
         return torch.cat([vectors[..., :-1, :], last], dim=-2)
+
+    def _look_up(self, index: Tensor, weight: Tensor) -> Tensor:
+        """Returns rows of a matrix, some of the rows dropped in training."""
+        vectors = F.embedding(index, weight)
+        if not self.training or not self.dropout:
+            return vectors
+        kept = F.dropout(weight.new_ones(len(weight), 1), self.dropout)
+        return vectors * F.embedding(index, kept)
 
 
 class ComponentSoftmax(nn.Module):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_lightrnn.components import ComponentEmbedding
+from fairseq_lightrnn.regularisation import LockedDropout, RegularisedLSTM
 
 __all__ = ["Composition", "Context", "State"]
 
@@ -57,6 +58,8 @@ class Composition(nn.Module):
         dropout_between: dropout between the layers.
         dropout_out: dropout on the outputs.
         residual_dim: e, the width of the words' output residuals; 0 for none.
+        locked_dropout: each of these dropouts has one mask for a text, shared over time.
+        weight_dropout: dropout on the recurrent matrices of the LSTM.
     """
 
     def __init__(
@@ -68,18 +71,21 @@ class Composition(nn.Module):
         dropout_between: float = 0.0,
         dropout_out: float = 0.0,
         residual_dim: int = 0,
+        locked_dropout: bool = False,
+        weight_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.embedding = embedding
-        self.dropout_in = nn.Dropout(dropout_in)
-        self.dropout_out = nn.Dropout(dropout_out)
-        self.lstm = nn.LSTM(
+        dropout = LockedDropout if locked_dropout else nn.Dropout
+        self.dropout_in = dropout(dropout_in)
+        self.dropout_out = dropout(dropout_out)
+        self.lstm = RegularisedLSTM(
             embedding.weight.size(1),
             hidden_size,
             num_layers,
-            batch_first=True,
-            # nn.LSTM warns of a dropout that has no layers to stand between.
-            dropout=dropout_between if num_layers > 1 else 0.0,
+            dropout_between,
+            locked_dropout,
+            weight_dropout,
         )
         self.query = nn.Linear(hidden_size, residual_dim, bias=False) if residual_dim else None
 
@@ -88,7 +94,12 @@ class Composition(nn.Module):
         """k, the number of components of a word."""
         return len(self.embedding.shape)
 
-    def forward(self, coordinates: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self,
+        coordinates: Tensor,
+        state: State | None = None,
+        activations: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, State]:
         """Predicts each word of consecutive text but the first.
 
         Args:
@@ -96,6 +107,9 @@ class Composition(nn.Module):
                 follow a text, not precede it.
             state: the state that this method returned for the text before, whose last word is this
                 text's first; None starts from zero.
+            activations: receives the outputs of the last layer, ``raw`` and ``dropped``: before and
+                after dropout, shape (B, S, d), with as many of the S steps for each word that is
+                predicted.
 
         Returns:
             The outputs, shape (B, T, k, d + e), that predict the components of words 1 … T, and

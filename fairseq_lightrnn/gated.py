@@ -38,7 +38,12 @@ class GatedComposition(Composition):
             ComponentEmbedding(embedding.shape[:component], 2 * hidden_size) for component in later
         )
 
-    def forward(self, coordinates: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self,
+        coordinates: Tensor,
+        state: State | None = None,
+        activations: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, State]:
         """See :meth:`Composition.forward`."""
         base, state = self.lstm(self.dropout_in(self._inputs(coordinates[:, :-1])), state)
         upcoming = coordinates[:, 1:]
@@ -46,6 +51,8 @@ class GatedComposition(Composition):
             self._output(base, upcoming[..., :component])
             for component in range(self.num_components)
         ]
+        if activations is not None:
+            activations.update(raw=base, dropped=outputs[0])
         return self._with_query(torch.stack(outputs, dim=2), base[:, :, None]), state
 
     def read(self, coordinates: Tensor, context: Context | None = None) -> Context:

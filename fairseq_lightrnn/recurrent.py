@@ -22,7 +22,12 @@ class RecurrentComposition(Composition):
     its last component.
     """
 
-    def forward(self, coordinates: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self,
+        coordinates: Tensor,
+        state: State | None = None,
+        activations: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, State]:
         """See :meth:`Composition.forward`."""
         batch, words, components = coordinates.shape
         # The last component of the last word predicts nothing here.  (B, (T+1)·k - 1, dim)
@@ -30,7 +35,10 @@ class RecurrentComposition(Composition):
         if state is not None:
             inputs = inputs[:, components - 1 :]  # these were read at the end of the text before
         outputs, state = self.lstm(self.dropout_in(inputs), state)
-        outputs = self.dropout_out(outputs[:, -(words - 1) * components :])
+        raw = outputs[:, -(words - 1) * components :]
+        outputs = self.dropout_out(raw)
+        if activations is not None:
+            activations.update(raw=raw, dropped=outputs)
         outputs = outputs.reshape(batch, words - 1, components, -1)
         return self._with_query(outputs, outputs[:, :, :1]), state
 

@@ -72,6 +72,20 @@ def test_training_losses_are_those_of_unbroken_lanes(
     assert logged == pytest.approx(expected, abs=1e-4)
 
 
+def test_random_blocks_have_the_losses_of_unbroken_lanes(data: Path, tmp_path: Path) -> None:
+    """Whatever the blocks of an epoch; of one that is resumed in the middle, too."""
+    flags = {"lr": 0.0, "dropout": 0.0, "tokens_per_sample": 9, "batch_size": 5, "max_epoch": 3}
+    switches = [CARRY, "--random-block-lengths"]
+    records = train(data, tmp_path, *switches, save_interval_updates=4, **flags)
+    expected = unbroken_loss(tmp_path / "checkpoint1.pt", "train", lanes=5)
+    losses = [float(record["train_loss"]) for record in records if "train_wps" in record]
+    assert losses == pytest.approx([expected] * len(losses), abs=1e-4)
+    updates = {record["epoch"]: record["train_num_updates"] for record in records
+               if "train_wps" in record}  # fmt: skip
+    ends = [0, *(int(updates[epoch]) for epoch in (1, 2, 3))]
+    assert len(set(np.diff(ends))) > 1  # epochs differ in their number of blocks
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_is_one_pass_whatever_the_batch(
     data: Path, tmp_path: Path, kind: dict[str, Any]
@@ -134,6 +148,10 @@ def test_reallocation_gathers_statistics_of_carried_states(data: Path, tmp_path:
     [
         (["--sample-break-mode", "eos"], "--sample-break-mode eos: a carried hidden state crosses"),
         (["--add-bos-token"], "--add-bos-token and --carry-hidden-state exclude each other"),
+        (
+            ["--random-block-lengths", "--tokens-per-sample", "4"],
+            "--tokens-per-sample 4: blocks of --random-block-lengths have at least 5 words",
+        ),
         (["--max-tokens", "100"], "give --batch-size rather than --max-tokens"),
     ],
 )
@@ -143,6 +161,11 @@ def test_flags_that_do_not_go_together(
     batch_size = None if "--max-tokens" in flags else 8
     with pytest.raises(SystemExit, match=message):
         train(data, tmp_path, CARRY, *flags, batch_size=batch_size)
+
+
+def test_random_blocks_need_a_carried_state(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--random-block-lengths draws the blocks of --carry"):
+        train(data, tmp_path, "--random-block-lengths")
 
 
 def test_resuming_with_other_lanes_is_refused(data: Path, tmp_path: Path) -> None:
@@ -185,3 +208,21 @@ class TestWorkers:
         resumed = load(tmp_path / "on" / "checkpoint2.pt")["model"]
         for name, value in two.items():
             assert torch.equal(value, resumed[name]), name
+
+    @pytest.mark.slow
+    def test_two_workers_draw_the_same_blocks_and_average(self, data: Path, tmp_path: Path) -> None:
+        flags = {
+            "max_epoch": 4, "optimizer": "nt_asgd", "nonmonotone_interval": 0, "lr": 4,
+            "clip_norm": 0.2, "activation_regularisation": 2,
+        }  # fmt: skip
+        random = "--random-block-lengths"
+        self.start(data, tmp_path / "one", random, batch_size=8, **flags)
+        self.start(data, tmp_path / "two", random, *self.WORKERS, batch_size=4, **flags)
+        one, two = (load(tmp_path / name / "checkpoint4.pt") for name in ("one", "two"))
+        averaged = [
+            saved["last_optimizer_state"]["param_groups"][0]["averaged"] for saved in (one, two)
+        ]
+        assert averaged[0] == averaged[1] > 1
+        for name, value in one["model"].items():
+            if name != "decoder.carried_state.states":
+                torch.testing.assert_close(value, two["model"][name], rtol=1e-3, atol=1e-4)

@@ -4,14 +4,19 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_lightrnn.data.lanes import LaneDataset, LaneIterator
+from fairseq_lightrnn.data.lanes import LaneDataset, LaneIterator, draw_block_lengths
 
 EOS, PAD = 2, 1
 
 
-def dataset(words: int, lanes: int, length: int, workers: int = 1) -> LaneDataset:
+def dataset(
+    words: int, lanes: int, length: int, workers: int = 1, random_lengths: bool = False
+) -> LaneDataset:
     text = np.arange(10, 10 + words)
-    return LaneDataset(text, "train", lanes, length, eos=EOS, pad=PAD, workers=workers)
+    return LaneDataset(
+        text, "train", lanes, length, eos=EOS, pad=PAD, workers=workers,
+        random_lengths=random_lengths,
+    )  # fmt: skip
 
 
 def lane_texts(data: LaneDataset, worker: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -31,11 +36,14 @@ def lane_texts(data: LaneDataset, worker: int) -> tuple[list[list[int]], list[li
     return sources, targets
 
 
-@given(st.integers(1, 60), st.integers(1, 6), st.integers(1, 9), st.integers(1, 3))
+@given(
+    st.integers(1, 60), st.integers(1, 6), st.integers(1, 9), st.integers(1, 3), st.integers(0, 9)
+)
 def test_every_word_is_predicted_once_from_the_word_before(
-    words: int, lanes: int, length: int, workers: int
+    words: int, lanes: int, length: int, workers: int, epoch: int
 ) -> None:
-    data = dataset(words, lanes, length, workers)
+    """In blocks of one length, and (epoch > 0) of random lengths."""
+    data = dataset(words, lanes, length, workers, random_lengths=epoch > 0).of_epoch(1, epoch)
     predicted = []
     for worker in range(workers):
         for source, target in zip(*lane_texts(data, worker), strict=True):
@@ -75,3 +83,50 @@ def test_the_iterator_keeps_the_order_and_deals_whole_lanes() -> None:
 def test_the_dummy_batch_carries_nothing() -> None:
     iterator = LaneIterator(dataset(40, 2, 3), seed=1)
     assert iterator.first_batch["net_input"]["carried"] is None
+
+
+def slow_block_lengths(length: int, generator: np.random.Generator, count: int) -> list[int]:
+    """Lengths as AWD-LSTM draws them, one after the other."""
+    lengths = []
+    for _ in range(count):
+        base = length if generator.random() < 0.95 else length / 2
+        lengths.append(max(5, int(generator.normal(base, 5))))
+    return lengths
+
+
+def test_block_lengths_are_distributed_as_in_awd_lstm() -> None:
+    drawn = draw_block_lengths(1_000_000, 70, seed=1, epoch=1)[:-1]
+    expected = np.array(slow_block_lengths(70, np.random.default_rng(5), 20_000))
+    assert drawn.min() >= 5
+    for measure in (np.mean, np.std, lambda x: np.mean(x < 52), lambda x: np.quantile(x, 0.9)):
+        assert abs(measure(drawn) - measure(expected)) < 0.04 * measure(expected) + 0.005
+    short = draw_block_lengths(10_000, 6, seed=1, epoch=1)[:-1]
+    assert short.min() == 5
+
+
+@given(st.integers(1, 500), st.integers(5, 40), st.integers(0, 5), st.integers(1, 5))
+def test_block_lengths_add_up(words: int, length: int, seed: int, epoch: int) -> None:
+    lengths = draw_block_lengths(words, length, seed, epoch)
+    assert lengths.sum() == words
+    assert (lengths[:-1] >= 5).all() and lengths[-1] > 0
+    assert np.array_equal(lengths, draw_block_lengths(words, length, seed, epoch))
+
+
+def test_random_blocks_follow_seed_and_epoch_and_are_those_of_all_workers() -> None:
+    data = dataset(4000, 4, 20, workers=2, random_lengths=True)
+    bounds = [tuple(data.of_epoch(*pair).bounds) for pair in [(1, 1), (1, 2), (2, 1), (1, 1)]]
+    assert bounds[0] == bounds[3]
+    assert len(set(bounds)) == 3
+    one = dataset(4000, 8, 20, random_lengths=True).of_epoch(1, 1)
+    assert tuple(one.bounds) == bounds[0]
+    two = data.of_epoch(1, 1)
+    for block in range(one.blocks):
+        parts = [two[2 * block + worker]["target"] for worker in range(2)]
+        assert np.array_equal(np.concatenate(parts), one[block]["target"])
+    assert tuple(data.bounds) == tuple(range(0, 500, 20)) + (500,)  # itself as it was
+
+
+def test_evaluation_has_no_random_blocks() -> None:
+    data = dataset(300, 4, 20, random_lengths=True).single_lane()
+    assert data.of_epoch(1, 1) is data
+    assert set(np.diff(data.bounds)) == {20}

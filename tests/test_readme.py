@@ -85,7 +85,8 @@ def test_flags_that_are_named_exist() -> None:
 
     argv = ["fairseq-train", "data", *TASK, "--arch", "lightrnn_lm"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [*argv, "--criterion", "two_component_cross_entropy"])
+        argv += ["--criterion", "two_component_cross_entropy", "--optimizer", "nt_asgd"]
+        patch.setattr(sys, "argv", argv)
         parser = options.get_training_parser()
         options.parse_args_and_arch(parser)
     known = set(parser._option_string_actions)

@@ -8,12 +8,15 @@ import pytest
 import torch
 from fairseq.logging import metrics
 from fairseq_run import preprocess, train, valid_losses, valid_records
+from test_lightrnn_lm import Words, config
+from test_regularisation import slow_penalties
 from torch import Tensor, nn
 
 from fairseq_lightrnn.criterions.two_component_cross_entropy import (
     TwoComponentCrossEntropyCriterion,
     component_names,
 )
+from fairseq_lightrnn.models.lightrnn_lm import LightRNNDecoder, LightRNNLanguageModel
 
 PAD = 1
 
@@ -83,6 +86,127 @@ def test_metrics_are_bits_and_perplexities_per_word(criterion) -> None:
     assert smoothed["ppl"] == pytest.approx(math.exp(10 / 4), abs=0.01)
     assert smoothed["row_ppl"] == pytest.approx(math.exp(7 / 4), abs=0.01)
     assert smoothed["column_ppl"] == pytest.approx(math.exp(3 / 4), abs=0.01)
+
+
+WEIGHTS = {"activation_regularisation": 2.0, "temporal_activation_regularisation": 3.0}
+
+
+def lightrnn(kind: str, components: int) -> nn.Module:
+    """A language model that has weights of some size, and dropout of outputs."""
+    torch.manual_seed(1)
+    cfg = config(
+        "lightrnn_lm", composition=kind, num_components=components, embed_dim=4, hidden_size=5,
+        dropout=0.0, dropout_out=0.4,
+    )  # fmt: skip
+    model = LightRNNLanguageModel(LightRNNDecoder(cfg, Words(20))).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
+
+
+def lm_batch() -> dict[str, Any]:
+    text = torch.tensor([[2, 5, 9, 4, 7, 11], [2, 8, 6, PAD, PAD, PAD], [2, 3, PAD, PAD, PAD, PAD]])
+    source, target = text[:, :-1].clone(), text[:, 1:].clone()
+    source[target.eq(PAD)] = PAD
+    made = batch(target)
+    made["net_input"] = {"src_tokens": source, "target_tokens": target}
+    return made
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "gated"])
+@pytest.mark.parametrize("components", [1, 2, 3])
+def test_penalties_are_added_in_training_alone(criterion, kind: str, components: int) -> None:
+    model, sample = lightrnn(kind, components), lm_batch()
+    penalising = TwoComponentCrossEntropyCriterion(criterion.task, **WEIGHTS)
+    torch.manual_seed(2)
+    plain, size, plain_log = criterion(model, sample)
+    torch.manual_seed(2)
+    loss, penalised_size, log = penalising(model, sample)
+    assert size == penalised_size
+    assert {name: log[name] for name in plain_log} == plain_log  # what is reported is the same
+
+    torch.manual_seed(2)
+    _, extra = model(**sample["net_input"], return_activations=True)
+    raw, dropped = extra["activations"]["raw"], extra["activations"]["dropped"]
+    assert not torch.equal(raw, dropped)
+    steps = components if kind == "recurrent" else 1
+    real = sample["target"].ne(PAD).repeat_interleave(steps, dim=1)
+    ar, tar = slow_penalties(raw, dropped, real)
+    assert log["ar_penalty"].item() == pytest.approx(size * 2 * ar)
+    assert log["tar_penalty"].item() == pytest.approx(size * 3 * tar)
+    assert loss.item() == pytest.approx(plain.item() + size * (2 * ar + 3 * tar))
+
+    model.eval(), criterion.eval(), penalising.eval()
+    one, two = criterion(model, sample), penalising(model, sample)
+    assert torch.equal(one[0], two[0])
+    assert one[1:] == two[1:]
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "gated"])
+def test_gradients_of_penalties(criterion, kind: str) -> None:
+    model, sample = lightrnn(kind, 2), lm_batch()
+    penalising = TwoComponentCrossEntropyCriterion(criterion.task, **WEIGHTS)
+    torch.manual_seed(3)
+    loss, size, _ = penalising(model, sample)
+    torch.manual_seed(3)
+    features, extra = model(**sample["net_input"], return_activations=True)
+    target = sample["target"]
+    real = target.ne(PAD)
+    expected = -model.decoder.component_log_probs(features, target)[real].sum()
+    steps = 2 if kind == "recurrent" else 1
+    squares, changes = [], []
+    for text, words in enumerate(real.sum(dim=1).tolist()):
+        squares.append(extra["activations"]["dropped"][text, : words * steps].square())
+        changes.append(extra["activations"]["raw"][text, : words * steps].diff(dim=0).square())
+    expected = expected + size * (2 * torch.cat(squares).mean() + 3 * torch.cat(changes).mean())
+    parameters = list(model.parameters())
+    gradients = (torch.autograd.grad(value, parameters) for value in (loss, expected))
+    for found, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_penalties_are_per_word(criterion) -> None:
+    """Of two equal batches, loss and words are twice those of one, as fairseq adds them up."""
+    model, sample = lightrnn("gated", 2), lm_batch()
+    model.decoder.composition.dropout_out.p = 0.0
+    penalising = TwoComponentCrossEntropyCriterion(criterion.task, **WEIGHTS)
+    twice = {"net_input": {}, "target": torch.cat([sample["target"]] * 2)}
+    twice["ntokens"] = 2 * sample["ntokens"]
+    for name, words in sample["net_input"].items():
+        twice["net_input"][name] = torch.cat([words] * 2)
+    loss, size, log = penalising(model, sample)
+    double_loss, double_size, double_log = penalising(model, twice)
+    torch.testing.assert_close(double_loss, 2 * loss)
+    assert double_size == 2 * size
+    for name in ("ar_penalty", "tar_penalty"):
+        torch.testing.assert_close(double_log[name], 2 * log[name])
+    with metrics.aggregate() as values:
+        penalising.reduce_metrics([log, log])
+        smoothed = values.get_smoothed_values()
+    expected = log["ar_penalty"].item() / size / math.log(2)
+    assert smoothed["ar_penalty"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
+def test_weights_that_have_no_meaning(criterion, name: str, value: float) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(ValueError, match=f"{flag} {value}: must be a number of at least 0"):
+        TwoComponentCrossEntropyCriterion(criterion.task, **{name: value})
+
+
+def test_penalties_are_logged_beside_the_loss(data: Path, tmp_path: Path) -> None:
+    """With nothing learnt, loss and perplexity are those of a training without penalties."""
+    flags = {"max_epoch": 1, "lr": 0.0}
+    plain = train(data, tmp_path / "plain", **flags)
+    records = train(data, tmp_path / "penalised", **flags, **WEIGHTS)
+    (one,), (two,) = ([r for r in found if "train_wps" in r][:1] for found in (plain, records))
+    for name in ("train_loss", "train_ppl", "train_row_loss", "train_column_ppl"):
+        assert one[name] == two[name]
+    assert float(two["train_ar_penalty"]) > 0 and float(two["train_tar_penalty"]) > 0
+    assert valid_losses(plain) == valid_losses(records)
+    assert not any("penalty" in name for record in valid_records(records) for name in record)
 
 
 def test_update_freq_adds_batches_up(tmp_path: Path) -> None:

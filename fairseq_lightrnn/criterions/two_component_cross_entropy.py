@@ -1,8 +1,7 @@
 """``--criterion two_component_cross_entropy``: the loss of every component, summed per word."""
 
-from __future__ import annotations
-
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +12,33 @@ from fairseq.logging import metrics
 from torch import Tensor, nn
 
 from fairseq_lightrnn.errors import UsageError
+from fairseq_lightrnn.regularisation import mean_square, mean_square_change
 
-__all__ = ["TwoComponentCrossEntropyCriterion", "component_names"]
+__all__ = [
+    "TwoComponentCrossEntropyConfig",
+    "TwoComponentCrossEntropyCriterion",
+    "component_names",
+]
+
+PENALTIES = {"activation_regularisation": "ar", "temporal_activation_regularisation": "tar"}
+
+
+@dataclass
+class TwoComponentCrossEntropyConfig(FairseqDataclass):
+    activation_regularisation: float = field(
+        default=0.0,
+        metadata={
+            "help": "weight of the mean square of the LSTM's outputs after dropout, added to the "
+            "loss of training (AR of AWD-LSTM, which has 2)"
+        },
+    )
+    temporal_activation_regularisation: float = field(
+        default=0.0,
+        metadata={
+            "help": "weight of the mean square of the change of the LSTM's outputs from step to "
+            "step, added to the loss of training (TAR of AWD-LSTM, which has 1)"
+        },
+    )
 
 
 def component_names(num_components: int) -> list[str]:
@@ -24,9 +48,40 @@ def component_names(num_components: int) -> list[str]:
     return [f"component{number + 1}" for number in range(num_components)]
 
 
-@register_criterion("two_component_cross_entropy", dataclass=FairseqDataclass)
+@register_criterion("two_component_cross_entropy", dataclass=TwoComponentCrossEntropyConfig)
 class TwoComponentCrossEntropyCriterion(FairseqCriterion):
-    """Cross-entropy of words as the sum over their components (arXiv 1610.09893, equation 4)."""
+    """Cross-entropy of words as the sum over their components (arXiv 1610.09893, equation 4).
+
+    In training, penalties on the activations of the model's last layer may be added to it
+    (arXiv 1708.02182, section 4.6). They are logged by themselves: the loss that is reported, and
+    the perplexities, never contain them.
+
+    Args:
+        task: fairseq's task.
+        activation_regularisation: weight of the mean square of the dropped outputs.
+        temporal_activation_regularisation: weight of the mean square of the raw outputs' changes.
+    """
+
+    def __init__(
+        self,
+        task: Any,
+        activation_regularisation: float = 0.0,
+        temporal_activation_regularisation: float = 0.0,
+    ) -> None:
+        super().__init__(task)
+        self.activation_regularisation = activation_regularisation
+        self.temporal_activation_regularisation = temporal_activation_regularisation
+        for name in PENALTIES:
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} {value}: must be a number of at least 0"
+                )
+
+    @property
+    def penalises(self) -> bool:
+        """Whether this is training with penalties on the activations."""
+        return self.training and any(getattr(self, name) for name in PENALTIES)
 
     def forward(
         self, model: nn.Module, sample: dict[str, Any], reduce: bool = True
@@ -47,7 +102,8 @@ class TwoComponentCrossEntropyCriterion(FairseqCriterion):
                 f"--criterion two_component_cross_entropy cannot train {type(model).__name__}: "
                 "use --arch lightrnn_lm with it, or --criterion cross_entropy with this model"
             )
-        features, _ = model(**sample["net_input"])
+        asked = {"return_activations": True} if self.penalises else {}
+        features, extra = model(**sample["net_input"], **asked)
         target = sample["target"]
         real = target.ne(self.padding_idx)
         log_probs = score(features, target)  # (B, T, k)
@@ -63,11 +119,44 @@ class TwoComponentCrossEntropyCriterion(FairseqCriterion):
         names = component_names(log_probs.size(-1))
         for name, value in zip(names, by_component, strict=True):
             logging_output[f"{name}_loss"] = value
+        if reduce and self.penalises:
+            loss = loss + self._penalty(extra, real, logging_output)
         return loss, sample["ntokens"], logging_output
+
+    def _penalty(
+        self, extra: dict[str, Any], real: Tensor, logging_output: dict[str, Any]
+    ) -> Tensor | float:
+        """Returns the penalties of a batch and logs them.
+
+        They are per word, like the loss, of which fairseq takes the sum and the mean later on.
+        """
+        if "activations" not in (extra or {}):
+            raise UsageError(
+                "--activation-regularisation and --temporal-activation-regularisation need the "
+                "LSTM of --arch lightrnn_lm; leave them out"
+            )
+        raw, dropped = extra["activations"]["raw"], extra["activations"]["dropped"]
+        steps = raw.size(1) // real.size(1)  # of the network, for each word
+        real_steps = real.repeat_interleave(steps, dim=1)
+        total: Tensor | float = 0.0
+        for name, short in PENALTIES.items():
+            weight = getattr(self, name)
+            if not weight:
+                continue
+            temporal = name.startswith("temporal")
+            mean = (
+                mean_square_change(raw, real_steps)
+                if temporal
+                else mean_square(dropped, real_steps)
+            )
+            penalty = weight * real.sum() * mean
+            logging_output[f"{short}_penalty"] = penalty.detach()
+            total = total + penalty
+        return total
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
-        """Logs the loss in bits a word, and perplexities per word and per component."""
+        """Logs loss and penalties in bits a word, and perplexities per word and per component."""
         words = sum(log.get("sample_size", 0) for log in logging_outputs)
         keys = dict.fromkeys(key for log in logging_outputs for key in log if key.endswith("loss"))
         for key in keys:
@@ -75,6 +164,10 @@ class TwoComponentCrossEntropyCriterion(FairseqCriterion):
             metrics.log_scalar(key, loss, words, round=4)
             perplexity = key.removesuffix("loss") + "ppl"
             metrics.log_derived(perplexity, _perplexity_of(key))
+        for key in (f"{name}_penalty" for name in PENALTIES.values()):
+            if any(key in log for log in logging_outputs):
+                penalty = sum(log.get(key, 0) for log in logging_outputs) / words / math.log(2)
+                metrics.log_scalar(key, penalty, words, round=4)
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:

@@ -6,13 +6,40 @@ n stopped, so that the state after one is the state before the other.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 import torch
 from fairseq.data import FairseqDataset, iterators
 
-__all__ = ["LaneDataset", "LaneIterator"]
+__all__ = ["SHORTEST_BLOCK", "LaneDataset", "LaneIterator", "draw_block_lengths"]
+
+# How AWD-LSTM draws the lengths of blocks (arXiv 1708.02182, section 4.1).
+SHORTEST_BLOCK = 5
+_HALF_LENGTH_PROBABILITY = 0.05
+_LENGTH_DEVIATION = 5
+
+
+def draw_block_lengths(words: int, length: int, seed: int, epoch: int) -> np.ndarray:
+    """Draws the lengths of the blocks of an epoch (arXiv 1708.02182, section 4.1).
+
+    Args:
+        words: of the longest lane.
+        length: about which lengths are distributed, or half of which with a probability of 0.05.
+        seed: fairseq's.
+        epoch: its number.
+
+    Returns:
+        Integers of at least 5, but for the last, which add up to ``words``.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    most = -(-words // SHORTEST_BLOCK)
+    halved = generator.random(most) < _HALF_LENGTH_PROBABILITY
+    drawn = generator.normal(np.where(halved, length / 2, length), _LENGTH_DEVIATION)
+    ends = drawn.astype(np.int64).clip(min=SHORTEST_BLOCK).cumsum().clip(max=words)
+    lengths = np.diff(ends, prepend=0)
+    return lengths[lengths > 0]
 
 
 class LaneDataset(FairseqDataset):
@@ -33,6 +60,7 @@ class LaneDataset(FairseqDataset):
         eos: the word before the text.
         pad: what fills the shorter lanes at the end.
         workers: W. With a single lane, only the first of them has work.
+        random_lengths: draw the lengths of the blocks for each epoch; see :meth:`of_epoch`.
     """
 
     def __init__(
@@ -45,10 +73,12 @@ class LaneDataset(FairseqDataset):
         eos: int,
         pad: int,
         workers: int = 1,
+        random_lengths: bool = False,
     ) -> None:
         self.text = np.asarray(text, dtype=np.int64)
         self.stream = stream
         self.length = length
+        self.random_lengths = random_lengths
         self.eos, self.pad = eos, pad
         self.workers = workers
         self.busy_workers = 1 if lanes == 1 else workers
@@ -58,7 +88,23 @@ class LaneDataset(FairseqDataset):
         # The first `extra` lanes hold one word more.
         self.starts = np.arange(total) * share + np.minimum(np.arange(total), extra)
         self.ends = np.append(self.starts[1:], len(self.text))
-        self.blocks = -(-(share + (extra > 0)) // length)
+        self.longest = share + (extra > 0)
+        # Block n of every lane holds its words from bounds[n] to bounds[n + 1].
+        self.bounds = np.append(np.arange(0, self.longest, length), self.longest)
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks of a lane."""
+        return len(self.bounds) - 1
+
+    def of_epoch(self, seed: int, epoch: int) -> LaneDataset:
+        """Returns the same lanes, in the blocks of an epoch if their lengths are random."""
+        if not self.random_lengths:
+            return self
+        other = copy.copy(self)
+        lengths = draw_block_lengths(self.longest, self.length, seed, epoch)
+        other.bounds = np.append(0, lengths.cumsum())
+        return other
 
     def single_lane(self) -> LaneDataset:
         """Returns the same text as one lane, for evaluation, in batches of as many words."""
@@ -86,8 +132,9 @@ class LaneDataset(FairseqDataset):
         if worker >= self.busy_workers:
             return 0
         chosen = slice(worker * self.lanes, (worker + 1) * self.lanes)
-        rest = self.ends[chosen] - self.starts[chosen] - block * self.length
-        return int(rest.clip(0, self.length).sum())
+        start, end = self.bounds[block : block + 2]
+        rest = self.ends[chosen] - self.starts[chosen] - start
+        return int(rest.clip(0, end - start).sum())
 
     size = num_tokens
 
@@ -96,8 +143,9 @@ class LaneDataset(FairseqDataset):
         if worker >= self.busy_workers:
             return {}
         chosen = slice(worker * self.lanes, (worker + 1) * self.lanes)
-        begin = self.starts[chosen, None] + block * self.length  # (B, 1)
-        width = min(self.length, int((self.ends[chosen] - begin[:, 0]).max(initial=0)))
+        start, end = self.bounds[block : block + 2].tolist()
+        begin = self.starts[chosen, None] + start  # (B, 1)
+        width = min(end - start, int((self.ends[chosen] - begin[:, 0]).max(initial=0)))
         positions = begin + np.arange(max(width, 1))  # (B, T)
         inside = positions < self.ends[chosen, None]
         target = np.where(inside, self.text[positions.clip(max=len(self.text) - 1)], self.pad)

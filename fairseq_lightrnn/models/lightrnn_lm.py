@@ -81,6 +81,24 @@ class LightRNNLanguageModelConfig(FairseqDataclass):
     dropout_out: Optional[float] = field(
         default=None, metadata={"help": "dropout on the LSTM's outputs (default: --dropout)"}
     )
+    locked_dropout: bool = field(
+        default=False,
+        metadata={
+            "help": "use one mask of each dropout for a text, shared over time (variational "
+            "dropout); with --carry-hidden-state, for a block"
+        },
+    )
+    component_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "dropout of whole input component vectors, for all their occurrences in a "
+            "batch; input residuals are dropped word by word"
+        },
+    )
+    weight_dropout: float = field(
+        default=0.0,
+        metadata={"help": "dropout on the recurrent matrices of the LSTM, one mask for each batch"},
+    )
     share_component_vectors: bool = field(
         default=False,
         metadata={
@@ -128,7 +146,10 @@ def _check(cfg: LightRNNLanguageModelConfig) -> None:
             raise UsageError(
                 f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative"
             )
-    for name in ("dropout", "dropout_in", "dropout_between", "dropout_out"):
+    for name in (
+        "dropout", "dropout_in", "dropout_between", "dropout_out", "component_dropout",
+        "weight_dropout",
+    ):  # fmt: skip
         value = getattr(cfg, name)
         if value is not None and not 0 <= value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 0 and below 1")
@@ -152,6 +173,8 @@ def _composition(cfg: LightRNNLanguageModelConfig, embedding: ComponentEmbedding
         dropout_between=dropout(cfg.dropout_between),
         dropout_out=dropout(cfg.dropout_out),
         residual_dim=cfg.output_residual_dim,
+        locked_dropout=cfg.locked_dropout,
+        weight_dropout=cfg.weight_dropout,
     )
 
 
@@ -174,7 +197,9 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
         shape = table_shape(cfg, len(dictionary))
 
         self.table = TableLookup(len(dictionary), shape)
-        embedding = ComponentEmbedding(shape, cfg.embed_dim, self.table, cfg.input_residual_dim)
+        embedding = ComponentEmbedding(
+            shape, cfg.embed_dim, self.table, cfg.input_residual_dim, cfg.component_dropout
+        )
         self.composition = _composition(cfg, embedding)
         self.softmax = ComponentSoftmax(
             self.table,
@@ -195,6 +220,7 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
         target_tokens: Tensor | None = None,
         src_lengths: Tensor | None = None,
         carried: dict[str, Any] | None = None,
+        return_activations: bool = False,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Predicts the word after each given word.
 
@@ -206,6 +232,8 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
             src_lengths: not used.
             carried: name of the ``stream`` of text and number of its ``block``, if the words go on
                 where its last block ended.
+            return_activations: put the outputs of the last layer into the extras, as
+                ``activations``; see :meth:`Composition.forward`.
 
         Returns:
             With ``target_tokens``: features of shape (B, T, k·(d + e)) that
@@ -214,8 +242,10 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
             generation and shallow fusion look at. And fairseq's dictionary of extras.
         """
         if target_tokens is not None:
-            hidden = self.extract_features(prev_output_tokens, target_tokens, carried)
-            return hidden.flatten(2), {"attn": None, "features": True}
+            activations: dict[str, Tensor] | None = {} if return_activations else None
+            hidden = self.extract_features(prev_output_tokens, target_tokens, carried, activations)
+            extra = {"attn": None, "features": True}
+            return hidden.flatten(2), extra | ({"activations": activations} if activations else {})
         log_probs = self._next_log_probs(
             prev_output_tokens, {} if incremental_state is None else incremental_state
         )
@@ -226,6 +256,7 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
         prev_output_tokens: Tensor,
         target_tokens: Tensor,
         carried: dict[str, Any] | None = None,
+        activations: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """Returns the outputs, (B, T, k, d + e), that predict the targets' components."""
         # A text's next source word is its target, but where padding begins it is not the last one.
@@ -235,7 +266,7 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
         state = None
         if carried is not None:
             state = self.carried_state.before(**carried, lanes=len(words))
-        hidden, state = self.composition(self.table(words), state)
+        hidden, state = self.composition(self.table(words), state, activations)
         if carried is not None:
             self.carried_state.after(**carried, state=state)
         return hidden

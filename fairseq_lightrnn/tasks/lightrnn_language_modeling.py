@@ -12,10 +12,11 @@ from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
 from fairseq_lightrnn.criterions import two_component_cross_entropy  # noqa: F401  (registers)
-from fairseq_lightrnn.data.lanes import LaneDataset, LaneIterator
+from fairseq_lightrnn.data.lanes import SHORTEST_BLOCK, LaneDataset, LaneIterator
 from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.tasks._seating import SeatingConfig, SeatingMixin
 from fairseq_lightrnn.tasks._statistics import world_size
+from fairseq_lightrnn.tasks._validation_losses import ValidationLossMixin
 
 __all__ = ["LightRNNLanguageModelingConfig", "LightRNNLanguageModelingTask", "TargetInputDataset"]
 
@@ -30,6 +31,15 @@ class LightRNNLanguageModelingConfig(SeatingConfig, LanguageModelingConfig):
             "help": "go on from the hidden state of the batch before: the text is cut into "
             "--batch-size lanes for each worker, read in order in blocks of --tokens-per-sample; "
             "validation and fairseq-eval-lm read it in one pass"
+        },
+    )
+    random_block_lengths: bool = field(
+        default=False,
+        metadata={
+            "help": "with --carry-hidden-state, draw the length of every block of training as "
+            "AWD-LSTM does: around --tokens-per-sample, once in twenty around half of it, with a "
+            "standard deviation of 5 and at least 5 words. The learning rate is not scaled by "
+            "the length: fairseq's loss is a mean over words, of short blocks as of long ones"
         },
     )
 
@@ -50,7 +60,7 @@ class TargetInputDataset(BaseWrapperDataset):
 
 
 @register_task("lightrnn_language_modeling", dataclass=LightRNNLanguageModelingConfig)
-class LightRNNLanguageModelingTask(SeatingMixin, LanguageModelingTask):
+class LightRNNLanguageModelingTask(SeatingMixin, ValidationLossMixin, LanguageModelingTask):
     """Language modelling in which words are seated in a table."""
 
     @property
@@ -69,6 +79,11 @@ class LightRNNLanguageModelingTask(SeatingMixin, LanguageModelingTask):
                 )
         if args.carry_hidden_state:
             _check_carried(args)
+        elif args.random_block_lengths:
+            raise UsageError(
+                "--random-block-lengths draws the blocks of --carry-hidden-state; give that flag "
+                "too, or neither"
+            )
         return super().setup_task(args, **kwargs)
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:
@@ -97,6 +112,7 @@ class LightRNNLanguageModelingTask(SeatingMixin, LanguageModelingTask):
             eos=self.dictionary.eos(),
             pad=self.dictionary.pad(),
             workers=world_size(),
+            random_lengths=self.args.random_block_lengths,
         )
         return lanes if split == self.args.train_subset else lanes.single_lane()
 
@@ -106,6 +122,7 @@ class LightRNNLanguageModelingTask(SeatingMixin, LanguageModelingTask):
             return super().get_batch_iterator(dataset, *args, **kwargs)
         known = ("seed", "num_shards", "shard_id", "num_workers", "epoch")
         options = {name: kwargs[name] for name in known if name in kwargs}
+        dataset = dataset.of_epoch(options.get("seed", 1), options.get("epoch", 1))
         buffer_size = kwargs.get("data_buffer_size", 0)
         return LaneIterator(dataset, buffer_size=buffer_size, **options)
 
@@ -160,6 +177,11 @@ def _check_carried(args: Any) -> None:
         raise UsageError("--add-bos-token and --carry-hidden-state exclude each other")
     if args.tokens_per_sample < 1:
         raise UsageError(f"--tokens-per-sample {args.tokens_per_sample}: must be at least 1")
+    if args.random_block_lengths and args.tokens_per_sample < SHORTEST_BLOCK:
+        raise UsageError(
+            f"--tokens-per-sample {args.tokens_per_sample}: blocks of --random-block-lengths have "
+            f"at least {SHORTEST_BLOCK} words; raise the one or leave the other out"
+        )
     if args.batch_size is None and args.max_tokens is not None:
         raise UsageError(
             "--carry-hidden-state needs the number of lanes of a worker: give --batch-size rather "

@@ -1,0 +1,1 @@
+"""Optimisers: their mathematics, and fairseq adapters that register.py imports."""

@@ -1,0 +1,153 @@
+"""What keeps LSTM language models from overfitting, as in AWD-LSTM (arXiv 1708.02182).
+
+Locked dropout (arXiv 1512.05287), weight-dropped recurrent matrices, and the two penalties on the
+activations of the last layer. None of it changes the parameters of a model, their names, or what
+the model does in evaluation.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import _VF, Tensor, nn
+
+from fairseq_lightrnn.components import at_least_float32
+
+__all__ = [
+    "LockedDropout",
+    "RegularisedLSTM",
+    "locked_dropout",
+    "mean_square",
+    "mean_square_change",
+]
+
+
+def locked_dropout(inputs: Tensor, rate: float) -> Tensor:
+    """Drops the same features of a sequence at every step, and scales what remains.
+
+    Args:
+        inputs: shape (B, …, d). All axes but the first and the last share one mask.
+        rate: the probability of a feature to be dropped.
+    """
+    mask = inputs.new_ones(inputs.size(0), *(1 for _ in inputs.shape[1:-1]), inputs.size(-1))
+    return inputs * F.dropout(mask, rate)
+
+
+class LockedDropout(nn.Dropout):
+    """Dropout with one mask for each sequence, shared over time (variational dropout)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Applies :func:`locked_dropout` to (B, …, d) in training."""
+        return locked_dropout(input, self.p) if self.training and self.p else input
+
+
+class RegularisedLSTM(nn.LSTM):
+    """torch's LSTM over (B, T, d) with dropout that its fused kernel does not know.
+
+    Parameters, their names and evaluation are those of ``nn.LSTM``. Each forward in training
+    drops entries of the recurrent matrices ``weight_hh_l…``, the same at all steps, and scales what
+    remains. With locked dropout the layers run one after the other, each in the fused kernel.
+
+    Args:
+        input_size: width of the inputs.
+        hidden_size: width of the outputs.
+        num_layers: the layers.
+        dropout: dropout between the layers.
+        locked: use one mask of it for each sequence, shared over time.
+        weight_dropout: the probability of an entry of a recurrent matrix to be dropped.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        dropout: float = 0.0,
+        locked: bool = False,
+        weight_dropout: float = 0.0,
+    ) -> None:
+        # nn.LSTM warns of a dropout that has no layers to stand between.
+        dropout = dropout if num_layers > 1 else 0.0
+        super().__init__(input_size, hidden_size, num_layers, batch_first=True, dropout=dropout)
+        self.locked = locked
+        self.weight_dropout = weight_dropout
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """See ``nn.LSTM.forward``; inputs must have a batch axis."""
+        layer_by_layer = self.locked and self.dropout > 0
+        if not self.training or not (layer_by_layer or self.weight_dropout):
+            return super().forward(input, hx)  # type: ignore[no-any-return]
+        weights = self._dropped_weights()
+        if hx is None:
+            zeros = input.new_zeros(self.num_layers, input.size(0), self.hidden_size)
+            hx = zeros, zeros
+        if not layer_by_layer:
+            return _fused(input, hx, weights, self.dropout)
+        size = len(weights) // self.num_layers
+        outputs, states = input, []
+        for layer in range(self.num_layers):
+            if layer:
+                outputs = locked_dropout(outputs, self.dropout)
+            before = hx[0][layer : layer + 1], hx[1][layer : layer + 1]
+            own = weights[layer * size : (layer + 1) * size]
+            outputs, after = _fused(outputs, before, own, 0.0)
+            states.append(after)
+        hidden, cell = (torch.cat(parts) for parts in zip(*states, strict=True))
+        return outputs, (hidden, cell)
+
+    def _dropped_weights(self) -> list[Tensor]:
+        """Returns the weights in the order of the fused kernel, recurrent matrices dropped."""
+        weights: list[Tensor] = []
+        for name in self._flat_weights_names:
+            weight = getattr(self, name)
+            if self.weight_dropout and name.startswith("weight_hh"):
+                weight = F.dropout(weight, self.weight_dropout)
+            weights.append(weight)
+        return weights
+
+    def extra_repr(self) -> str:
+        """Adds what ``nn.LSTM`` does not know to its description."""
+        return f"{super().extra_repr()}, locked={self.locked}, weight_dropout={self.weight_dropout}"
+
+
+def _fused(
+    inputs: Tensor, state: tuple[Tensor, Tensor], weights: list[Tensor], dropout: float
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Runs as many layers as there are states through torch's kernel, in training."""
+    hidden, cell = (part.contiguous() for part in state)
+    with warnings.catch_warnings():
+        # Dropped matrices are new ones: cuDNN has to gather the weights at each call.
+        warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
+        outputs, hidden, cell = _VF.lstm(
+            inputs, (hidden, cell), weights, True, len(hidden), dropout, True, False, True
+        )
+    return outputs, (hidden, cell)
+
+
+def mean_square(activations: Tensor, real: Tensor) -> Tensor:
+    """Returns the mean square of activations: activation regularisation.
+
+    Args:
+        activations: outputs of the last layer after dropout, shape (B, S, d).
+        real: booleans of shape (B, S); other steps are padding and do not count.
+    """
+    return _mean_square(activations, real)
+
+
+def mean_square_change(activations: Tensor, real: Tensor) -> Tensor:
+    """Returns the mean square of changes between steps: temporal activation regularisation.
+
+    Args:
+        activations: outputs of the last layer before dropout, shape (B, S, d).
+        real: booleans of shape (B, S); a change counts where both of its steps are real.
+    """
+    return _mean_square(activations[:, 1:] - activations[:, :-1], real[:, 1:] & real[:, :-1])
+
+
+def _mean_square(values: Tensor, real: Tensor) -> Tensor:
+    squares = at_least_float32(values).square().mean(dim=-1)
+    return squares.masked_fill(~real, 0.0).sum() / real.sum().clamp(min=1)
