@@ -37,7 +37,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from language_model_report import summarise
+from language_model_report import read_lines, summarise
 
 PLUGIN = Path(__file__).resolve().parent.parent / "fairseq_lightrnn"
 SPLITS = ("train", "valid", "test")
@@ -174,10 +174,6 @@ def train(system: str, seed: int, data: Path, folder: Path, args: argparse.Names
             file.write(json.dumps(step) + "\n")
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in open(path)] if path.exists() else []
-
-
 def trained_epochs(output: str) -> int:
     return len(set(re.findall(r'"epoch": (\d+), "valid_loss"', output)))
 
@@ -239,11 +235,14 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         split: hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         for split, path in find_text(args.text).items()
     }
+    with open(find_text(args.text)["train"], encoding="utf-8") as file:
+        tokens = sum(len(line.split()) + 1 for line in file)
     packages = ("fairseq", "torch", "numpy", "scipy")
     names = ("width", "layers", "dropout", "lr", "batch_size", "block")
     return {
         "settings": {name: getattr(args, name) for name in names},
         "sha256": digests,
+        "train_tokens": tokens,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
     }

@@ -1,2 +1,124 @@
-def summarise(out, description):
-    pass
+"""Tables and curves of scripts/benchmark_language_model.py, from what its runs left in a folder."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+__all__ = ["summarise"]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the records of a file of JSON lines; none if there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """Returns what is known of one run, or None before its first test."""
+    if not (folder / "test.json").exists():
+        return None
+    test = json.loads((folder / "test.json").read_text())
+    epochs = read_lines(folder / "epochs.jsonl")
+    steps = read_lines(folder / "steps.jsonl")
+    best = min(epochs, key=lambda record: record["valid_ppl"])
+    seconds = sum(step["cpu_seconds"] for step in steps) / steps[-1]["epoch"]
+    return {
+        **test,
+        "valid_ppl": best["valid_ppl"],
+        "best_epoch": best["epoch"],
+        "epochs": len(epochs),
+        "valid_ppls": [record["valid_ppl"] for record in epochs],
+        "cpu_seconds_per_epoch": round(seconds, 1),
+        "peak_mib": round(max(step["peak_mib"] for step in steps)),
+    }
+
+
+def collect(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns all runs, by system and seed."""
+    systems: dict[str, dict[str, dict[str, Any]]] = {}
+    for folder in sorted(out.iterdir()):
+        system, _, seed = folder.name.rpartition("-")
+        run = read_run(folder) if seed.isdigit() else None
+        if run is not None:
+            systems.setdefault(system, {})[seed] = run
+    return systems
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Returns a mean, with half the range where there are several values."""
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) < 2 else f"{mean} ± {(max(values) - min(values)) / 2:.1f}"
+
+
+def markdown(systems: dict[str, dict[str, dict[str, Any]]], tokens: int) -> str:
+    """Returns the systems as a table, best test perplexity first."""
+    lines = [
+        "| system | parameters | of the vocabulary | epochs (best) | valid | test | seeds "
+        "| words/CPU s | MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def rank(item: tuple[str, dict[str, dict[str, Any]]]) -> float:
+        return statistics.mean(run["test_ppl"] for run in item[1].values())
+
+    for system, runs in sorted(systems.items(), key=rank):
+        every = list(runs.values())
+        speed = statistics.mean(tokens / run["cpu_seconds_per_epoch"] for run in every)
+        best = "/".join(str(run["best_epoch"]) for run in every)
+        lines.append(
+            f"| {system} | {every[0]['parameters']:,} | {every[0]['vocabulary_parameters']:,} "
+            f"| {every[0]['epochs']} ({best}) "
+            f"| {mean_and_spread([run['valid_ppl'] for run in every])} "
+            f"| {mean_and_spread([run['test_ppl'] for run in every])} | {len(every)} "
+            f"| {speed:,.0f} | {max(run['peak_mib'] for run in every):,} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(systems: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
+    """Draws validation perplexity against epochs and CPU seconds, and test against parameters."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (by_epoch, by_second, by_size) = pyplot.subplots(1, 3, figsize=(16, 5))
+    for number, (system, runs) in enumerate(systems.items()):
+        colour = f"C{number}"
+        for run in runs.values():
+            epochs = range(1, len(run["valid_ppls"]) + 1)
+            seconds = [epoch * run["cpu_seconds_per_epoch"] for epoch in epochs]
+            by_epoch.plot(epochs, run["valid_ppls"], color=colour, label=system)
+            by_second.plot(seconds, run["valid_ppls"], color=colour)
+            by_size.scatter(run["parameters"], run["test_ppl"], color=colour)
+            system = "_nolegend_"
+    by_epoch.set_xlabel("epochs")
+    by_second.set_xlabel("CPU seconds of training")
+    by_second.set_xscale("log")
+    by_size.set_xlabel("parameters")
+    by_size.set_xscale("log")
+    by_size.set_ylabel("test perplexity")
+    for axes in (by_epoch, by_second):
+        axes.set_ylabel("validation perplexity")
+        axes.set_yscale("log")
+    for axes in (by_epoch, by_second, by_size):
+        axes.grid(True, which="both", alpha=0.3)
+    by_epoch.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def summarise(out: Path, description: dict[str, Any]) -> None:
+    """Writes ``results.json``, ``results.md`` and ``results.png`` of all runs in a folder."""
+    systems = collect(out)
+    if not systems:
+        return
+    report = {**description, "systems": systems}
+    table = markdown(systems, description["train_tokens"])
+    (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "results.md").write_text(table + "\n")
+    draw(systems, out / "results.png")
+    print(table, flush=True)
