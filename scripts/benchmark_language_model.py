@@ -25,26 +25,19 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
-import os
-import platform
 import re
-import resource
-import subprocess
-import sys
-import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from language_model_report import read_lines, summarise
+from language_model_report import summarise
+from side_by_side import PLUGIN, call, count_parameters, machine, read_lines, train_in_steps
 
-PLUGIN = Path(__file__).resolve().parent.parent / "fairseq_lightrnn"
 SPLITS = ("train", "valid", "test")
 WORDS_OWN = ["--word-bias", "--input-residual-dim", "16", "--output-residual-dim", "8"]
 # Of fairseq's adaptive softmax; those beyond the vocabulary are left out.
 CUTOFFS = (2_000, 10_000, 50_000, 200_000)
 TEST_BLOCK = 2048
+VOCABULARY = ("embedding", "softmax", "gates", "embed_tokens", "fc_out")
 
 # name: flags of the model
 OURS: dict[str, list[str]] = {
@@ -92,23 +85,6 @@ def find_text(folder: Path) -> dict[str, Path]:
     return files
 
 
-def call(module: str, *arguments: Any, log: Path | None = None) -> str:
-    """Runs one of fairseq's commands with one thread and returns what it printed."""
-    command = [sys.executable, "-m", f"fairseq_cli.{module}", *map(str, arguments)]
-    done = subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    if log is not None:
-        log.write_text(done.stdout)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}")
-    return done.stdout
-
-
 def binarise(text: Path, out: Path) -> Path:
     """Makes fairseq's binary data, unless they are there."""
     if not (out / "bin" / "test.idx").exists():
@@ -145,50 +121,10 @@ def train(system: str, seed: int, data: Path, folder: Path, args: argparse.Names
         data, *model_flags(system, args, num_words), "--dropout", args.dropout,
         "--tokens-per-sample", args.block, "--batch-size", args.batch_size, "--optimizer", "adam",
         "--lr", args.lr, "--lr-scheduler", "reduce_lr_on_plateau", "--lr-shrink", 0.5,
-        "--clip-norm", 1, "--seed", seed, "--cpu", "--num-workers", 0, "--save-dir", folder,
+        "--clip-norm", 1, "--seed", seed, "--cpu", "--num-workers", 0,
         "--no-epoch-checkpoints", "--log-format", "json", "--log-interval", 1000,
     ]  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    while True:
-        steps = read_lines(folder / "steps.jsonl")
-        done = steps[-1]["epoch"] if steps else 0
-        spent = sum(step["cpu_seconds"] for step in steps)
-        if done >= args.epochs or (args.seconds is not None and spent >= args.seconds):
-            return
-        goal = min(done + args.step, args.epochs)
-        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-        output = call("train", *flags, "--max-epoch", goal, log=folder / "last-step.log")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        keep_epochs(output, folder / "epochs.jsonl")
-        # What an interrupted process had done of these epochs is not in its seconds.
-        trained = trained_epochs(output)
-        step = {
-            "epoch": goal,
-            "epochs_trained": trained,
-            "cpu_seconds": used * (goal - done) / max(trained, 1),
-            "seconds": time.monotonic() - start,
-            "peak_mib": after.ru_maxrss / 1024,
-        }
-        with open(folder / "steps.jsonl", "a") as file:
-            file.write(json.dumps(step) + "\n")
-
-
-def trained_epochs(output: str) -> int:
-    return len(set(re.findall(r'"epoch": (\d+), "valid_loss"', output)))
-
-
-def keep_epochs(output: str, path: Path) -> None:
-    """Appends each epoch's validation to a file."""
-    known = {record["epoch"] for record in read_lines(path)}
-    with open(path, "a") as file:
-        for found in re.findall(r"\{\"epoch\": \d+, \"valid_loss\".*\}", output):
-            record = json.loads(found)
-            if record["epoch"] not in known:
-                known.add(record["epoch"])
-                perplexity = 2 ** float(record["valid_loss"])
-                kept = {"epoch": record["epoch"], "valid_ppl": round(perplexity, 3)}
-                file.write(json.dumps(kept) + "\n")
+    train_in_steps(folder, flags, args.epochs, args.step, args.seconds)
 
 
 def test(system: str, data: Path, folder: Path, args: argparse.Namespace) -> None:
@@ -209,24 +145,8 @@ def test(system: str, data: Path, folder: Path, args: argparse.Namespace) -> Non
     found = re.search(r"Loss \(base 2\): ([0-9.]+), Perplexity: ([0-9.]+)", output)
     if found is None:
         raise SystemExit(f"{folder}: no perplexity in\n{output[-2000:]}")
-    result = {"epoch": epoch, "test_ppl": float(found[2]), **count_parameters(folder)}
+    result = {"epoch": epoch, "test_ppl": float(found[2]), **count_parameters(folder, VOCABULARY)}
     path.write_text(json.dumps(result) + "\n")
-
-
-def count_parameters(folder: Path) -> dict[str, int]:
-    """Returns the number of parameters, and of those that the vocabulary makes."""
-    import torch
-
-    state = torch.load(folder / "checkpoint_best.pt", map_location="cpu", weights_only=False)
-    buffers = ("table.", "carried_state.", "reallocation_", "version")
-    vocabulary = ("embedding", "softmax", "gates", "embed_tokens", "fc_out")
-    sizes = {
-        name.removeprefix("decoder."): math.prod(tensor.shape)
-        for name, tensor in state["model"].items()
-    }
-    sizes = {name: size for name, size in sizes.items() if not name.startswith(buffers)}
-    own = sum(size for name, size in sizes.items() if any(part in name for part in vocabulary))
-    return {"parameters": sum(sizes.values()), "vocabulary_parameters": own}
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
@@ -237,14 +157,12 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     }
     with open(find_text(args.text)["train"], encoding="utf-8") as file:
         tokens = sum(len(line.split()) + 1 for line in file)
-    packages = ("fairseq", "torch", "numpy", "scipy")
     names = ("width", "layers", "dropout", "lr", "batch_size", "block")
     return {
         "settings": {name: getattr(args, name) for name in names},
         "sha256": digests,
         "train_tokens": tokens,
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
+        **machine(),
     }
 
 

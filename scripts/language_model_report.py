@@ -7,12 +7,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from side_by_side import cpu_seconds_per_epoch, read_lines
+
 __all__ = ["summarise"]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the records of a file of JSON lines; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
@@ -23,14 +20,13 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     epochs = read_lines(folder / "epochs.jsonl")
     steps = read_lines(folder / "steps.jsonl")
     best = min(epochs, key=lambda record: record["valid_ppl"])
-    seconds = sum(step["cpu_seconds"] for step in steps) / steps[-1]["epoch"]
     return {
         **test,
         "valid_ppl": best["valid_ppl"],
         "best_epoch": best["epoch"],
         "epochs": len(epochs),
         "valid_ppls": [record["valid_ppl"] for record in epochs],
-        "cpu_seconds_per_epoch": round(seconds, 1),
+        "cpu_seconds_per_epoch": round(cpu_seconds_per_epoch(folder), 1),
         "peak_mib": round(max(step["peak_mib"] for step in steps)),
     }
 

@@ -1,0 +1,146 @@
+"""What benchmarks that train several systems share: fairseq's commands as processes, resumable.
+
+Every run has a folder: ``steps.jsonl`` holds the CPU seconds and memory of each training process,
+``epochs.jsonl`` the validation of each epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "PLUGIN",
+    "call",
+    "count_parameters",
+    "cpu_seconds_per_epoch",
+    "machine",
+    "read_lines",
+    "train_in_steps",
+]
+
+PLUGIN = Path(__file__).resolve().parent.parent / "fairseq_lightrnn"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the records of a file of JSON lines; none if there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Appends a record to a file of JSON lines."""
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def call(module: str, *arguments: Any, log: Path | None = None) -> str:
+    """Runs one of fairseq's commands with one thread and returns what it printed."""
+    command = [sys.executable, "-m", f"fairseq_cli.{module}", *map(str, arguments)]
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    if log is not None:
+        log.write_text(done.stdout)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}")
+    return done.stdout
+
+
+def train_in_steps(
+    folder: Path, flags: Iterable[Any], epochs: int, step: int, seconds: float | None = None
+) -> None:
+    """Runs ``fairseq-train``, a few epochs a process, until the epochs or the seconds are spent.
+
+    Args:
+        folder: of the run, where checkpoints lie too; what is there is gone on with.
+        flags: of the training, but ``--max-epoch`` and ``--save-dir``.
+        epochs: of the whole training.
+        step: epochs of a process.
+        seconds: of the CPU, after which no further process starts.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        steps = read_lines(folder / "steps.jsonl")
+        done = steps[-1]["epoch"] if steps else 0
+        spent = sum(step["cpu_seconds"] for step in steps)
+        if done >= epochs or (seconds is not None and spent >= seconds):
+            return
+        goal = min(done + step, epochs)
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+        arguments = [*flags, "--save-dir", folder, "--max-epoch", goal]
+        output = call("train", *arguments, log=folder / "last-step.log")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        trained = _keep_epochs(output, folder / "epochs.jsonl")
+        record = {
+            "epoch": goal,
+            # An interrupted process left epochs behind, but not its seconds.
+            "cpu_seconds": round(used * (goal - done) / max(trained, 1), 1),
+            "seconds": round(time.monotonic() - start, 1),
+            "peak_mib": round(after.ru_maxrss / 1024),
+        }
+        append_line(folder / "steps.jsonl", record)
+
+
+def _keep_epochs(output: str, path: Path) -> int:
+    """Appends each epoch's validation to a file; returns how many epochs the output has."""
+    known = {record["epoch"] for record in read_lines(path)}
+    found = {}
+    for line in re.findall(r"\{\"epoch\": \d+, \"valid_loss\".*\}", output):
+        record = json.loads(line)
+        found[record["epoch"]] = record
+    for epoch, record in found.items():
+        if epoch not in known:
+            loss = float(record.get("valid_nll_loss", record["valid_loss"]))
+            append_line(path, {"epoch": epoch, "valid_ppl": round(2**loss, 3)})
+    return len(found)
+
+
+def cpu_seconds_per_epoch(folder: Path) -> float:
+    """Returns the CPU seconds of an epoch, start of the process and validation included."""
+    steps = read_lines(folder / "steps.jsonl")
+    return sum(step["cpu_seconds"] for step in steps) / steps[-1]["epoch"]
+
+
+def count_parameters(folder: Path, vocabulary: Iterable[str]) -> dict[str, int]:
+    """Counts the parameters of the best checkpoint.
+
+    Args:
+        folder: of the run.
+        vocabulary: parts of the names of those that the (target) vocabulary makes.
+    """
+    import torch
+
+    state = torch.load(folder / "checkpoint_best.pt", map_location="cpu", weights_only=False)
+    buffers = ("table.", "carried_state.", "reallocation_", "version", "_float_tensor")
+    sizes = {
+        name: math.prod(tensor.shape)
+        for name, tensor in state["model"].items()
+        if not any(part in name for part in buffers)
+    }
+    own = sum(size for name, size in sizes.items() if any(part in name for part in vocabulary))
+    return {"parameters": sum(sizes.values()), "vocabulary_parameters": own}
+
+
+def machine() -> dict[str, Any]:
+    """Returns versions and hardware."""
+    packages = ("fairseq", "torch", "numpy", "scipy", "sacrebleu")
+    return {
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
+    }
