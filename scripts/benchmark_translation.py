@@ -1,0 +1,292 @@
+"""Trains translation models of one width side by side and compares translations, speed and size.
+
+    python scripts/benchmark_translation.py OUTPUT --source en --target de --train PREFIX
+        --valid PREFIX --test 2016=PREFIX 2017=PREFIX [--pieces 8000]
+
+PREFIX.en and PREFIX.de hold one sentence a line. Without ``--pieces`` their words, split at spaces,
+are the vocabulary, all of them; with it, that many pieces of a sentencepiece model of the training
+text. OUTPUT receives binarised data, a folder for each run, ``results.json`` and ``results.md``.
+Finished runs are kept, interrupted ones go on from their last checkpoint.
+
+Systems (``--systems``): fairseq's ``lstm`` and ``transformer``, and this plugin's
+``lightrnn_translation`` with the paper's composition (``lightrnn``), with the gated one and 25
+numbers of each word's own (``lightrnn-gated``), and ``lightrnn_transformer`` with those numbers.
+All are trained alike, and tested with the checkpoint of the best validation loss. Question
+answering is translation here: ``--metrics answers`` counts exact matches and common words.
+
+Training speed is target words per CPU second of the training processes, their start and validation
+included; decoding speed is what fairseq-generate reports, so measure it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from side_by_side import (
+    PLUGIN,
+    call,
+    count_parameters,
+    cpu_seconds_per_epoch,
+    machine,
+    read_lines,
+    train_in_steps,
+)
+
+WORDS_OWN = ["--word-bias", "--input-residual-dim", "16", "--output-residual-dim", "8"]
+SYSTEMS = ("lstm", "lightrnn", "lightrnn-gated", "transformer", "lightrnn-transformer")
+# Parts of the names of parameters that the target's vocabulary makes.
+VOCABULARY = (
+    "decoder.embed_tokens", "decoder.fc_out", "decoder.output_projection",
+    "decoder.composition.embedding", "decoder.softmax", "gates",
+)  # fmt: skip
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("out", type=Path, metavar="OUTPUT", help="folder to write to")
+    add("--source", required=True, help="suffix of the source files")
+    add("--target", required=True, help="suffix of the target files")
+    add("--train", required=True, metavar="PREFIX")
+    add("--valid", required=True, metavar="PREFIX")
+    add("--test", required=True, nargs="+", metavar="NAME=PREFIX")
+    add("--pieces", type=int, metavar="N", help="split words into pieces, N of them")
+    add("--metrics", choices=["translations", "answers"], default="translations")
+    add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    add("--seed", type=int, default=1)
+    add("--epochs", type=int, default=12, help="(default: %(default)s)")
+    add("--step", type=int, default=4, help="epochs of a process (default: %(default)s)")
+    add("--width", type=int, default=256, help="of vectors and networks (default: %(default)s)")
+    add("--layers", type=int, default=1, help="of LSTMs (default: %(default)s)")
+    add("--transformer-layers", type=int, default=3, help="(default: %(default)s)")
+    add("--dropout", type=float, default=0.3, help="(default: %(default)s)")
+    add("--label-smoothing", type=float, default=0.1, help="(default: %(default)s)")
+    add("--lr", type=float, default=0.002, help="highest of Adam (default: %(default)s)")
+    add("--max-tokens", type=int, default=2000, help="of a batch (default: %(default)s)")
+    add("--beam", type=int, default=5, help="(default: %(default)s)")
+    return parser.parse_args()
+
+
+def prepare(args: argparse.Namespace) -> dict[str, str]:
+    """Returns the prefixes of the texts to be binarised, split into pieces if that is asked for."""
+    names = {"train": args.train, "valid": args.valid}
+    names.update(dict(test.split("=", 1) for test in args.test))
+    if args.pieces is None:
+        return names
+    import sentencepiece
+
+    folder = args.out / "pieces"
+    folder.mkdir(parents=True, exist_ok=True)
+    languages = (args.source, args.target)
+    model = folder / "model"
+    if not model.with_suffix(".model").exists():
+        sentencepiece.SentencePieceTrainer.train(
+            input=[f"{args.train}.{language}" for language in languages],
+            model_prefix=str(model), vocab_size=args.pieces, num_threads=1,
+            minloglevel=2,
+        )  # fmt: skip
+    splitter = sentencepiece.SentencePieceProcessor(model_file=f"{model}.model")
+    for name, prefix in names.items():
+        for language in languages:
+            lines = Path(f"{prefix}.{language}").read_text(encoding="utf-8").splitlines()
+            split = (" ".join(splitter.encode(line, out_type=str)) for line in lines)
+            text = "\n".join(split) + "\n"
+            (folder / f"{name}.{language}").write_text(text, encoding="utf-8")
+    return {name: str(folder / name) for name in names}
+
+
+def binarise(args: argparse.Namespace) -> Path:
+    """Makes fairseq's binary data, unless they are there."""
+    data: Path = args.out / "bin"
+    if not (data / "complete").exists():
+        prefixes = prepare(args)
+        tests = [prefix for name, prefix in prefixes.items() if name not in ("train", "valid")]
+        call(
+            "preprocess", "--source-lang", args.source, "--target-lang", args.target,
+            "--trainpref", prefixes["train"], "--validpref", prefixes["valid"],
+            "--testpref", ",".join(tests), "--destdir", data,
+        )  # fmt: skip
+        (data / "complete").touch()
+    return data
+
+
+def model_flags(system: str, args: argparse.Namespace) -> list[Any]:
+    """Returns the flags of a system's task, model and criterion."""
+    ours = [
+        "--user-dir", PLUGIN, "--task", "lightrnn_translation",
+        "--criterion", "two_component_cross_entropy", "--label-smoothing", args.label_smoothing,
+    ]  # fmt: skip
+    stock = ["--task", "translation", "--criterion", "label_smoothed_cross_entropy",
+             "--label-smoothing", args.label_smoothing]  # fmt: skip
+    if system.endswith("transformer"):
+        sides = [
+            part
+            for side in ("encoder", "decoder")
+            for name, value in (
+                ("embed-dim", args.width),
+                ("ffn-embed-dim", 2 * args.width),
+                ("layers", args.transformer_layers),
+                ("attention-heads", 4),
+            )
+            for part in (f"--{side}-{name}", value)
+        ]
+        if system == "transformer":
+            return [*stock, "--arch", "transformer", *sides]
+        return [*ours, "--arch", "lightrnn_transformer", *sides, *WORDS_OWN]
+    if system == "lstm":
+        return [
+            *stock, "--arch", "lstm", "--encoder-embed-dim", args.width,
+            "--encoder-hidden-size", args.width, "--encoder-bidirectional",
+            "--encoder-layers", args.layers, "--decoder-embed-dim", args.width,
+            "--decoder-hidden-size", args.width, "--decoder-out-embed-dim", args.width,
+            "--decoder-layers", args.layers,
+        ]  # fmt: skip
+    sizes = ["--embed-dim", args.width, "--hidden-size", args.width, "--num-layers", args.layers]
+    own = ["--composition", "gated", *WORDS_OWN] if system == "lightrnn-gated" else []
+    return [*ours, "--arch", "lightrnn_translation", *sizes, *own]
+
+
+def train(system: str, data: Path, folder: Path, args: argparse.Namespace) -> None:
+    """Trains one system."""
+    flags = [
+        data, *model_flags(system, args), "--source-lang", args.source, "--target-lang",
+        args.target, "--dropout", args.dropout, "--max-tokens", args.max_tokens,
+        "--optimizer", "adam", "--lr", args.lr, "--lr-scheduler", "inverse_sqrt",
+        "--warmup-updates", 400, "--clip-norm", 1, "--seed", args.seed, "--cpu",
+        "--num-workers", 0, "--no-epoch-checkpoints", "--log-format", "json",
+        "--log-interval", 1000,
+    ]  # fmt: skip
+    train_in_steps(folder, flags, args.epochs, args.step)
+
+
+def test(system: str, data: Path, folder: Path, args: argparse.Namespace) -> None:
+    """Translates every test and scores the translations."""
+    epoch = read_lines(folder / "steps.jsonl")[-1]["epoch"]
+    path = folder / "test.json"
+    if path.exists() and json.loads(path.read_text())["epoch"] == epoch:
+        return
+    scores: dict[str, Any] = {}
+    for number, test in enumerate(args.test):
+        name, prefix = test.split("=", 1)
+        subset = f"test{number or ''}"
+        flags = ["--path", folder / "checkpoint_best.pt", "--gen-subset", subset, "--cpu",
+                 "--source-lang", args.source, "--target-lang", args.target,
+                 "--beam", args.beam, "--batch-size", 64]  # fmt: skip
+        if system.startswith("lightrnn"):
+            flags += ["--user-dir", PLUGIN, "--task", "lightrnn_translation"]
+        if args.pieces is not None:
+            flags += ["--post-process", "sentencepiece"]
+        output = call("generate", data, *flags, log=folder / f"{name}.generate.log")
+        found = {int(key): text for key, text in re.findall(r"^D-(\d+)\t\S+\t(.*)$", output, re.M)}
+        hypotheses = [found.get(line, "") for line in range(max(found) + 1)]
+        references = Path(f"{prefix}.{args.target}").read_text(encoding="utf-8").splitlines()
+        scores[name] = score(hypotheses, references, args)
+        speed = re.search(r"([0-9.]+) tokens/s", output)
+        scores[name]["tokens_per_second"] = float(speed[1]) if speed else None
+    result = {"epoch": epoch, "scores": scores, **count_parameters(folder, VOCABULARY)}
+    path.write_text(json.dumps(result) + "\n")
+
+
+def score(hypotheses: list[str], references: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """Compares texts line by line."""
+    if len(hypotheses) != len(references):
+        raise SystemExit(f"{len(hypotheses)} texts for {len(references)} references")
+    if args.metrics == "answers":
+        exact = sum(one == other for one, other in zip(hypotheses, references, strict=True))
+        common = sum(map(token_f1, hypotheses, references))
+        return {
+            "exact match": round(100 * exact / len(references), 2),
+            "token F1": round(100 * common / len(references), 2),
+        }
+    from sacrebleu.metrics import BLEU, CHRF
+
+    # Words that were split beforehand are compared as they are.
+    bleu = BLEU(tokenize="13a" if args.pieces is not None else "none", force=True)
+    chrf = CHRF()
+    found = {
+        "BLEU": round(bleu.corpus_score(hypotheses, [references]).score, 2),
+        "chrF": round(chrf.corpus_score(hypotheses, [references]).score, 2),
+    }
+    signatures = {"BLEU": str(bleu.get_signature()), "chrF": str(chrf.get_signature())}
+    return {**found, "signatures": signatures}
+
+
+def token_f1(hypothesis: str, reference: str) -> float:
+    """Returns the harmonic mean of precision and recall of words, as SQuAD counts them."""
+    common = sum((Counter(hypothesis.split()) & Counter(reference.split())).values())
+    total = len(hypothesis.split()) + len(reference.split())
+    return 2 * common / total if total else 1.0
+
+
+def summarise(args: argparse.Namespace) -> None:
+    """Writes ``results.json`` and ``results.md`` of all runs in the folder."""
+    target = Path(f"{args.train}.{args.target}").read_text(encoding="utf-8")
+    words = len(target.split()) + target.count("\n")
+    runs: dict[str, Any] = {}
+    for system in SYSTEMS:
+        folder = args.out / system
+        if not (folder / "test.json").exists():
+            continue
+        epochs = read_lines(folder / "epochs.jsonl")
+        best = min(epochs, key=lambda record: record["valid_ppl"])
+        runs[system] = {
+            **json.loads((folder / "test.json").read_text()),
+            "best_epoch": best["epoch"],
+            "valid_ppls": [record["valid_ppl"] for record in epochs],
+            "cpu_seconds_per_epoch": round(cpu_seconds_per_epoch(folder), 1),
+            "peak_mib": max(step["peak_mib"] for step in read_lines(folder / "steps.jsonl")),
+        }
+    ignored = ("out", "train", "valid", "test")
+    settings = {name: value for name, value in vars(args).items() if name not in ignored}
+    report = {"settings": settings, "target_words": words, **machine(), "systems": runs}
+    (args.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.out / "results.md").write_text(markdown(runs, words))
+    print(markdown(runs, words), flush=True)
+
+
+def markdown(runs: dict[str, Any], words: int) -> str:
+    """Returns the runs as a table."""
+    first = next(iter(runs.values()))["scores"]
+    measures = [(test, key) for test, found in first.items() for key in found if " " in key
+                or key in ("BLEU", "chrF")]  # fmt: skip
+    head = ["system", "parameters", "decoder vocabulary", "epochs (best)", "valid perplexity",
+            *(f"{test} {key}" for test, key in measures), "words/CPU s, training",
+            "words/s, decoding", "MiB"]  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for system, run in runs.items():
+        speeds = [found["tokens_per_second"] or 0 for found in run["scores"].values()]
+        cells = [
+            system,
+            f"{run['parameters']:,}",
+            f"{run['vocabulary_parameters']:,}",
+            f"{len(run['valid_ppls'])} ({run['best_epoch']})",
+            f"{min(run['valid_ppls']):.2f}",
+            *(f"{run['scores'][test][key]}" for test, key in measures),
+            f"{words / run['cpu_seconds_per_epoch']:,.0f}",
+            f"{sum(speeds) / len(speeds):,.0f}",
+            f"{run['peak_mib']:,}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    args = parse()
+    args.out.mkdir(parents=True, exist_ok=True)
+    data = binarise(args)
+    for system in args.systems:
+        folder = args.out / system
+        train(system, data, folder, args)
+        test(system, data, folder, args)
+        summarise(args)
+
+
+if __name__ == "__main__":
+    main()
