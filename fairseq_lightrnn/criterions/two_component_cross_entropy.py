@@ -1,8 +1,7 @@
 """``--criterion two_component_cross_entropy``: the loss of every component, summed per word."""
 
-from __future__ import annotations
-
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +13,23 @@ from torch import Tensor, nn
 
 from fairseq_lightrnn.errors import UsageError
 
-__all__ = ["TwoComponentCrossEntropyCriterion", "component_names"]
+__all__ = [
+    "TwoComponentCrossEntropyConfig",
+    "TwoComponentCrossEntropyCriterion",
+    "component_names",
+]
+
+
+@dataclass
+class TwoComponentCrossEntropyConfig(FairseqDataclass):
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of every component's target that is spread over words: the row's over "
+            "all words, the column's over the words of the target's row; the loss without it is "
+            "logged as nll_loss"
+        },
+    )
 
 
 def component_names(num_components: int) -> list[str]:
@@ -24,9 +39,33 @@ def component_names(num_components: int) -> list[str]:
     return [f"component{number + 1}" for number in range(num_components)]
 
 
-@register_criterion("two_component_cross_entropy", dataclass=FairseqDataclass)
+@register_criterion("two_component_cross_entropy", dataclass=TwoComponentCrossEntropyConfig)
 class TwoComponentCrossEntropyCriterion(FairseqCriterion):
-    """Cross-entropy of words as the sum over their components (arXiv 1610.09893, equation 4)."""
+    """Cross-entropy of words as the sum over their components (arXiv 1610.09893, equation 4).
+
+    Label smoothing (Szegedy et al., arXiv 1512.00567, section 7) with a share ε replaces the target
+    of every component: from all on the target word's coordinate to ``1 - ε`` on it and ε spread
+    uniformly over the *words* that share the target's coordinates before it, which gives a
+    coordinate as much as it has such words, the target's own included. With two components::
+
+        (1 - ε) · -log P(w) + ε · mean over all words v of -log P(row of v)
+                            + ε · mean over the words v of w's row of -log P(column of v | row)
+
+    So the best that the model can do is to predict, at every component, ``1 - ε`` times the data's
+    distribution plus ε times that of a word drawn uniformly. With one component this is ordinary
+    label smoothing over the vocabulary. It is not ordinary label smoothing of words otherwise:
+    that would need the columns of all other rows, a pass over the vocabulary for every position.
+
+    Args:
+        task: fairseq's task.
+        label_smoothing: ε, at least 0 and below 1.
+    """
+
+    def __init__(self, task: Any, label_smoothing: float = 0.0) -> None:
+        super().__init__(task)
+        if not 0 <= label_smoothing < 1:
+            raise UsageError(f"--label-smoothing {label_smoothing}: must be at least 0 and below 1")
+        self.label_smoothing = label_smoothing
 
     def forward(
         self, model: nn.Module, sample: dict[str, Any], reduce: bool = True
@@ -41,39 +80,62 @@ class TwoComponentCrossEntropyCriterion(FairseqCriterion):
         Returns:
             The loss in nats, the number of words it is to be divided by, and what to log.
         """
-        score = getattr(getattr(model, "decoder", None), "component_log_probs", None)
-        if score is None:
+        decoder: Any = getattr(model, "decoder", None)
+        if not hasattr(decoder, "component_log_probs"):
             raise UsageError(
                 f"--criterion two_component_cross_entropy cannot train {type(model).__name__}: "
-                "use --arch lightrnn_lm with it, or --criterion cross_entropy with this model"
+                "use --arch lightrnn_lm, lightrnn_translation or lightrnn_transformer with it, or "
+                "--criterion cross_entropy with this model"
             )
         features, _ = model(**sample["net_input"])
         target = sample["target"]
-        real = target.ne(self.padding_idx)
-        log_probs = score(features, target)  # (B, T, k)
-        losses = -log_probs.masked_fill(~real[..., None], 0.0)
+        losses, means = self._losses(decoder, features, target)  # (B, T, k)
         by_component = losses.detach().sum((0, 1), dtype=torch.float64)
-        loss = losses.sum() if reduce else losses.sum(-1).reshape(-1)
+        smoothed = losses
+        if means is not None:
+            smoothed = (1 - self.label_smoothing) * losses + self.label_smoothing * means
+        loss = smoothed.sum() if reduce else smoothed.sum(-1).reshape(-1)
         logging_output: dict[str, Any] = {
             "loss": loss.data,
             "ntokens": sample["ntokens"],
             "nsentences": target.size(0),
             "sample_size": sample["ntokens"],
         }
-        names = component_names(log_probs.size(-1))
+        if means is not None:
+            logging_output["nll_loss"] = by_component.sum()
+        names = component_names(losses.size(-1))
         for name, value in zip(names, by_component, strict=True):
             logging_output[f"{name}_loss"] = value
         return loss, sample["ntokens"], logging_output
 
+    def _losses(
+        self, decoder: Any, features: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the losses (B, T, k) of the targets' components, 0 where there is padding.
+
+        And with label smoothing the means of those losses over the words that share a prefix.
+        """
+        padding = target.eq(self.padding_idx)[..., None]
+        if not self.label_smoothing:
+            scores = decoder.component_log_probs(features, target)
+            return -scores.masked_fill(padding, 0.0), None
+        scores, means = decoder.component_log_probs_and_means(features, target)
+        return -scores.masked_fill(padding, 0.0), -means.masked_fill(padding, 0.0)
+
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
-        """Logs the loss in bits a word, and perplexities per word and per component."""
+        """Logs the loss in bits a word, and perplexities per word and per component.
+
+        Perplexities are of the words themselves: label smoothing does not enter them.
+        """
         words = sum(log.get("sample_size", 0) for log in logging_outputs)
         keys = dict.fromkeys(key for log in logging_outputs for key in log if key.endswith("loss"))
         for key in keys:
             loss = sum(log.get(key, 0) for log in logging_outputs) / words / math.log(2)
             metrics.log_scalar(key, loss, words, round=4)
-            perplexity = key.removesuffix("loss") + "ppl"
+            if key == "loss" and "nll_loss" in keys:
+                continue
+            perplexity = key.removeprefix("nll_").removesuffix("loss") + "ppl"
             metrics.log_derived(perplexity, _perplexity_of(key))
 
     @staticmethod
