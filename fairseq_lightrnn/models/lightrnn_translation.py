@@ -94,9 +94,13 @@ class LightRNNTranslationEncoder(SourceEncoder, LSTMEncoder):
         Returns:
             Outputs (S, B, m), last hidden and cell states (layers, B, m), and padding (S, B).
         """
-        outputs, hidden, cell, _ = super().forward(src_tokens, src_lengths, enforce_sorted)
         padding = src_tokens.eq(self.padding_idx).t()
-        if self.left_pad:  # the LSTM read the texts with their padding moved to the right
+        # The LSTM reads no more than the longest text, its padding moved to the right.
+        spare = len(padding) - int(src_lengths.max())
+        words = src_tokens[:, spare:] if self.left_pad else src_tokens[:, : len(padding) - spare]
+        outputs, hidden, cell, _ = super().forward(words, src_lengths, enforce_sorted)
+        outputs = nn.functional.pad(outputs, (0, 0, 0, 0, 0, spare))
+        if self.left_pad:
             places = torch.arange(len(padding), device=padding.device)[:, None]
             places = (places - padding.sum(0)) % len(padding)
             outputs = outputs.gather(0, places[..., None].expand_as(outputs))
