@@ -149,7 +149,7 @@ def _close_log_files() -> None:
 def read_log(save_dir: Path) -> list[dict[str, Any]]:
     """Returns the JSON records of a training log."""
     lines = (save_dir / "train.log").read_text().splitlines()
-    found = (re.search(r"\{\".*\}$", line) for line in lines)
+    found = (re.search(r"\{\"epoch\".*\}$", line) for line in lines)
     return [json.loads(match.group()) for match in found if match]
 
 

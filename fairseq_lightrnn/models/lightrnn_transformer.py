@@ -160,8 +160,9 @@ class LightRNNTransformerModel(TransformerModel):
             if kept:
                 setattr(args, f"{side}_layers", len(kept.split(",")))
         check_numbers(args, ("encoder_embed_dim", "decoder_embed_dim"))
-        args.max_source_positions = task.args.max_source_positions
-        args.max_target_positions = task.args.max_target_positions
+        for name in ("max_source_positions", "max_target_positions"):
+            if getattr(args, name, None) is None:
+                setattr(args, name, getattr(task.args, name))
         cfg = TransformerConfig.from_namespace(args)
         if cfg.share_decoder_input_output_embed and cfg.decoder.output_dim != cfg.decoder.embed_dim:
             raise UsageError(

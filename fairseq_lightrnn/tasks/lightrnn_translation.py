@@ -90,15 +90,27 @@ class LightRNNTranslationTask(SeatingMixin, TranslationTask):
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:
         """Loads a split."""
+        for language in (self.args.source_lang, self.args.target_lang):
+            for path in self._paths(split, language, epoch):
+                if os.path.exists(f"{path}.bin") and os.path.getsize(f"{path}.bin") == 0:
+                    raise UsageError(
+                        f"{path}.bin: the split has no text; give fairseq-preprocess some"
+                    )
         try:
             super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
         except FileNotFoundError as error:
             raise UsageError(f"{error}; was it preprocessed?") from None
         self.datasets[split] = TargetInputDataset(self.datasets[split])
-        if len(self.datasets[split]) == 0:
-            raise UsageError(
-                f"{self.args.data}: the split {split} has no text; give fairseq-preprocess some"
-            )
+
+    def _paths(self, split: str, language: str, epoch: int = 1) -> list[str]:
+        """Returns where one side of a split may lie, without the suffix."""
+        directories: list[str] = utils.split_paths(self.args.data)
+        if split != self.args.train_subset:
+            directories = directories[:1]
+        directory = directories[(epoch - 1) % len(directories)]
+        source, target = self.args.source_lang, self.args.target_lang
+        pairs = (f"{source}-{target}", f"{target}-{source}")
+        return [os.path.join(directory, f"{split}.{pair}.{language}") for pair in pairs]
 
     def training_text(self) -> Iterator[np.ndarray]:
         """Yields the target side of the training split as arrays of consecutive text.
@@ -111,18 +123,14 @@ class LightRNNTranslationTask(SeatingMixin, TranslationTask):
         return text
 
     def _side(self, language: str) -> Iterator[np.ndarray]:
-        source, target = self.args.source_lang, self.args.target_lang
-        directory = utils.split_paths(self.args.data)[0]
-        dictionary = self.target_dictionary if language == target else self.source_dictionary
-        for pair in (f"{source}-{target}", f"{target}-{source}"):
-            path = os.path.join(directory, f"{self.args.train_subset}.{pair}.{language}")
+        at_target = language == self.args.target_lang
+        dictionary = self.target_dictionary if at_target else self.source_dictionary
+        paths = self._paths(self.args.train_subset, language)
+        for path in paths:
             sentences = data_utils.load_indexed_dataset(path, dictionary, self.args.dataset_impl)
             if sentences is not None:
                 return consecutive_text(sentences)
-        raise UsageError(
-            f"{directory}: the split {self.args.train_subset} has no text in {language}; was it "
-            "preprocessed?"
-        )
+        raise UsageError(f"{' or '.join(paths)}: no such text; was it preprocessed?")
 
     def _seat_initial_tables(self, model: nn.Module) -> None:
         super()._seat_initial_tables(model)
