@@ -27,6 +27,8 @@ from fairseq_run import (
 )
 
 from fairseq_lightrnn.commands.reallocate import main as reallocate
+from fairseq_lightrnn.commands.table import main as table_command
+from fairseq_lightrnn.language_model import LanguageModel
 from fairseq_lightrnn.word_table import WordTable
 
 ARCHITECTURES = ["lightrnn_translation", "lightrnn_translation_gated", "lightrnn_transformer"]
@@ -225,18 +227,15 @@ class TestTraining:
             assert found == WordTable.load(file, symbols(pairs))
 
     def test_a_table_of_the_authors_release(self, pairs: Path, tmp_path: Path) -> None:
-        """A pair of CNTK's files, converted, starts a training."""
-        cells = np.random.default_rng(3).permutation(42)[:40]
-        table = WordTable.from_cells(cells, (7, 6))
+        """CNTK's pair of files, imported for the dictionary of the target, starts a training."""
+        cells = np.random.default_rng(3).permutation(49)[:40]
+        table = WordTable.from_cells(cells, (7, 7))
         table.save_cntk(tmp_path / "cntk", symbols(pairs))
-        loaded = WordTable.load_cntk(tmp_path / "cntk", symbols(pairs))
-        loaded.save(tmp_path / "table.txt", symbols(pairs))
-        train_translation(
-            pairs, tmp_path / "out", initial_table=tmp_path / "table.txt", max_epoch=1
-        )
-        assert table_of(tmp_path / "out" / "checkpoint1.pt", loaded.shape) == loaded
-        for word in range(40):
-            assert loaded.coordinates[word].tolist() == table.coordinates[word].tolist()
+        file = tmp_path / "table.txt"
+        arguments = ["import", tmp_path / "cntk", "--data", pairs / "dict.tgt.txt"]
+        assert table_command([str(part) for part in (*arguments, "--output", file)]) == 0
+        train_translation(pairs, tmp_path / "out", initial_table=file, max_epoch=1)
+        assert table_of(tmp_path / "out" / "checkpoint1.pt", (7, 7)) == table
 
 
 class TestResume:
@@ -521,6 +520,10 @@ class TestBadInput:
         binarise_pairs(tmp_path)
         with pytest.raises(SystemExit, match="words, the dictionary 5.: give the binarised data"):
             translate(capsys, tmp_path / "bin", trained / "checkpoint_best.pt")
+
+    def test_a_translation_model_is_no_language_model(self, gated: Path) -> None:
+        with pytest.raises(SystemExit, match="holds a translation model, which fairseq-generate"):
+            LanguageModel.from_pretrained(gated)
 
     def test_an_empty_split(self, pairs: Path, tmp_path: Path) -> None:
         for split in ("train", "valid", "test"):
