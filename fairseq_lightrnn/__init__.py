@@ -1,4 +1,4 @@
-"""LightRNN for fairseq: language models whose vocabulary is a table of rows and columns.
+"""LightRNN for fairseq: models whose vocabulary is a table of rows and columns.
 
 fairseq's ``--user-dir fairseq_lightrnn`` imports this package, which registers the models,
 criterions and tasks. The core modules need no fairseq: where it is not in use, nothing is

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from fairseq_lightrnn.word_table import WordTable, balanced_cells
 
-__all__ = ["ComponentEmbedding", "ComponentSoftmax", "TableLookup", "at_least_float32"]
+__all__ = [
+    "ComponentEmbedding",
+    "ComponentSoftmax",
+    "TableLookup",
+    "WordEmbedding",
+    "at_least_float32",
+]
 
 _INIT_RANGE = 0.1
 
@@ -51,6 +57,7 @@ class TableLookup(nn.Module):
         self.register_buffer("words", torch.empty(table.num_cells, dtype=torch.int64), False)
         for component in range(len(shape)):
             self.register_buffer(f"_occupied{component}", None, False)
+            self.register_buffer(f"_shares{component}", None, False)
         self.seat(table)
         self.register_load_state_dict_post_hook(lambda module, _: module.seat(module.table()))
 
@@ -87,6 +94,8 @@ class TableLookup(nn.Module):
             # None: every value leads to a word, nothing needs a mask.
             mask = None if occupied.all() else torch.from_numpy(occupied)
             setattr(self, f"_occupied{component}", _to_device(mask, self.coordinates.device))
+            shares = _shares(table, component) if component + 1 < self.num_components else None
+            setattr(self, f"_shares{component}", _to_device(shares, self.coordinates.device))
 
     def forward(self, words: Tensor) -> Tensor:
         """Returns the coordinates, int64 of shape (..., k), of words of shape (...)."""
@@ -104,6 +113,25 @@ class TableLookup(nn.Module):
         """
         mask: Tensor | None = getattr(self, f"_occupied{component}")
         return None if mask is None else mask[self.flatten(prefix)]
+
+    def shares(self, component: int, prefix: Tensor) -> Tensor:
+        """Tells how the words that share a prefix are spread over the values of a component.
+
+        Args:
+            component: i.
+            prefix: the coordinates before it, integers of shape (N, i).
+
+        Returns:
+            The share of these words that each value leads to, shape (N, R_i) or (1, R_i).
+        """
+        if component + 1 < self.num_components:
+            of_groups: Tensor = getattr(self, f"_shares{component}")
+            return of_groups[self.flatten(prefix)]
+        occupied = self.occupied(component, prefix)
+        if occupied is None:
+            size = self.shape[component]
+            return torch.full((1, size), 1 / size, device=prefix.device)
+        return occupied / occupied.sum(1, keepdim=True)
 
     def flatten(self, coordinates: Tensor) -> Tensor:
         """Numbers groups of cells in row-major order.
@@ -127,6 +155,15 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 def _to_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
+
+
+def _shares(table: WordTable, component: int) -> Tensor:
+    """Returns the share of each value (groups, R_i) in the words of each prefix."""
+    below = table.num_cells // int(np.prod(table.shape[: component + 1]))
+    counts = np.bincount(table.cells // below, minlength=table.num_cells // below)
+    counts = counts.reshape(-1, table.shape[component])
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    return torch.from_numpy(shares.astype(np.float32))
 
 
 class ComponentEmbedding(nn.Module):
@@ -199,6 +236,36 @@ class ComponentEmbedding(nn.Module):
             return vectors
         kept = F.dropout(weight.new_ones(len(weight), 1), self.dropout)
         return vectors * F.embedding(index, kept)
+
+
+class WordEmbedding(nn.Module):
+    """Embeds whole words, each as the sum of its component vectors.
+
+    Args:
+        table: the word table in force, which seats the words.
+        embedding: the component vectors.
+        padding_idx: of the words; kept for those who ask, as with ``nn.Embedding``.
+        owns_table: the table is a part of this module, rather than of another one.
+    """
+
+    def __init__(
+        self,
+        table: TableLookup,
+        embedding: ComponentEmbedding,
+        padding_idx: int,
+        owns_table: bool = False,
+    ) -> None:
+        super().__init__()
+        self._seats = (table,)
+        self.table = table if owns_table else None
+        self.embedding = embedding
+        self.embedding_dim = embedding.weight.size(1)
+        self.padding_idx = padding_idx
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Returns vectors of shape (..., dim) of words of shape (...)."""
+        (table,) = self._seats
+        return self.embedding(table(words)).sum(dim=-2)
 
 
 class ComponentSoftmax(nn.Module):
@@ -317,3 +384,24 @@ class ComponentSoftmax(nn.Module):
             target = coordinates[:, component]
             scores.append(-F.cross_entropy(at_least_float32(logits), target, reduction="none"))
         return torch.stack(scores, dim=1)
+
+    def forward_with_mean(self, hidden: Tensor, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores given words, and the words in whose place they stand.
+
+        Takes the arguments of :meth:`forward`.
+
+        Returns:
+            What :meth:`forward` returns; and for each component the mean of its log-probabilities
+            over all words that share the given word's coordinates before it, shape (N, k): for two
+            components over all words' rows, and over the columns of the words of the given row.
+        """
+        scores, means = [], []
+        for component in range(self.table.num_components):
+            prefix = coordinates[:, :component]
+            logits = at_least_float32(self.logits(component, hidden[:, component], prefix))
+            log_probs = torch.log_softmax(logits, dim=1)
+            scores.append(log_probs.gather(1, coordinates[:, component, None]).squeeze(1))
+            shares = self.table.shares(component, prefix).to(log_probs.dtype)
+            # A value that leads to no word has no share, and a log-probability of -inf.
+            means.append((log_probs.masked_fill(shares == 0, 0.0) * shares).sum(1))
+        return torch.stack(scores, dim=1), torch.stack(means, dim=1)

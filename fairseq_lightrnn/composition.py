@@ -2,7 +2,8 @@
 
 A composition says how a word is read (its component vectors into the recurrent network) and how the
 next word is predicted component by component, each conditioned on the components before it. See
-:mod:`fairseq_lightrnn.recurrent` (the paper's) and :mod:`fairseq_lightrnn.gated`.
+:mod:`fairseq_lightrnn.recurrent` (the paper's) and :mod:`fairseq_lightrnn.gated`; with a source
+text to look at, as in translation, :mod:`fairseq_lightrnn.attentive`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from fairseq_lightrnn.components import ComponentEmbedding
 from fairseq_lightrnn.regularisation import LockedDropout, RegularisedLSTM
 
-__all__ = ["Composition", "Context", "State"]
+__all__ = ["Composition", "Context", "Prediction", "State"]
 
 State = tuple[Tensor, Tensor]
 """Hidden and cell state of an LSTM, each of shape (layers, B, d)."""
@@ -26,28 +27,67 @@ class Context(NamedTuple):
 
     Attributes:
         output: the outputs of shape (B, d) that predict the next component.
-        state: the recurrent state behind it.
+        state: the recurrent state behind it, if there is a recurrent network.
         base: outputs of shape (B, d) after the words alone, where a composition needs them.
         prefix: the components of the next word that are known, integers of shape (B, i).
+        source: what attention read from the source text, shape (B, m), where there is one.
     """
 
     output: Tensor
-    state: State
+    state: State | None
     base: Tensor | None = None
     prefix: Tensor | None = None
+    source: Tensor | None = None
 
     def select(self, index: Tensor) -> Context:
         """Picks, repeats or reorders the texts of the batch by an index of shape (N,)."""
-        hidden, cell = self.state
-        return Context(
-            self.output.index_select(0, index),
-            (hidden.index_select(1, index), cell.index_select(1, index)),
-            None if self.base is None else self.base.index_select(0, index),
-            None if self.prefix is None else self.prefix.index_select(0, index),
-        )
+
+        def chosen(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.index_select(0, index)
+
+        state = None
+        if self.state is not None:
+            hidden, cell = self.state
+            state = hidden.index_select(1, index), cell.index_select(1, index)
+        output = self.output.index_select(0, index)
+        return Context(output, state, chosen(self.base), chosen(self.prefix), chosen(self.source))
 
 
-class Composition(nn.Module):
+class Prediction(nn.Module):
+    """What predicts a word component by component, each conditioned on those before it.
+
+    Attributes:
+        dropout_out: dropout on what predicts a component.
+        query: projects outputs to what the words' output residuals are multiplied with, or None.
+    """
+
+    dropout_out: nn.Module
+    query: nn.Linear | None
+
+    def extend(self, context: Context, component: int, coordinate: Tensor) -> Context:
+        """Conditions a context on one more component of the next word.
+
+        Args:
+            context: predicts that component.
+            component: its number.
+            coordinate: its value, integers of shape (B,).
+
+        Returns:
+            The context that predicts the component after it.
+        """
+        raise NotImplementedError
+
+    def _with_query(self, outputs: Tensor, base: Tensor | None) -> Tensor:
+        """Appends to outputs (…, d) what the output residuals are multiplied with: (…, d + e)."""
+        if self.query is None:
+            return outputs
+        if base is None:
+            raise ValueError("the context to extend must come from this composition's read")
+        query = self.query(base)
+        return torch.cat([outputs, query.expand(*outputs.shape[:-1], -1)], dim=-1)
+
+
+class Composition(Prediction):
     """The recurrent network and its dropout; subclasses say what its steps are.
 
     Args:
@@ -127,26 +167,13 @@ class Composition(nn.Module):
         Returns:
             The context that predicts the first component of the next word.
         """
+        output, state = self._last_output(coordinates, context and context.state)
+        return self._context(output, state)
+
+    def _last_output(self, coordinates: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """Returns the recurrent output after words (B, T, k), shape (B, d), and the state."""
         raise NotImplementedError
 
-    def extend(self, context: Context, component: int, coordinate: Tensor) -> Context:
-        """Conditions a context on one more component of the next word.
-
-        Args:
-            context: predicts that component.
-            component: its number.
-            coordinate: its value, integers of shape (B,).
-
-        Returns:
-            The context that predicts the component after it.
-        """
+    def _context(self, output: Tensor, state: State | None) -> Context:
+        """Returns the context that predicts the next word from an output of shape (B, d)."""
         raise NotImplementedError
-
-    def _with_query(self, outputs: Tensor, base: Tensor | None) -> Tensor:
-        """Appends to outputs (…, d) what the output residuals are multiplied with: (…, d + e)."""
-        if self.query is None:
-            return outputs
-        if base is None:
-            raise ValueError("the context to extend must come from this composition's read")
-        query = self.query(base)
-        return torch.cat([outputs, query.expand(*outputs.shape[:-1], -1)], dim=-1)

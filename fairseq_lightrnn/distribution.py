@@ -18,7 +18,7 @@ from fairseq_lightrnn.components import ComponentSoftmax, at_least_float32
 from fairseq_lightrnn.top_words import TopWords, component_log_probs, top_words
 
 if TYPE_CHECKING:
-    from fairseq_lightrnn.composition import Composition, Context
+    from fairseq_lightrnn.composition import Context, Prediction
 
 __all__ = [
     "TopWords",
@@ -54,7 +54,7 @@ class _Block(NamedTuple):
 
 
 def _blocks(
-    composition: Composition, softmax: ComponentSoftmax, context: Context
+    composition: Prediction, softmax: ComponentSoftmax, context: Context
 ) -> Iterator[_Block]:
     """Yields every word after every context once."""
     batch, device = len(context.output), context.output.device
@@ -66,7 +66,7 @@ def _blocks(
 
 
 def _descend(
-    composition: Composition,
+    composition: Prediction,
     softmax: ComponentSoftmax,
     context: Context,
     log_probs: Tensor,
@@ -91,7 +91,7 @@ def _descend(
 
 
 def next_word_log_probs(
-    composition: Composition, softmax: ComponentSoftmax, context: Context
+    composition: Prediction, softmax: ComponentSoftmax, context: Context
 ) -> Tensor:
     """Computes log P(word | context) for all V words.
 
@@ -113,7 +113,7 @@ def next_word_log_probs(
 
 
 def coordinate_log_probs(
-    composition: Composition, softmax: ComponentSoftmax, context: Context, words: Tensor
+    composition: Prediction, softmax: ComponentSoftmax, context: Context, words: Tensor
 ) -> Tensor:
     """Computes the log-probability of one word after each context.
 
@@ -137,7 +137,7 @@ def coordinate_log_probs(
 
 
 def next_word_entropy(
-    composition: Composition, softmax: ComponentSoftmax, context: Context
+    composition: Prediction, softmax: ComponentSoftmax, context: Context
 ) -> Tensor:
     """Computes the entropy of the next word, in nats, float64 of shape (B,)."""
     entropy = context.output.new_zeros(len(context.output), dtype=torch.float64)
@@ -152,7 +152,7 @@ def _entropy_terms(log_probs: Tensor) -> Tensor:
 
 
 def next_word_entropy_and_rank(
-    composition: Composition, softmax: ComponentSoftmax, context: Context, words: Tensor
+    composition: Prediction, softmax: ComponentSoftmax, context: Context, words: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Computes the next word's entropy and the rank of given words, in one pass.
 
@@ -181,7 +181,7 @@ def next_word_entropy_and_rank(
 
 
 def sample_words(
-    composition: Composition,
+    composition: Prediction,
     softmax: ComponentSoftmax,
     context: Context,
     *,
@@ -241,7 +241,7 @@ def _choose(found: TopWords, log_weights: Tensor, generator: torch.Generator | N
 
 
 def _sample_by_component(
-    composition: Composition,
+    composition: Prediction,
     softmax: ComponentSoftmax,
     context: Context,
     generator: torch.Generator | None,
@@ -256,7 +256,7 @@ def _sample_by_component(
 
 
 def _sample_tempered(
-    composition: Composition,
+    composition: Prediction,
     softmax: ComponentSoftmax,
     context: Context,
     temperature: float,
@@ -279,7 +279,7 @@ def _sample_tempered(
 
 
 def _tempered_groups(
-    composition: Composition, softmax: ComponentSoftmax, context: Context, temperature: float
+    composition: Prediction, softmax: ComponentSoftmax, context: Context, temperature: float
 ) -> Tensor:
     """Sums P(word)^(1/t) over the words of every prefix: logarithms, float64 (B, groups)."""
     groups = math.prod(softmax.table.shape[:-1])
@@ -292,7 +292,7 @@ def _tempered_groups(
 
 
 def _nucleus(
-    composition: Composition,
+    composition: Prediction,
     softmax: ComponentSoftmax,
     context: Context,
     temperature: float,

@@ -6,75 +6,70 @@ component; a later component i is predicted from h through gates that the earlie
     g_i = tanh((W_i h + u_i) ⊙ 2σ(Σ_j gate_ij[c_j]) + Σ_j shift_ij[c_j])        for j < i
 
 with c_j the word's j-th coordinate. So neither training nor the distribution over the vocabulary
-needs a recurrent step for a component.
+needs a recurrent step for a component. The prediction asks nothing of what made h: a transformer
+predicts in the same way (:class:`GatedPredictor`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fairseq_lightrnn.components import ComponentEmbedding
-from fairseq_lightrnn.composition import Composition, Context, State
+from fairseq_lightrnn.composition import Composition, Context, Prediction, State
 
-__all__ = ["GatedComposition"]
+__all__ = ["GatedComposition", "GatedPrediction", "GatedPredictor"]
 
 
-class GatedComposition(Composition):
-    """Reads words and predicts the next ones, with one recurrent step a word.
+class GatedPrediction(Prediction):
+    """Predicts the components of a word from one output h, of whatever network.
 
-    Takes the arguments of :class:`Composition`. The carried state of :meth:`forward` is that after
-    all words but the last.
+    To be mixed into a module that has the attributes of :class:`Prediction`.
+
+    Attributes:
+        transforms: W_i and u_i of the components but the first.
+        gates: for those components, the gates and shifts of the values of all before it.
     """
 
-    def __init__(self, embedding: ComponentEmbedding, hidden_size: int, *args: Any, **kwargs: Any):
-        super().__init__(embedding, hidden_size, *args, **kwargs)
-        later = range(1, self.num_components)
-        self.transforms = nn.ModuleList(nn.Linear(hidden_size, hidden_size) for _ in later)
-        # For component i, the gates and shifts of the values of every component before it.
-        self.gates = nn.ModuleList(
-            ComponentEmbedding(embedding.shape[:component], 2 * hidden_size) for component in later
-        )
+    transforms: nn.ModuleList
+    gates: nn.ModuleList
 
-    def forward(
-        self,
-        coordinates: Tensor,
-        state: State | None = None,
-        activations: dict[str, Tensor] | None = None,
-    ) -> tuple[Tensor, State]:
-        """See :meth:`Composition.forward`."""
-        base, state = self.lstm(self.dropout_in(self._inputs(coordinates[:, :-1])), state)
-        upcoming = coordinates[:, 1:]
+    def _add_gates(self, shape: Sequence[int], dim: int) -> None:
+        later = range(1, len(shape))
+        self.transforms = nn.ModuleList(nn.Linear(dim, dim) for _ in later)
+        self.gates = nn.ModuleList(ComponentEmbedding(shape[:i], 2 * dim) for i in later)
+
+    def predict(self, base: Tensor, upcoming: Tensor) -> Tensor:
+        """Conditions outputs on the words that are to be predicted from them.
+
+        Args:
+            base: outputs h, shape (B, T, d).
+            upcoming: coordinates of the words after them, integers of shape (B, T, k).
+
+        Returns:
+            What predicts each component of these words, shape (B, T, k, d + e).
+        """
         outputs = [
-            self._output(base, upcoming[..., :component])
-            for component in range(self.num_components)
+            self._output(base, upcoming[..., :component]) for component in range(upcoming.size(-1))
         ]
-        if activations is not None:
-            activations.update(raw=base, dropped=outputs[0])
-        return self._with_query(torch.stack(outputs, dim=2), base[:, :, None]), state
+        return self._with_query(torch.stack(outputs, dim=2), base[:, :, None])
 
-    def read(self, coordinates: Tensor, context: Context | None = None) -> Context:
-        """See :meth:`Composition.read`."""
-        inputs = self.dropout_in(self._inputs(coordinates))
-        outputs, state = self.lstm(inputs, context and context.state)
-        base = outputs[:, -1]
-        prefix = coordinates.new_empty(len(base), 0)
+    def context(self, base: Tensor, state: State | None = None) -> Context:
+        """Returns the context that predicts the next word from outputs h of shape (B, d)."""
+        prefix = torch.empty(len(base), 0, dtype=torch.long, device=base.device)
         return Context(self._with_query(self._output(base, prefix), base), state, base, prefix)
 
     def extend(self, context: Context, component: int, coordinate: Tensor) -> Context:
-        """See :meth:`Composition.extend`."""
+        """See :meth:`Prediction.extend`."""
         if context.base is None or context.prefix is None:
             raise ValueError("the context to extend must come from this composition's read")
         base = context.base
         prefix = torch.cat([context.prefix, coordinate[:, None]], dim=1)
         output = self._with_query(self._output(base, prefix), base)
         return Context(output, context.state, base, prefix)
-
-    def _inputs(self, coordinates: Tensor) -> Tensor:
-        """Returns the words' input vectors, (B, T, dim), of coordinates (B, T, k)."""
-        return self.embedding(coordinates).sum(dim=-2)
 
     def _output(self, base: Tensor, prefix: Tensor) -> Tensor:
         """Returns what predicts the component after a prefix (…, i): (…, d)."""
@@ -84,3 +79,58 @@ class GatedComposition(Composition):
         gate, shift = self.gates[component - 1](prefix).sum(dim=-2).chunk(2, dim=-1)
         transformed = self.transforms[component - 1](base)
         return self.dropout_out(torch.tanh(transformed * (2 * torch.sigmoid(gate)) + shift))
+
+
+class GatedPredictor(GatedPrediction):
+    """A gated prediction on its own, to be put on top of any network.
+
+    Args:
+        shape: the k sizes of the table.
+        dim: d, the width of the network's outputs.
+        dropout_out: dropout on what predicts a component.
+        residual_dim: e, the width of the words' output residuals; 0 for none.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], dim: int, dropout_out: float = 0.0, residual_dim: int = 0
+    ) -> None:
+        super().__init__()
+        self.dropout_out = nn.Dropout(dropout_out)
+        self.query = nn.Linear(dim, residual_dim, bias=False) if residual_dim else None
+        self._add_gates(shape, dim)
+
+
+class GatedComposition(GatedPrediction, Composition):
+    """Reads words and predicts the next ones, with one recurrent step a word.
+
+    Takes the arguments of :class:`Composition`. The carried state of :meth:`forward` is that after
+    all words but the last.
+    """
+
+    def __init__(self, embedding: ComponentEmbedding, hidden_size: int, *args: Any, **kwargs: Any):
+        super().__init__(embedding, hidden_size, *args, **kwargs)
+        self._add_gates(embedding.shape, hidden_size)
+
+    def forward(
+        self,
+        coordinates: Tensor,
+        state: State | None = None,
+        activations: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, State]:
+        """See :meth:`Composition.forward`."""
+        base, state = self._run(coordinates[:, :-1], state)
+        outputs = self.predict(base, coordinates[:, 1:])
+        if activations is not None:
+            activations.update(raw=base, dropped=outputs[:, :, 0, : base.size(-1)])
+        return outputs, state
+
+    def _run(self, coordinates: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """Returns the recurrent outputs after words (B, T, k), shape (B, T, d)."""
+        return self.lstm(self.dropout_in(self.embedding(coordinates).sum(dim=-2)), state)
+
+    def _last_output(self, coordinates: Tensor, state: State | None) -> tuple[Tensor, State]:
+        outputs, state = self._run(coordinates, state)
+        return outputs[:, -1], state
+
+    def _context(self, output: Tensor, state: State | None) -> Context:
+        return self.context(output, state)

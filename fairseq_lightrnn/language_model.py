@@ -121,6 +121,12 @@ class LanguageModel:
                 f"{checkpoint}: holds no LightRNN language model (no word table); give a "
                 "checkpoint of --arch lightrnn_lm"
             )
+        if any(name.startswith("encoder.") for name in state["model"]):
+            raise UsageError(
+                f"{checkpoint}: holds a translation model, which fairseq-generate (for scores with "
+                "--score-reference) and fairseq-interactive use; its word table is the "
+                "word_table.txt in the same folder"
+            )
         settings = state["cfg"].task if state.get("cfg") is not None else state["args"]
         folder = _find_dictionary(checkpoint, data, settings.data)
         dictionary = Dictionary.load(str(folder / "dict.txt"))

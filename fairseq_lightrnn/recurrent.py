@@ -29,30 +29,52 @@ class RecurrentComposition(Composition):
         activations: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, State]:
         """See :meth:`Composition.forward`."""
+        # All but the last component of word 0 were read at the end of the text before.
+        already_read = 0 if state is None else self.num_components - 1
+        outputs, state = self._run(coordinates, state, already_read)
+        predictions = self._predict(outputs)
+        if activations is not None:
+            dropped = predictions[..., : outputs.size(-1)]
+            # (B, T, k, d) -> (B, T·k, d)
+            activations.update(raw=outputs.flatten(1, 2), dropped=dropped.flatten(1, 2))
+        return predictions, state
+
+    def _run(
+        self, coordinates: Tensor, state: State | None, already_read: int = 0
+    ) -> tuple[Tensor, State]:
+        """Returns the recurrent outputs before each component of words 1 … T, (B, T, k, d).
+
+        The state has read some of the components of word 0.
+        """
         batch, words, components = coordinates.shape
         # The last component of the last word predicts nothing here.  (B, (T+1)·k - 1, dim)
         inputs = self.embedding(coordinates).reshape(batch, words * components, -1)[:, :-1]
-        if state is not None:
-            inputs = inputs[:, components - 1 :]  # these were read at the end of the text before
-        outputs, state = self.lstm(self.dropout_in(inputs), state)
-        raw = outputs[:, -(words - 1) * components :]
-        outputs = self.dropout_out(raw)
-        if activations is not None:
-            activations.update(raw=raw, dropped=outputs)
-        outputs = outputs.reshape(batch, words - 1, components, -1)
-        return self._with_query(outputs, outputs[:, :, :1]), state
+        outputs, state = self.lstm(self.dropout_in(inputs[:, already_read:]), state)
+        outputs = outputs[:, -(words - 1) * components :]
+        return outputs.reshape(batch, words - 1, components, -1), state
 
-    def read(self, coordinates: Tensor, context: Context | None = None) -> Context:
-        """See :meth:`Composition.read`."""
+    def _predict(self, outputs: Tensor) -> Tensor:
+        outputs = self.dropout_out(outputs)
+        return self._with_query(outputs, outputs[:, :, :1])
+
+    def _last_output(self, coordinates: Tensor, state: State | None) -> tuple[Tensor, State]:
         batch, words, components = coordinates.shape
         inputs = self.embedding(coordinates).reshape(batch, words * components, -1)
-        outputs, state = self.lstm(self.dropout_in(inputs), context and context.state)
-        base = self.dropout_out(outputs[:, -1])
+        outputs, state = self.lstm(self.dropout_in(inputs), state)
+        return outputs[:, -1], state
+
+    def _context(self, output: Tensor, state: State | None) -> Context:
+        base = self.dropout_out(output)
         return Context(self._with_query(base, base), state, base)
 
     def extend(self, context: Context, component: int, coordinate: Tensor) -> Context:
         """See :meth:`Composition.extend`."""
+        output, state = self._step(context, component, coordinate)
+        output = self.dropout_out(output)
+        return Context(self._with_query(output, context.base), state, context.base)
+
+    def _step(self, context: Context, component: int, coordinate: Tensor) -> tuple[Tensor, State]:
+        """Returns the recurrent output after one more component, shape (B, d), and the state."""
         inputs = self.embedding(coordinate[:, None], component)
         outputs, state = self.lstm(self.dropout_in(inputs), context.state)
-        output = self.dropout_out(outputs[:, -1])
-        return Context(self._with_query(output, context.base), state, context.base)
+        return outputs[:, -1], state

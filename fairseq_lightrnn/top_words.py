@@ -18,7 +18,7 @@ from torch import Tensor
 from fairseq_lightrnn.components import ComponentSoftmax, at_least_float32
 
 if TYPE_CHECKING:
-    from fairseq_lightrnn.composition import Composition, Context
+    from fairseq_lightrnn.composition import Context, Prediction
 
 __all__ = ["TopWords", "component_log_probs", "top_words"]
 
@@ -124,7 +124,7 @@ class _Search:
 
 
 def top_words(
-    composition: Composition, softmax: ComponentSoftmax, context: Context, count: int
+    composition: Prediction, softmax: ComponentSoftmax, context: Context, count: int
 ) -> TopWords:
     """Finds the K most probable next words, exactly.
 

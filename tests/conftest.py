@@ -22,3 +22,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fairseq_run import preprocess  # imports fairseq, which not every test needs
 
     return preprocess(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny parallel corpus, binarised; tests only read it."""
+    from fairseq_run import preprocess_pairs
+
+    return preprocess_pairs(tmp_path_factory.mktemp("pairs"))

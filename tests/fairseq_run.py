@@ -24,6 +24,7 @@ import fairseq_lightrnn.register  # noqa: E402
 
 USER_DIR = str(Path(fairseq_lightrnn.register.__file__).parent)
 TASK = ["--user-dir", USER_DIR, "--task", "lightrnn_language_modeling"]
+TRANSLATION = ["--user-dir", USER_DIR, "--task", "lightrnn_translation"]
 
 
 def run(command: str, *arguments: Any) -> None:
@@ -68,6 +69,49 @@ def preprocess(directory: Path, sentences: int = 120) -> Path:
     return directory / "bin"
 
 
+def write_pairs(directory: Path, split: str, sentences: int, seed: int, words: int = 30) -> None:
+    """Writes a text and its translation word by word: s7 becomes t7."""
+    source = write_text(directory / f"{split}.src", sentences, seed, words)
+    text = source.read_text().replace("w", "s")
+    source.write_text(text)
+    (directory / f"{split}.tgt").write_text(text.replace("s", "t"))
+
+
+def preprocess_pairs(directory: Path, *flags: Any, sentences: int = 120) -> Path:
+    """Makes binarised data of a tiny parallel corpus and returns their folder."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for seed, (split, size) in enumerate({"train": sentences, "valid": 12, "test": 12}.items()):
+        write_pairs(directory, split, size, seed)
+    binarise_pairs(directory, *flags)
+    return directory / "bin"
+
+
+def binarise_pairs(directory: Path, *flags: Any) -> None:
+    """Runs fairseq-preprocess on the texts of a folder."""
+    run(
+        "preprocess", "--source-lang", "src", "--target-lang", "tgt", "--trainpref",
+        directory / "train", "--validpref", directory / "valid", "--testpref", directory / "test",
+        "--destdir", directory / "bin", *flags,
+    )  # fmt: skip
+
+
+def train_translation(
+    data: Path, save_dir: Path, *arguments: Any, **flags: Any
+) -> list[dict[str, Any]]:
+    """Trains a tiny translation model on the CPU and returns what fairseq logged in JSON."""
+    values: dict[str, Any] = {"arch": "lightrnn_translation", "tokens_per_sample": None}
+    if "transformer" in flags.get("arch", ""):
+        values |= {"embed_dim": None, "hidden_size": None}
+        values |= {
+            f"{side}_{name}": value
+            for side in ("encoder", "decoder")
+            for name, value in {
+                "embed_dim": 8, "ffn_embed_dim": 8, "layers": 1, "attention_heads": 2
+            }.items()
+        }  # fmt: skip
+    return train(data, save_dir, *TRANSLATION, *arguments, **{**values, **flags})
+
+
 def train_arguments(data: Path, save_dir: Path, *arguments: Any, **flags: Any) -> list[str]:
     """Returns the arguments with which fairseq-train trains a tiny model on the CPU."""
     values = {
@@ -105,7 +149,7 @@ def _close_log_files() -> None:
 def read_log(save_dir: Path) -> list[dict[str, Any]]:
     """Returns the JSON records of a training log."""
     lines = (save_dir / "train.log").read_text().splitlines()
-    found = (re.search(r"\{\".*\}$", line) for line in lines)
+    found = (re.search(r"\{\"epoch\".*\}$", line) for line in lines)
     return [json.loads(match.group()) for match in found if match]
 
 

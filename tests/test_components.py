@@ -3,8 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax, TableLookup
+from fairseq_lightrnn.components import (
+    ComponentEmbedding,
+    ComponentSoftmax,
+    TableLookup,
+    WordEmbedding,
+)
 from fairseq_lightrnn.word_table import WordTable
 
 
@@ -100,3 +106,40 @@ def test_shared_vectors_must_fit() -> None:
     assert ComponentSoftmax(lookup, 4, embedding.weight).weight is embedding.weight
     with pytest.raises(ValueError, match=r"shape \(6, 5\), got \(6, 4\)"):
         ComponentSoftmax(lookup, 5, embedding.weight)
+
+
+@pytest.mark.parametrize(
+    ("words", "shape"), [(9, (9,)), (12, (3, 4)), (10, (4, 3)), (17, (2, 3, 4))]
+)
+def test_means_are_over_the_words_that_share_a_prefix(words: int, shape: tuple[int, ...]) -> None:
+    """What label smoothing spreads over, word by word."""
+    torch.manual_seed(0)
+    cells = np.random.default_rng(words).permutation(int(np.prod(shape)))[:words]
+    table = TableLookup(words, shape)
+    table.seat(WordTable.from_cells(cells, shape))
+    softmax = ComponentSoftmax(table, 3, None, True, 2).double()
+    for parameter in softmax.parameters():
+        nn.init.normal_(parameter)
+    coordinates = table(torch.arange(words))
+    hidden = torch.randn(words, len(shape), 5, dtype=torch.float64)
+    scores, means = softmax.forward_with_mean(hidden, coordinates)
+    torch.testing.assert_close(scores, softmax(hidden, coordinates))
+    for word in range(words):
+        for component in range(len(shape)):
+            prefix = coordinates[word, :component]
+            others = [v for v in range(words) if torch.equal(coordinates[v, :component], prefix)]
+            repeated = hidden[word].expand(len(others), -1, -1)
+            log_probs = softmax(repeated, coordinates[others])[:, component]
+            torch.testing.assert_close(means[word, component], log_probs.mean())
+
+
+def test_words_are_embedded_as_sums() -> None:
+    table = TableLookup(10, (3, 4))
+    embedding = ComponentEmbedding((3, 4), 5, table, residual_dim=2)
+    nn.init.normal_(embedding.residual.weight)
+    words = WordEmbedding(table, embedding, padding_idx=1, owns_table=True)
+    text = torch.randint(10, (2, 3))
+    torch.testing.assert_close(words(text), embedding(table(text)).sum(-2))
+    assert (words.embedding_dim, words.padding_idx) == (5, 1)
+    assert "table.coordinates" in words.state_dict()
+    assert "table.coordinates" not in WordEmbedding(table, embedding, 1).state_dict()

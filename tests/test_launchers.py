@@ -83,6 +83,32 @@ def test_python_module(data: Path, tmp_path: Path, one_worker: dict[str, torch.T
     assert_same_model(one_worker, model_of(tmp_path))
 
 
+def translation_flags(save_dir: Path, **values: Any) -> list[str]:
+    task = ["--task", "lightrnn_translation", "--arch", "lightrnn_translation_gated"]
+    return [*without(flags(save_dir, **values), "task", "arch", "tokens-per-sample"), *task]
+
+
+def without(arguments: list[str], *names: str) -> list[str]:
+    """Leaves flags out, each with its value."""
+    for name in names:
+        place = arguments.index(f"--{name}")
+        arguments = arguments[:place] + arguments[place + 2 :]
+    return arguments
+
+
+def test_two_workers_translate_as_one(pairs: Path, tmp_path: Path) -> None:
+    """Decoder states of all workers together make the reallocation."""
+    start(SCRIPTS / "fairseq-train", pairs, *translation_flags(tmp_path / "1", update_freq=2))
+    start(
+        SCRIPTS / "fairseq-train", pairs, *translation_flags(tmp_path / "2"),
+        "--distributed-world-size", 2, "--distributed-backend", "gloo", "--ddp-backend",
+        "legacy_ddp",
+    )  # fmt: skip
+    assert_same_model(model_of(tmp_path / "1"), model_of(tmp_path / "2"))
+    lines = [(tmp_path / name / "reallocations.jsonl").read_text() for name in "12"]
+    assert len({json.loads(line)["tokens"] for line in lines}) == 1
+
+
 HYDRA_CONFIG = """\
 # @package _group_
 common: {{seed: 1, cpu: true, user_dir: "{user_dir}"}}
@@ -129,3 +155,28 @@ def test_a_truncated_checkpoint_is_named(data: Path, tmp_path: Path, size: int) 
         train(data, tmp_path, max_epoch=2)
     with pytest.raises(SystemExit, match=message):
         run("eval-lm", data, *TASK, "--path", path, "--cpu")
+
+
+TRANSLATION_CONFIG = """\
+# @package _group_
+common: {{seed: 1, cpu: true, user_dir: "{user_dir}"}}
+task:
+  _name: lightrnn_translation
+  data: ???
+  reallocate_epochs: "1"
+model: {{_name: lightrnn_translation, embed_dim: 8, hidden_size: 8, composition: gated}}
+criterion: {{_name: two_component_cross_entropy, label_smoothing: 0.1}}
+optimizer: {{_name: adam}}
+lr_scheduler: {{_name: fixed}}
+optimization: {{lr: [0.01], max_epoch: 2}}
+dataset: {{batch_size: 8, num_workers: 0}}
+"""
+
+
+def test_hydra_trains_translations(pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "lightrnn.yaml").write_text(TRANSLATION_CONFIG.format(user_dir=TASK[1]))
+    start(
+        SCRIPTS / "fairseq-hydra-train", "--config-dir", tmp_path, "--config-name", "lightrnn",
+        f"task.data={pairs}", f"checkpoint.save_dir={tmp_path}", f"hydra.run.dir={tmp_path}/hydra",
+    )  # fmt: skip
+    model_of(tmp_path)

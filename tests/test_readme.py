@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fairseq_run import TASK, run, write_text
+from fairseq_run import TASK, TRANSLATION, run, write_pairs, write_text
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,6 +36,9 @@ def test_fairseq_commands_run_one_after_the_other(
     monkeypatch.chdir(tmp_path)
     for seed, (split, sentences) in enumerate({"train": 400, "valid": 30, "test": 30}.items()):
         write_text(tmp_path / f"{split}.txt", sentences, seed)
+        write_pairs(tmp_path, split, sentences // 4, seed)
+        for ours, theirs in (("src", "en"), ("tgt", "de")):
+            (tmp_path / f"{split}.{ours}").rename(tmp_path / f"{split}.{theirs}")
     names = []
     for command in fairseq_commands():
         if "|" in command:
@@ -51,9 +54,14 @@ def test_fairseq_commands_run_one_after_the_other(
         "fairseq-train",
         "fairseq-eval-lm",
         "fairseq-interactive",
+        "fairseq-preprocess",
+        "fairseq-train",
+        "fairseq-generate",
     ]
     assert (tmp_path / "checkpoints" / "reallocations.jsonl").exists()
-    assert any(line.startswith("H-0") for line in capsys.readouterr().out.splitlines())
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("H-0") for line in lines)
+    assert "BLEU = " in lines[-1]
     (block,) = (block for block in blocks("python") if "from_pretrained" in block)
     exec(block, {})
     perplexity, words = capsys.readouterr().out.splitlines()
@@ -83,13 +91,19 @@ def test_scripts_and_files_that_are_named_exist() -> None:
 def test_flags_that_are_named_exist() -> None:
     from fairseq import options
 
-    argv = ["fairseq-train", "data", *TASK, "--arch", "lightrnn_lm"]
-    with pytest.MonkeyPatch.context() as patch:
+    known = set(options.get_preprocessing_parser()._option_string_actions)
+    for task, arch in (
+        (TASK, "lightrnn_lm"),
+        (TRANSLATION, "lightrnn_translation"),
+        (TRANSLATION, "lightrnn_transformer"),
+    ):
+        argv = ["fairseq-train", "data", *task, "--arch", arch]
         argv += ["--criterion", "two_component_cross_entropy", "--optimizer", "nt_asgd"]
-        patch.setattr(sys, "argv", argv)
-        parser = options.get_training_parser()
-        options.parse_args_and_arch(parser)
-    known = set(parser._option_string_actions)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", argv)
+            parser = options.get_training_parser()
+            options.parse_args_and_arch(parser)
+        known |= set(parser._option_string_actions)
     table = "\n".join(line for line in README.splitlines() if line.startswith("| `--"))
     flags = re.findall(r"`(--[a-z-]+)", table)
     assert len(flags) > 15

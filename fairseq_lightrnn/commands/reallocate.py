@@ -29,7 +29,7 @@ from fairseq_lightrnn.allocation.reshaping import (
 )
 from fairseq_lightrnn.commands._text import whole_file
 from fairseq_lightrnn.errors import UsageError, usage_errors
-from fairseq_lightrnn.models.lightrnn_lm import parse_shape
+from fairseq_lightrnn.models._table import parse_shape
 from fairseq_lightrnn.tasks._reallocation import log_reallocation, reallocation_report
 from fairseq_lightrnn.tasks._statistics import Gathered, gather_statistics, statistics_storage
 from fairseq_lightrnn.word_table import WordTable, check_shape
@@ -160,7 +160,7 @@ def _new_shape(
         shape = check_shape(parse_shape(args.table_shape), decoder.table.num_words)
     if shape == decoder.table.shape:
         return None
-    if str(state["cfg"].model.composition) != "recurrent":
+    if str(getattr(state["cfg"].model, "composition", "gated")) != "recurrent":
         raise UsageError(
             f"--table-shape {args.table_shape}: gates of another shape cannot be made from those "
             "of this model; train one with --initial-table and the table of --composition recurrent"

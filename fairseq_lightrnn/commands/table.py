@@ -75,10 +75,15 @@ def _load(path: str, data: str | None) -> Source:
         return Source(table, model.dictionary.symbols, counts, vectors)
     with usage_errors():
         if data is not None:
-            symbols, counts = read_dictionary(Path(data) / "dict.txt")
+            symbols, counts = read_dictionary(_dictionary(data))
             return Source(WordTable.load(path, symbols), symbols, counts)
         symbols = list(_symbols(file))
         return Source(WordTable.load(path, symbols), symbols, None)
+
+
+def _dictionary(data: str) -> Path:
+    """Returns the dictionary that ``--data`` names, itself or by its folder."""
+    return Path(data) if Path(data).is_file() else Path(data) / "dict.txt"
 
 
 def _symbols(path: Path) -> Iterator[str]:
@@ -273,7 +278,7 @@ def _import(args: argparse.Namespace) -> Iterator[str]:
             raise UsageError(f"--shape {args.shape}: expected two sizes, such as 100x100")
         shape = tuple(map(int, args.shape.split("x")))
     with usage_errors():
-        symbols, _ = read_dictionary(Path(args.data) / "dict.txt")
+        symbols, _ = read_dictionary(_dictionary(args.data))
         table = WordTable.load_cntk(args.directory, symbols, shape, specials)
         table.save(args.output, symbols)
     yield f"wrote {args.output}: {table}"
@@ -306,7 +311,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("table", help="word table file, or checkpoint")
         sub.add_argument(
             "--data", metavar="DIR", required=not table,
-            help="folder with dict.txt, for the words' counts",
+            help="folder with dict.txt, or a dictionary such as dict.de.txt, for the words' counts",
         )  # fmt: skip
         return sub.add_argument
 

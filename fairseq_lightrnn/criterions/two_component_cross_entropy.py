@@ -25,6 +25,14 @@ PENALTIES = {"activation_regularisation": "ar", "temporal_activation_regularisat
 
 @dataclass
 class TwoComponentCrossEntropyConfig(FairseqDataclass):
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of every component's target that is spread over words: the row's over "
+            "all words, the column's over the words of the target's row; the loss without it is "
+            "logged as nll_loss"
+        },
+    )
     activation_regularisation: float = field(
         default=0.0,
         metadata={
@@ -56,8 +64,22 @@ class TwoComponentCrossEntropyCriterion(FairseqCriterion):
     (arXiv 1708.02182, section 4.6). They are logged by themselves: the loss that is reported, and
     the perplexities, never contain them.
 
+    Label smoothing (Szegedy et al., arXiv 1512.00567, section 7) with a share ε replaces the target
+    of every component: from all on the target word's coordinate to ``1 - ε`` on it and ε spread
+    uniformly over the *words* that share the target's coordinates before it, which gives a
+    coordinate as much as it has such words, the target's own included. With two components::
+
+        (1 - ε) · -log P(w) + ε · mean over all words v of -log P(row of v)
+                            + ε · mean over the words v of w's row of -log P(column of v | row)
+
+    So the best that the model can do is to predict, at every component, ``1 - ε`` times the data's
+    distribution plus ε times that of a word drawn uniformly. With one component this is ordinary
+    label smoothing over the vocabulary. It is not ordinary label smoothing of words otherwise:
+    that would need the columns of all other rows, a pass over the vocabulary for every position.
+
     Args:
         task: fairseq's task.
+        label_smoothing: ε, at least 0 and below 1.
         activation_regularisation: weight of the mean square of the dropped outputs.
         temporal_activation_regularisation: weight of the mean square of the raw outputs' changes.
     """
@@ -65,10 +87,14 @@ class TwoComponentCrossEntropyCriterion(FairseqCriterion):
     def __init__(
         self,
         task: Any,
+        label_smoothing: float = 0.0,
         activation_regularisation: float = 0.0,
         temporal_activation_regularisation: float = 0.0,
     ) -> None:
         super().__init__(task)
+        if not 0 <= label_smoothing < 1:
+            raise UsageError(f"--label-smoothing {label_smoothing}: must be at least 0 and below 1")
+        self.label_smoothing = label_smoothing
         self.activation_regularisation = activation_regularisation
         self.temporal_activation_regularisation = temporal_activation_regularisation
         for name in PENALTIES:
@@ -96,32 +122,55 @@ class TwoComponentCrossEntropyCriterion(FairseqCriterion):
         Returns:
             The loss in nats, the number of words it is to be divided by, and what to log.
         """
-        score = getattr(getattr(model, "decoder", None), "component_log_probs", None)
-        if score is None:
+        decoder: Any = getattr(model, "decoder", None)
+        if not hasattr(decoder, "component_log_probs"):
             raise UsageError(
                 f"--criterion two_component_cross_entropy cannot train {type(model).__name__}: "
-                "use --arch lightrnn_lm with it, or --criterion cross_entropy with this model"
+                "use --arch lightrnn_lm, lightrnn_translation or lightrnn_transformer with it, or "
+                "--criterion cross_entropy with this model"
+            )
+        if self.penalises and not getattr(decoder, "returns_activations", False):
+            raise UsageError(
+                "--activation-regularisation and --temporal-activation-regularisation need the "
+                "LSTM of --arch lightrnn_lm; leave them out"
             )
         asked = {"return_activations": True} if self.penalises else {}
         features, extra = model(**sample["net_input"], **asked)
         target = sample["target"]
-        real = target.ne(self.padding_idx)
-        log_probs = score(features, target)  # (B, T, k)
-        losses = -log_probs.masked_fill(~real[..., None], 0.0)
+        losses, means = self._losses(decoder, features, target)  # (B, T, k)
         by_component = losses.detach().sum((0, 1), dtype=torch.float64)
-        loss = losses.sum() if reduce else losses.sum(-1).reshape(-1)
+        smoothed = losses
+        if means is not None:
+            smoothed = (1 - self.label_smoothing) * losses + self.label_smoothing * means
+        loss = smoothed.sum() if reduce else smoothed.sum(-1).reshape(-1)
         logging_output: dict[str, Any] = {
             "loss": loss.data,
             "ntokens": sample["ntokens"],
             "nsentences": target.size(0),
             "sample_size": sample["ntokens"],
         }
-        names = component_names(log_probs.size(-1))
+        if means is not None:
+            logging_output["nll_loss"] = by_component.sum()
+        names = component_names(losses.size(-1))
         for name, value in zip(names, by_component, strict=True):
             logging_output[f"{name}_loss"] = value
         if reduce and self.penalises:
-            loss = loss + self._penalty(extra, real, logging_output)
+            loss = loss + self._penalty(extra, target.ne(self.padding_idx), logging_output)
         return loss, sample["ntokens"], logging_output
+
+    def _losses(
+        self, decoder: Any, features: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the losses (B, T, k) of the targets' components, 0 where there is padding.
+
+        And with label smoothing the means of those losses over the words that share a prefix.
+        """
+        padding = target.eq(self.padding_idx)[..., None]
+        if not self.label_smoothing:
+            scores = decoder.component_log_probs(features, target)
+            return -scores.masked_fill(padding, 0.0), None
+        scores, means = decoder.component_log_probs_and_means(features, target)
+        return -scores.masked_fill(padding, 0.0), -means.masked_fill(padding, 0.0)
 
     def _penalty(
         self, extra: dict[str, Any], real: Tensor, logging_output: dict[str, Any]
@@ -130,11 +179,6 @@ class TwoComponentCrossEntropyCriterion(FairseqCriterion):
 
         They are per word, like the loss, of which fairseq takes the sum and the mean later on.
         """
-        if "activations" not in (extra or {}):
-            raise UsageError(
-                "--activation-regularisation and --temporal-activation-regularisation need the "
-                "LSTM of --arch lightrnn_lm; leave them out"
-            )
         raw, dropped = extra["activations"]["raw"], extra["activations"]["dropped"]
         steps = raw.size(1) // real.size(1)  # of the network, for each word
         real_steps = real.repeat_interleave(steps, dim=1)
@@ -156,13 +200,18 @@ class TwoComponentCrossEntropyCriterion(FairseqCriterion):
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
-        """Logs loss and penalties in bits a word, and perplexities per word and per component."""
+        """Logs loss and penalties in bits a word, and perplexities per word and per component.
+
+        Perplexities are of the words themselves: label smoothing does not enter them.
+        """
         words = sum(log.get("sample_size", 0) for log in logging_outputs)
         keys = dict.fromkeys(key for log in logging_outputs for key in log if key.endswith("loss"))
         for key in keys:
             loss = sum(log.get(key, 0) for log in logging_outputs) / words / math.log(2)
             metrics.log_scalar(key, loss, words, round=4)
-            perplexity = key.removesuffix("loss") + "ppl"
+            if key == "loss" and "nll_loss" in keys:
+                continue
+            perplexity = key.removeprefix("nll_").removesuffix("loss") + "ppl"
             metrics.log_derived(perplexity, _perplexity_of(key))
         for key in (f"{name}_penalty" for name in PENALTIES.values()):
             if any(key in log for log in logging_outputs):

@@ -3,12 +3,13 @@
 # ruff: noqa: UP045  (fairseq reads flags from Optional[...], not from X | None)
 
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
-from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.dataclass import ChoiceEnum
 from fairseq.models import (
     FairseqIncrementalDecoder,
     FairseqLanguageModel,
@@ -20,49 +21,40 @@ from torch import Tensor
 from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax, TableLookup
 from fairseq_lightrnn.composition import Composition, Context
 from fairseq_lightrnn.distribution import next_word_log_probs
-from fairseq_lightrnn.errors import UsageError, usage_errors
+from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.gated import GatedComposition
 from fairseq_lightrnn.models._carried_state import CarriedState
+from fairseq_lightrnn.models._seated import SeatedDecoder
+from fairseq_lightrnn.models._table import TableConfig, check_numbers, check_task, table_shape
 from fairseq_lightrnn.recurrent import RecurrentComposition
-from fairseq_lightrnn.word_table import check_shape, default_shape
 
 if TYPE_CHECKING:
     from fairseq_lightrnn.language_model import LanguageModel
 
-__all__ = ["LightRNNDecoder", "LightRNNLanguageModel", "LightRNNLanguageModelConfig"]
+__all__ = [
+    "LightRNNDecoder",
+    "LightRNNLanguageModel",
+    "LightRNNLanguageModelConfig",
+    "build_composition",
+    "build_embedding",
+    "build_softmax",
+    "check_config",
+]
+
+COMPOSITIONS: Mapping[str, type[Composition]] = {
+    "recurrent": RecurrentComposition,
+    "gated": GatedComposition,
+}
 
 
 @dataclass
-class LightRNNLanguageModelConfig(FairseqDataclass):
-    num_components: int = field(
-        default=2,
-        metadata={
-            "help": "components of the word table: 2 are rows and columns, 1 is an ordinary "
-            "softmax, 3 or more shrink very large vocabularies further"
-        },
-    )
-    table_shape: Optional[str] = field(
-        default=None,
-        metadata={
-            "help": "sizes of the word table, such as 100x100 (default: the smallest that is "
-            "nearly square, or that of the --initial-table file)"
-        },
-    )
+class LightRNNLanguageModelConfig(TableConfig):
     composition: ChoiceEnum(["recurrent", "gated"]) = field(  # type: ignore[valid-type]
         default="recurrent",
         metadata={
             "help": "recurrent: one LSTM step for every component of a word, as in the paper; "
             "gated: one step a word, columns predicted through gates that the row opens"
         },
-    )
-    word_bias: bool = field(
-        default=False, metadata={"help": "give every word a bias of its own: 1 number a word"}
-    )
-    input_residual_dim: int = field(
-        default=0, metadata={"help": "numbers of its own that every word adds to its input vector"}
-    )
-    output_residual_dim: int = field(
-        default=0, metadata={"help": "numbers of its own with which every word is predicted"}
     )
     embed_dim: int = field(default=200, metadata={"help": "width of the input component vectors"})
     hidden_size: int = field(
@@ -108,51 +100,20 @@ class LightRNNLanguageModelConfig(FairseqDataclass):
     )
 
 
-def parse_shape(text: str) -> tuple[int, ...]:
-    """Reads the value of ``--table-shape``, such as ``100x100``."""
-    try:
-        return tuple(int(size) for size in text.lower().replace("×", "x").split("x"))
-    except ValueError:
-        raise UsageError(
-            f"--table-shape {text}: expected sizes joined by x, such as 100x100"
-        ) from None
-
-
-def table_shape(cfg: LightRNNLanguageModelConfig, num_words: int) -> tuple[int, ...]:
-    """Returns the shape that ``--table-shape`` and ``--num-components`` ask for.
-
-    Raises:
-        UsageError: if they contradict each other or the vocabulary.
-    """
-    if cfg.table_shape is None:
-        with usage_errors("--num-components"):
-            return default_shape(num_words, cfg.num_components)
-    with usage_errors(f"--table-shape {cfg.table_shape}"):
-        shape = check_shape(parse_shape(cfg.table_shape), num_words)
-    if len(shape) != cfg.num_components:
-        raise UsageError(
-            f"--table-shape {cfg.table_shape} has {len(shape)} components, --num-components is "
-            f"{cfg.num_components}; make them equal"
-        )
-    return shape
-
-
-def _check(cfg: LightRNNLanguageModelConfig) -> None:
-    for name in ("embed_dim", "hidden_size", "num_layers"):
-        if getattr(cfg, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
-    for name in ("input_residual_dim", "output_residual_dim"):
-        if getattr(cfg, name) < 0:
-            raise UsageError(
-                f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative"
-            )
-    for name in (
-        "dropout", "dropout_in", "dropout_between", "dropout_out", "component_dropout",
-        "weight_dropout",
-    ):  # fmt: skip
-        value = getattr(cfg, name)
-        if value is not None and not 0 <= value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 0 and below 1")
+def check_config(cfg: LightRNNLanguageModelConfig) -> None:
+    """Refuses flags that have no meaning."""
+    check_numbers(
+        cfg,
+        sizes=("embed_dim", "hidden_size", "num_layers"),
+        dropouts=(
+            "dropout",
+            "dropout_in",
+            "dropout_between",
+            "dropout_out",
+            "component_dropout",
+            "weight_dropout",
+        ),
+    )
     if cfg.share_component_vectors and cfg.embed_dim != cfg.hidden_size:
         raise UsageError(
             f"--share-component-vectors needs --embed-dim ({cfg.embed_dim}) equal to "
@@ -160,12 +121,32 @@ def _check(cfg: LightRNNLanguageModelConfig) -> None:
         )
 
 
-def _composition(cfg: LightRNNLanguageModelConfig, embedding: ComponentEmbedding) -> Composition:
+def build_embedding(cfg: LightRNNLanguageModelConfig, table: TableLookup) -> ComponentEmbedding:
+    """Returns the input vectors that the flags ask for."""
+    return ComponentEmbedding(
+        table.shape, cfg.embed_dim, table, cfg.input_residual_dim, cfg.component_dropout
+    )
+
+
+def build_composition(
+    cfg: LightRNNLanguageModelConfig,
+    embedding: ComponentEmbedding,
+    kinds: Mapping[str, type[Composition]] = COMPOSITIONS,
+    **more: Any,
+) -> Any:
+    """Returns the composition that the flags ask for.
+
+    Args:
+        cfg: the flags.
+        embedding: the input vectors.
+        kinds: the classes that ``--composition`` chooses from.
+        more: further arguments of these classes.
+    """
+
     def dropout(value: float | None) -> float:
         return cfg.dropout if value is None else value
 
-    kind = GatedComposition if str(cfg.composition) == "gated" else RecurrentComposition
-    return kind(
+    return kinds[str(cfg.composition)](
         embedding,
         cfg.hidden_size,
         cfg.num_layers,
@@ -175,42 +156,39 @@ def _composition(cfg: LightRNNLanguageModelConfig, embedding: ComponentEmbedding
         residual_dim=cfg.output_residual_dim,
         locked_dropout=cfg.locked_dropout,
         weight_dropout=cfg.weight_dropout,
+        **more,
     )
 
 
-class LightRNNDecoder(FairseqIncrementalDecoder):
-    """Predicts words as components of a word table.
+def build_softmax(
+    cfg: LightRNNLanguageModelConfig, table: TableLookup, embedding: ComponentEmbedding
+) -> ComponentSoftmax:
+    """Returns the output side that the flags ask for."""
+    return ComponentSoftmax(
+        table,
+        cfg.hidden_size,
+        embedding.weight if cfg.share_component_vectors else None,
+        cfg.word_bias,
+        cfg.output_residual_dim,
+    )
 
-    Attributes:
-        table: the word table in force.
-        reallocation_round: int64 scalar buffer; how often the words were reallocated, -1 before
-            the initial table is seated. A buffer, since fairseq restores no state of tasks.
-        reallocation_epoch: int64 scalar buffer; the last epoch after which they were.
-    """
 
-    reallocation_round: Tensor
-    reallocation_epoch: Tensor
+class LightRNNDecoder(SeatedDecoder, FairseqIncrementalDecoder):
+    """Predicts words as components of a word table."""
+
+    returns_activations = True  # see :meth:`forward`
 
     def __init__(self, cfg: LightRNNLanguageModelConfig, dictionary: Any) -> None:
         super().__init__(dictionary)
-        _check(cfg)
+        check_config(cfg)
         shape = table_shape(cfg, len(dictionary))
 
         self.table = TableLookup(len(dictionary), shape)
-        embedding = ComponentEmbedding(
-            shape, cfg.embed_dim, self.table, cfg.input_residual_dim, cfg.component_dropout
-        )
-        self.composition = _composition(cfg, embedding)
-        self.softmax = ComponentSoftmax(
-            self.table,
-            cfg.hidden_size,
-            embedding.weight if cfg.share_component_vectors else None,
-            cfg.word_bias,
-            cfg.output_residual_dim,
-        )
+        embedding = build_embedding(cfg, self.table)
+        self.composition = build_composition(cfg, embedding)
+        self.softmax = build_softmax(cfg, self.table, embedding)
         self.carried_state = CarriedState()
-        self.register_buffer("reallocation_round", torch.tensor(-1))
-        self.register_buffer("reallocation_epoch", torch.tensor(0))
+        self._register_reallocation()
 
     def forward(
         self,
@@ -271,50 +249,6 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
             self.carried_state.after(**carried, state=state)
         return hidden
 
-    def component_log_probs(self, features: Tensor, words: Tensor) -> Tensor:
-        """Scores words by the features that predict them.
-
-        Args:
-            features: shape (..., k·(d + e)), as :meth:`forward` returns them.
-            words: of shape (...).
-
-        Returns:
-            Log-probabilities in nats, shape (..., k); a word's is their sum.
-        """
-        components = self.table.num_components
-        hidden = features.reshape(words.numel(), components, -1)
-        scores = self.softmax(hidden, self.table(words.reshape(-1)))
-        return scores.reshape(*words.shape, components)
-
-    def statistics_shape(self) -> tuple[int, int]:
-        """Returns k and d, the sizes of the statistics that a reallocation needs of each word."""
-        return self.table.num_components, self.softmax.weight.size(1)
-
-    def get_normalized_probs(
-        self,
-        net_output: tuple[Tensor, dict[str, Any] | None],
-        log_probs: bool,
-        sample: dict[str, Any] | None = None,
-    ) -> Tensor:
-        """Returns (log-)probabilities of shape (B, T, V), or (B, 1, V) of next words.
-
-        After scoring, every entry of the last axis is the target's: a view that takes no memory,
-        from which fairseq gathers the target. After generation, all words' own, normalised again
-        since fairseq has divided them by the temperature.
-        """
-        extra = net_output[1] or {}
-        if not extra.get("features"):
-            normalise = torch.log_softmax if log_probs else torch.softmax
-            return normalise(net_output[0].float(), -1)
-        if sample is None or sample.get("target") is None:
-            raise UsageError(
-                "this model scores the target words alone: train it with "
-                "--criterion two_component_cross_entropy"
-            )
-        scores = self.component_log_probs(net_output[0], sample["target"]).sum(-1, keepdim=True)
-        scores = scores if log_probs else scores.exp()
-        return scores.expand(*sample["target"].shape, len(self.dictionary))
-
     def _next_log_probs(self, words: Tensor, incremental_state: dict[str, Any]) -> Tensor:
         context = self._stored(incremental_state)
         if context is not None:
@@ -328,6 +262,7 @@ class LightRNNDecoder(FairseqIncrementalDecoder):
         return stored and Context(stored["output"], (stored["hidden"], stored["cell"]))
 
     def _store(self, incremental_state: dict[str, Any], context: Context) -> None:
+        assert context.state is not None
         hidden, cell = context.state
         stored = {"output": context.output, "hidden": hidden, "cell": cell}
         self.set_incremental_state(incremental_state, "context", stored)
@@ -348,11 +283,7 @@ class LightRNNLanguageModel(FairseqLanguageModel):
     @classmethod
     def build_model(cls, cfg: LightRNNLanguageModelConfig, task: Any) -> "LightRNNLanguageModel":
         """Builds the model for a LightRNN task."""
-        if not getattr(task, "seats_words", False):
-            raise UsageError(
-                "--arch lightrnn_lm needs a task that seats words in a table: use "
-                "--task lightrnn_language_modeling"
-            )
+        check_task(task, "lightrnn_lm", "lightrnn_language_modeling")
         return cls(LightRNNDecoder(cfg, task.target_dictionary))
 
     @classmethod

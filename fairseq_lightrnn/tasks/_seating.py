@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -17,6 +17,7 @@ from typing import Any, Optional
 import numpy as np
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.logging import progress_bar
+from fairseq.utils import resolve_max_positions
 from omegaconf import II
 from torch import nn
 
@@ -39,7 +40,7 @@ from fairseq_lightrnn.tasks._statistics import (
 )
 from fairseq_lightrnn.word_table import WordTable
 
-__all__ = ["SeatingConfig", "SeatingMixin"]
+__all__ = ["SeatingConfig", "SeatingMixin", "check_initial_table"]
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,8 @@ class SeatingConfig(FairseqDataclass):
     )
     max_epoch: int = II("optimization.max_epoch")
     max_tokens: Optional[int] = II("dataset.max_tokens")
+    batch_size: Optional[int] = II("dataset.batch_size")
+    seed: int = II("common.seed")
     train_subset: str = II("dataset.train_subset")
     num_workers: int = II("dataset.num_workers")
     save_dir: str = II("checkpoint.save_dir")
@@ -113,9 +116,14 @@ class SeatingMixin:
 
     Mix in before the task. ``self.args`` must be a :class:`SeatingConfig` with the task's own
     fields, and :meth:`training_text` must be defined.
+
+    Attributes:
+        architectures: the models that the task can train.
+        stock_task: fairseq's task without a word table.
     """
 
-    seats_words = True
+    architectures: tuple[str, ...]
+    stock_task: str
     args: Any
     datasets: dict[str, Any]
     in_order = False  # whether batches go on where the one before stopped
@@ -131,11 +139,7 @@ class SeatingMixin:
     def setup_task(cls, args: Any, **kwargs: Any) -> Any:
         """Sets the task up, after checking the flags and the dictionary."""
         _check(args)
-        if args.initial_table not in INITIAL_TABLES and not os.path.isfile(args.initial_table):
-            raise UsageError(
-                f"--initial-table {args.initial_table}: neither one of "
-                f"{', '.join(INITIAL_TABLES)} nor a file"
-            )
+        check_initial_table("--initial-table", args.initial_table)
         _check_checkpoints(
             os.path.join(args.save_dir, args.restore_file), *(args.path or "").split(os.pathsep)
         )
@@ -151,30 +155,55 @@ class SeatingMixin:
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> nn.Module:
         """Builds a model that seats words; the initial table is seated when training begins."""
-        self._read_table_file(cfg, from_checkpoint)
+        if not from_checkpoint:
+            self._read_table_files(cfg)
         model: nn.Module = super().build_model(cfg, from_checkpoint)  # type: ignore[misc]
         if not hasattr(getattr(model, "decoder", None), "reallocation_round"):
             raise UsageError(
                 f"--arch {getattr(cfg, 'arch', None) or cfg._name} has no word table: use "
-                "--arch lightrnn_lm with this task, or --task language_modeling with that model"
+                f"--arch {' or '.join(self.architectures)} with this task, or --task "
+                f"{self.stock_task} with that model"
             )
         return model
 
-    def _read_table_file(self, cfg: Any, from_checkpoint: bool) -> None:
+    def _read_table_files(self, cfg: Any) -> None:
         """Loads the file named by --initial-table and gives the model its shape."""
-        if from_checkpoint or self.args.initial_table in INITIAL_TABLES:
-            return
-        symbols = self.target_dictionary.symbols  # type: ignore[attr-defined]
-        with usage_errors("--initial-table"):
-            self._given_table = WordTable.load(self.args.initial_table, symbols)
-        shape = "x".join(map(str, self._given_table.shape))
-        if (getattr(cfg, "table_shape", None) or shape) != shape:
+        dictionary = self.target_dictionary  # type: ignore[attr-defined]
+        table = self.read_table_file("--initial-table", "--table-shape", dictionary, cfg)
+        if table is not None:
+            self._given_table = table
+            cfg.num_components = len(table.shape)
+
+    def read_table_file(
+        self, flag: str, shape_flag: str, dictionary: Any, cfg: Any
+    ) -> WordTable | None:
+        """Loads the table file that a flag names, and gives the model its shape.
+
+        Args:
+            flag: names a file, or a kind of table to be made.
+            shape_flag: of the model; may be absent, or the shape of the file.
+            dictionary: of the words.
+            cfg: of the model.
+
+        Returns:
+            The table, or None if the flag names no file.
+
+        Raises:
+            UsageError: if the file is not a table of these words and this shape.
+        """
+        file = getattr(self.args, flag[2:].replace("-", "_"))
+        if file in INITIAL_TABLES:
+            return None
+        with usage_errors(flag):
+            table = WordTable.load(file, dictionary.symbols)
+        shape, name = "x".join(map(str, table.shape)), shape_flag[2:].replace("-", "_")
+        if (getattr(cfg, name, None) or shape) != shape:
             raise UsageError(
-                f"--table-shape {cfg.table_shape} is not the shape of the table in "
-                f"{self.args.initial_table}, {shape}; leave the flag out"
+                f"{shape_flag} {getattr(cfg, name)} is not the shape of the table in {file}, "
+                f"{shape}; leave the flag out"
             )
-        cfg.table_shape = shape
-        cfg.num_components = len(self._given_table.shape)
+        setattr(cfg, name, shape)
+        return table
 
     def build_criterion(self, cfg: Any) -> Any:
         """Builds the criterion, which must be one that knows components."""
@@ -200,34 +229,54 @@ class SeatingMixin:
             self.args.reallocate_epochs, self.args.reallocate_interval, self.args.max_epoch
         )
         if decoder.reallocation_round < 0:
-            self._seat_initial_table(decoder)
+            self._seat_initial_tables(model)
         elif schedule(epoch - 1) and decoder.reallocation_epoch < epoch - 1:
             self._reallocate(epoch - 1, model)
 
-    def _seat_initial_table(self, decoder: Any) -> None:
+    def _seat_initial_tables(self, model: nn.Module) -> None:
+        decoder: Any = model.decoder
+        dictionary = self.target_dictionary  # type: ignore[attr-defined]
+        kind = self.args.initial_table
+        self.seat(
+            decoder.table, kind, self._given_table, dictionary, self.training_text, "word_table"
+        )
+        decoder.reallocation_round.fill_(0)
+
+    def seat(
+        self,
+        lookup: Any,
+        kind: str,
+        given: WordTable | None,
+        dictionary: Any,
+        text: Callable[[], Iterable[np.ndarray]],
+        file_name: str,
+    ) -> None:
+        """Seats the words of a table for the first time, alike on all workers, and saves it.
+
+        Args:
+            lookup: the table to be seated.
+            kind: how, or where ``given`` came from.
+            given: the table, if it is not to be made.
+            dictionary: of the words.
+            text: returns text of these words.
+            file_name: the table's file in the save directory, without ``.txt``.
+        """
         start = time.monotonic()
         table = None
         if rank() == 0:
-            table = self._given_table or self._make_initial_table(decoder.table)
-        decoder.table.seat(broadcast_table(table, decoder.table))
-        decoder.reallocation_round.fill_(0)
-        table = decoder.table.table()
-        logger.info(
-            f"initial table: {self.args.initial_table}, {table}, "
-            f"{time.monotonic() - start:.1f} seconds"
-        )
-        self._save_table(table, 0)
-
-    def _make_initial_table(self, lookup: Any) -> WordTable:
-        dictionary = self.target_dictionary  # type: ignore[attr-defined]
-        return initial_table(
-            self.args.initial_table,
-            lookup.num_words,
-            lookup.shape,
-            seed=self.args.table_seed,
-            counts=np.array(dictionary.count, dtype=np.int64),
-            tokens=self.training_text(),
-        )
+            table = given or initial_table(
+                kind,
+                lookup.num_words,
+                lookup.shape,
+                seed=self.args.table_seed,
+                counts=np.array(dictionary.count, dtype=np.int64),
+                tokens=text(),
+            )
+        lookup.seat(broadcast_table(table, lookup))
+        table = lookup.table()
+        name = file_name.replace("word_table", "table").replace("_", " ")
+        logger.info(f"initial {name}: {kind}, {table}, {time.monotonic() - start:.1f} seconds")
+        self._save_table(table, 0, dictionary, file_name)
 
     def _reallocate(self, epoch: int, model: nn.Module) -> None:
         decoder: Any = model.decoder
@@ -266,7 +315,8 @@ class SeatingMixin:
                 "share_of_training": round(share, 5),
             }
             log_reallocation(f"reallocation after epoch {epoch}", report, result.table)
-            self._save_table(result.table, epoch)
+            dictionary = self.target_dictionary  # type: ignore[attr-defined]
+            self._save_table(result.table, epoch, dictionary, "word_table")
             if not self.args.no_save:
                 with open(Path(self.args.save_dir) / "reallocations.jsonl", "a") as file:
                     file.write(json.dumps(report) + "\n")
@@ -295,7 +345,11 @@ class SeatingMixin:
             dataset=dataset,
             max_tokens=self.args.max_tokens,
             max_sentences=self.args.batch_size,
-            max_positions=self.max_positions(),  # type: ignore[attr-defined]
+            # As in training, which skips what does not fit into a batch.
+            max_positions=resolve_max_positions(
+                self.max_positions(),  # type: ignore[attr-defined]
+                self.args.max_tokens,
+            ),
             ignore_invalid_inputs=True,
             seed=self.args.seed,
             num_shards=world_size(),
@@ -304,11 +358,10 @@ class SeatingMixin:
             # A cached iterator would be the one that training goes on with.
             disable_iterator_cache=True,
         )
+        # Of pairs of texts the last is the one that is predicted.
+        words = int(np.sum(dataset.sizes if np.ndim(dataset.sizes) == 1 else dataset.sizes[:, -1]))
         share = sample_share(
-            self.args.reallocation_words,
-            int(np.sum(dataset.sizes)),
-            len(iterator.frozen_batches),
-            self.in_order,
+            self.args.reallocation_words, words, len(iterator.frozen_batches), self.in_order
         )
         progress = progress_bar.progress_bar(
             iterator.next_epoch_itr(shuffle=False),
@@ -321,15 +374,20 @@ class SeatingMixin:
         chosen = (share(number * world_size() + rank()) for number in itertools.count())
         return (sample for sample, used in zip(progress, chosen) if sample and used)  # noqa: B905
 
-    def _save_table(self, table: WordTable, epoch: int) -> None:
-        """Writes the table next to the checkpoints, under its epoch and as the newest."""
+    def _save_table(self, table: WordTable, epoch: int, dictionary: Any, file_name: str) -> None:
+        """Writes a table next to the checkpoints, under its epoch and as the newest."""
         if rank() != 0 or self.args.no_save:
             return
         directory = Path(self.args.save_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        symbols = self.target_dictionary.symbols  # type: ignore[attr-defined]
-        table.save(directory / f"word_table.epoch{epoch}.txt", symbols)
-        table.save(directory / "word_table.txt", symbols)
+        table.save(directory / f"{file_name}.epoch{epoch}.txt", dictionary.symbols)
+        table.save(directory / f"{file_name}.txt", dictionary.symbols)
+
+
+def check_initial_table(flag: str, value: str) -> None:
+    """Refuses what is neither a kind of table nor a file."""
+    if value not in INITIAL_TABLES and not os.path.isfile(value):
+        raise UsageError(f"{flag} {value}: neither one of {', '.join(INITIAL_TABLES)} nor a file")
 
 
 def _check(args: Any) -> None:

@@ -7,20 +7,19 @@ from typing import Any
 
 import numpy as np
 from fairseq import utils
-from fairseq.data import BaseWrapperDataset, FairseqDataset, LMContextWindowDataset, data_utils
+from fairseq.data import FairseqDataset, LMContextWindowDataset, data_utils
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
 from fairseq_lightrnn.criterions import two_component_cross_entropy  # noqa: F401  (registers)
 from fairseq_lightrnn.data.lanes import SHORTEST_BLOCK, LaneDataset, LaneIterator
+from fairseq_lightrnn.data.target_input import TargetInputDataset, consecutive_text
 from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.tasks._seating import SeatingConfig, SeatingMixin
 from fairseq_lightrnn.tasks._statistics import world_size
 from fairseq_lightrnn.tasks._validation_losses import ValidationLossMixin
 
-__all__ = ["LightRNNLanguageModelingConfig", "LightRNNLanguageModelingTask", "TargetInputDataset"]
-
-_TEXT_CHUNK = 1 << 20
+__all__ = ["LightRNNLanguageModelingConfig", "LightRNNLanguageModelingTask"]
 
 
 @dataclass
@@ -44,24 +43,12 @@ class LightRNNLanguageModelingConfig(SeatingConfig, LanguageModelingConfig):
     )
 
 
-class TargetInputDataset(BaseWrapperDataset):
-    """Gives the model the words to be predicted, whose first components are input too."""
-
-    def collater(self, samples: list[Any]) -> dict[str, Any]:
-        """Merges samples into a batch whose ``net_input`` has ``target_tokens``."""
-        batch: dict[str, Any] = self.dataset.collater(samples)
-        if batch:
-            batch["net_input"]["target_tokens"] = batch["target"]
-        return batch
-
-    def ordered_indices(self) -> np.ndarray:
-        """Returns the order of the wrapped dataset."""
-        return self.dataset.ordered_indices()
-
-
 @register_task("lightrnn_language_modeling", dataclass=LightRNNLanguageModelingConfig)
 class LightRNNLanguageModelingTask(SeatingMixin, ValidationLossMixin, LanguageModelingTask):
     """Language modelling in which words are seated in a table."""
+
+    architectures = ("lightrnn_lm",)
+    stock_task = "language_modeling"
 
     @property
     def in_order(self) -> bool:  # type: ignore[override]
@@ -134,14 +121,7 @@ class LightRNNLanguageModelingTask(SeatingMixin, ValidationLossMixin, LanguageMo
         """Yields the training split as arrays of consecutive text."""
         path = os.path.join(self._data_path(1), self.args.train_subset)
         sentences = data_utils.load_indexed_dataset(path, self.dictionary, self.args.dataset_impl)
-        chunk: list[np.ndarray] = []
-        size = 0
-        for index in range(len(sentences)):
-            chunk.append(sentences[index].numpy())
-            size += len(chunk[-1])
-            if size >= _TEXT_CHUNK or index + 1 == len(sentences):
-                yield np.concatenate(chunk)
-                chunk, size = [], 0
+        yield from consecutive_text(sentences)
 
     def eval_lm_dataloader(
         self, dataset: FairseqDataset, context_window: int = 0, **kwargs: Any

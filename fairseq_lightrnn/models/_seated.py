@@ -1,0 +1,122 @@
+"""What all decoders have that predict words as components of a word table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq_lightrnn.components import ComponentSoftmax, TableLookup
+from fairseq_lightrnn.errors import UsageError
+
+__all__ = ["SeatedDecoder", "SourceEncoder"]
+
+
+class SeatedDecoder:
+    """Scores words by the features that predict their components; to be mixed into a decoder.
+
+    Attributes:
+        table: the word table in force.
+        softmax: predicts components.
+        reallocation_round: int64 scalar buffer; how often the words were reallocated, -1 before
+            the initial table is seated. A buffer, since fairseq restores no state of tasks.
+        reallocation_epoch: int64 scalar buffer; the last epoch after which they were.
+    """
+
+    dictionary: Any
+    table: TableLookup
+    softmax: ComponentSoftmax
+    reallocation_round: Tensor
+    reallocation_epoch: Tensor
+
+    def _register_reallocation(self) -> None:
+        self.register_buffer("reallocation_round", torch.tensor(-1))  # type: ignore[attr-defined]
+        self.register_buffer("reallocation_epoch", torch.tensor(0))  # type: ignore[attr-defined]
+
+    def component_log_probs(self, features: Tensor, words: Tensor) -> Tensor:
+        """Scores words by the features that predict them.
+
+        Args:
+            features: shape (..., k·(d + e)), as the decoder's ``forward`` returns them.
+            words: of shape (...).
+
+        Returns:
+            Log-probabilities in nats, shape (..., k); a word's is their sum.
+        """
+        return self.softmax(*self._flat(features, words)).view(*words.shape, -1)
+
+    def component_log_probs_and_means(
+        self, features: Tensor, words: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Does so, and averages over words; see :meth:`ComponentSoftmax.forward_with_mean`."""
+        scores, means = self.softmax.forward_with_mean(*self._flat(features, words))
+        return scores.view(*words.shape, -1), means.view(*words.shape, -1)
+
+    def _flat(self, features: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = features.reshape(words.numel(), self.table.num_components, -1)
+        return hidden, self.table(words.reshape(-1))
+
+    def statistics_shape(self) -> tuple[int, int]:
+        """Returns k and d, the sizes of the statistics that a reallocation needs of each word."""
+        return self.table.num_components, self.softmax.weight.size(1)
+
+    def get_normalized_probs(
+        self,
+        net_output: tuple[Tensor, dict[str, Any] | None],
+        log_probs: bool,
+        sample: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """Returns (log-)probabilities of shape (B, T, V), or (B, 1, V) of next words.
+
+        After scoring, every entry of the last axis is the target's: a view that takes no memory,
+        from which fairseq gathers the target. After generation, all words' own, normalised again
+        since fairseq has divided them by the temperature.
+        """
+        extra = net_output[1] or {}
+        if not extra.get("features"):
+            normalise = torch.log_softmax if log_probs else torch.softmax
+            return normalise(net_output[0].float(), -1)
+        if sample is None or sample.get("target") is None:
+            raise UsageError(
+                "this model scores the target words alone: train it with "
+                "--criterion two_component_cross_entropy"
+            )
+        scores = self.component_log_probs(net_output[0], sample["target"]).sum(-1, keepdim=True)
+        scores = scores if log_probs else scores.exp()
+        return scores.expand(*sample["target"].shape, len(self.dictionary))
+
+    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
+        """Refuses the state of a model of another dictionary."""
+        _check_words(state_dict.get(f"{name}.table.coordinates"), self.dictionary, "model")
+        super().upgrade_state_dict_named(state_dict, name)  # type: ignore[misc]
+        return state_dict
+
+
+class SourceEncoder:
+    """Encodes the source text alone; to be mixed into an encoder."""
+
+    dictionary: Any
+
+    def forward_torchscript(self, net_input: dict[str, Tensor]) -> Any:
+        """Encodes the source of a batch, whatever else the batch has for the decoder."""
+        return self(  # type: ignore[operator]
+            src_tokens=net_input["src_tokens"], src_lengths=net_input["src_lengths"]
+        )
+
+    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
+        """Refuses the state of a model of another dictionary."""
+        for key in ("weight", "table.coordinates"):
+            words = state_dict.get(f"{name}.embed_tokens.{key}")
+            _check_words(words, self.dictionary, "model's encoder")
+        super().upgrade_state_dict_named(state_dict, name)  # type: ignore[misc]
+        return state_dict
+
+
+def _check_words(words: Tensor | None, dictionary: Any, who: str) -> None:
+    if words is not None and len(words) != len(dictionary):
+        raise UsageError(
+            f"the {who} has {len(words)} words, the dictionary {len(dictionary)}: give the "
+            "binarised data that the model was trained on, with the same --source-lang and "
+            "--target-lang, if any"
+        )

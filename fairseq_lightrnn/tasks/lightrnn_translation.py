@@ -1,0 +1,164 @@
+"""``--task lightrnn_translation``: fairseq's translation with a word table on the target side."""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from fairseq import utils
+from fairseq.data import data_utils
+from fairseq.tasks import register_task
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from torch import nn
+
+from fairseq_lightrnn.criterions import two_component_cross_entropy  # noqa: F401  (registers)
+from fairseq_lightrnn.data.target_input import TargetInputDataset, consecutive_text
+from fairseq_lightrnn.errors import UsageError
+from fairseq_lightrnn.tasks._seating import SeatingConfig, SeatingMixin, check_initial_table
+from fairseq_lightrnn.word_table import WordTable
+
+__all__ = ["LightRNNTranslationConfig", "LightRNNTranslationTask"]
+
+logger = logging.getLogger(__name__)
+
+_MADE = "cooccurrence"
+
+
+@dataclass
+class LightRNNTranslationConfig(SeatingConfig, TranslationConfig):
+    initial_source_table: str = field(
+        default=_MADE,
+        metadata={
+            "help": "the same as --initial-table for the source words of --source-table own, which "
+            "are not reallocated"
+        },
+    )
+
+
+@register_task("lightrnn_translation", dataclass=LightRNNTranslationConfig)
+class LightRNNTranslationTask(SeatingMixin, TranslationTask):
+    """Translation, or any text from text, in which target words are seated in a table."""
+
+    architectures = ("lightrnn_translation", "lightrnn_transformer")
+    stock_task = "translation"
+    _given_source_table: WordTable | None = None
+    _source_table = "none"
+
+    @property
+    def args(self) -> Any:  # type: ignore[override]
+        """The flags, under the name that fairseq's older tasks give them."""
+        return self.cfg
+
+    @classmethod
+    def setup_task(cls, args: Any, **kwargs: Any) -> Any:
+        """Sets the task up, after checking the flags and the dictionaries."""
+        if args.left_pad_target:
+            raise UsageError(
+                "--left-pad-target: a LightRNN decoder reads targets from their first word on; "
+                "leave the flag out"
+            )
+        check_initial_table("--initial-source-table", args.initial_source_table)
+        _check_data(args)
+        return super().setup_task(args, **kwargs)
+
+    def build_model(self, cfg: Any, from_checkpoint: bool = False) -> nn.Module:
+        """Builds a model; the initial tables are seated when training begins."""
+        self._source_table = str(getattr(cfg, "source_table", "none"))
+        return super().build_model(cfg, from_checkpoint)
+
+    def _read_table_files(self, cfg: Any) -> None:
+        super()._read_table_files(cfg)
+        if self._source_table == "own":
+            self._given_source_table = self.read_table_file(
+                "--initial-source-table", "--source-table-shape", self.source_dictionary, cfg
+            )
+        elif self.args.initial_source_table != _MADE:
+            raise UsageError(
+                f"--initial-source-table {self.args.initial_source_table} belongs to "
+                "--source-table own"
+            )
+        if self._source_table == "shared" and (
+            self.args.reallocate_epochs or self.args.reallocate_interval
+        ):
+            logger.warning(
+                "--source-table shared: reallocation heeds the loss of target words alone and "
+                "moves words that occur in the source only wherever there is room"
+            )
+
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:
+        """Loads a split."""
+        for language in (self.args.source_lang, self.args.target_lang):
+            for path in self._paths(split, language, epoch):
+                if os.path.exists(f"{path}.bin") and os.path.getsize(f"{path}.bin") == 0:
+                    raise UsageError(
+                        f"{path}.bin: the split has no text; give fairseq-preprocess some"
+                    )
+        try:
+            super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
+        except FileNotFoundError as error:
+            raise UsageError(f"{error}; was it preprocessed?") from None
+        self.datasets[split] = TargetInputDataset(self.datasets[split])
+
+    def _paths(self, split: str, language: str, epoch: int = 1) -> list[str]:
+        """Returns where one side of a split may lie, without the suffix."""
+        directories: list[str] = utils.split_paths(self.args.data)
+        if split != self.args.train_subset:
+            directories = directories[:1]
+        directory = directories[(epoch - 1) % len(directories)]
+        source, target = self.args.source_lang, self.args.target_lang
+        pairs = (f"{source}-{target}", f"{target}-{source}")
+        return [os.path.join(directory, f"{split}.{pair}.{language}") for pair in pairs]
+
+    def training_text(self) -> Iterator[np.ndarray]:
+        """Yields the target side of the training split as arrays of consecutive text.
+
+        And the source side too, where its words share the table.
+        """
+        text = self._side(self.args.target_lang)
+        if self._source_table == "shared":
+            return chain(text, self._side(self.args.source_lang))
+        return text
+
+    def _side(self, language: str) -> Iterator[np.ndarray]:
+        at_target = language == self.args.target_lang
+        dictionary = self.target_dictionary if at_target else self.source_dictionary
+        paths = self._paths(self.args.train_subset, language)
+        for path in paths:
+            sentences = data_utils.load_indexed_dataset(path, dictionary, self.args.dataset_impl)
+            if sentences is not None:
+                return consecutive_text(sentences)
+        raise UsageError(f"{' or '.join(paths)}: no such text; was it preprocessed?")
+
+    def _seat_initial_tables(self, model: nn.Module) -> None:
+        super()._seat_initial_tables(model)
+        encoder: Any = model.encoder
+        table = getattr(encoder.embed_tokens, "table", None)
+        if table is not None:
+            self.seat(
+                table,
+                self.args.initial_source_table,
+                self._given_source_table,
+                self.source_dictionary,
+                lambda: self._side(self.args.source_lang),
+                "source_word_table",
+            )
+
+
+def _check_data(args: Any) -> None:
+    """Refuses data without a pair of dictionaries."""
+    directory = utils.split_paths(args.data)[0]
+    if args.source_lang is None or args.target_lang is None:
+        if os.path.isdir(directory):
+            args.source_lang, args.target_lang = data_utils.infer_language_pair(directory)
+        if args.source_lang is None or args.target_lang is None:
+            raise UsageError(
+                f"{directory}: the language pair cannot be told from the files; give --source-lang "
+                "and --target-lang"
+            )
+    for language in (args.source_lang, args.target_lang):
+        path = os.path.join(directory, f"dict.{language}.txt")
+        if not os.path.isfile(path):
+            raise UsageError(f"{path}: no such dictionary; was the data preprocessed?")
