@@ -28,7 +28,7 @@ class Context(NamedTuple):
     Attributes:
         output: the outputs of shape (B, d) that predict the next component.
         state: the recurrent state behind it, if there is a recurrent network.
-        base: outputs of shape (B, d) after the words alone, where a composition needs them.
+        base: what a composition needs to know of the words alone, shape (B, …).
         prefix: the components of the next word that are known, integers of shape (B, i).
         source: what attention read from the source text, shape (B, m), where there is one.
     """
@@ -57,10 +57,12 @@ class Prediction(nn.Module):
     """What predicts a word component by component, each conditioned on those before it.
 
     Attributes:
+        reads_components: whether a component changes the recurrent state.
         dropout_out: dropout on what predicts a component.
         query: projects outputs to what the words' output residuals are multiplied with, or None.
     """
 
+    reads_components = True
     dropout_out: nn.Module
     query: nn.Linear | None
 

@@ -57,6 +57,8 @@ def _blocks(
     composition: Prediction, softmax: ComponentSoftmax, context: Context
 ) -> Iterator[_Block]:
     """Yields every word after every context once."""
+    if not composition.reads_components:
+        context = context._replace(state=None)  # or it would be copied for every prefix
     batch, device = len(context.output), context.output.device
     dtype = at_least_float32(context.output).dtype
     log_probs = torch.zeros(batch, dtype=dtype, device=device)

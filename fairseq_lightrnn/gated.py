@@ -34,6 +34,7 @@ class GatedPrediction(Prediction):
         gates: for those components, the gates and shifts of the values of all before it.
     """
 
+    reads_components = False
     transforms: nn.ModuleList
     gates: nn.ModuleList
 
@@ -52,33 +53,45 @@ class GatedPrediction(Prediction):
         Returns:
             What predicts each component of these words, shape (B, T, k, d + e).
         """
+        projections = self._project(base)
         outputs = [
-            self._output(base, upcoming[..., :component]) for component in range(upcoming.size(-1))
+            self._output(projections, upcoming[..., :component])
+            for component in range(upcoming.size(-1))
         ]
         return self._with_query(torch.stack(outputs, dim=2), base[:, :, None])
 
     def context(self, base: Tensor, state: State | None = None) -> Context:
         """Returns the context that predicts the next word from outputs h of shape (B, d)."""
         prefix = torch.empty(len(base), 0, dtype=torch.long, device=base.device)
-        return Context(self._with_query(self._output(base, prefix), base), state, base, prefix)
+        projections = self._project(base)
+        query = base[:, :0] if self.query is None else self.query(base)
+        output = torch.cat([self._output(projections, prefix), query], dim=-1)
+        # All that does not depend on components, so that no prefix computes it again.
+        return Context(output, state, torch.cat([*projections, query], dim=-1), prefix)
 
     def extend(self, context: Context, component: int, coordinate: Tensor) -> Context:
         """See :meth:`Prediction.extend`."""
         if context.base is None or context.prefix is None:
             raise ValueError("the context to extend must come from this composition's read")
-        base = context.base
         prefix = torch.cat([context.prefix, coordinate[:, None]], dim=1)
-        output = self._with_query(self._output(base, prefix), base)
-        return Context(output, context.state, base, prefix)
+        width = context.output.size(-1) - (0 if self.query is None else self.query.out_features)
+        projections = context.base.split(width, dim=-1)
+        query = context.base[:, (len(self.transforms) + 1) * width :]
+        output = torch.cat([self._output(projections, prefix), query], dim=-1)
+        return context._replace(output=output, prefix=prefix)
 
-    def _output(self, base: Tensor, prefix: Tensor) -> Tensor:
+    def _project(self, base: Tensor) -> list[Tensor]:
+        """Returns h and, for every component but the first, W_i h + u_i."""
+        return [base, *(transform(base) for transform in self.transforms)]
+
+    def _output(self, projections: Sequence[Tensor], prefix: Tensor) -> Tensor:
         """Returns what predicts the component after a prefix (…, i): (…, d)."""
         component = prefix.size(-1)
         if component == 0:
-            return self.dropout_out(base)
+            return self.dropout_out(projections[0])
         gate, shift = self.gates[component - 1](prefix).sum(dim=-2).chunk(2, dim=-1)
-        transformed = self.transforms[component - 1](base)
-        return self.dropout_out(torch.tanh(transformed * (2 * torch.sigmoid(gate)) + shift))
+        gated = projections[component] * (2 * torch.sigmoid(gate)) + shift
+        return self.dropout_out(torch.tanh(gated))
 
 
 class GatedPredictor(GatedPrediction):
