@@ -27,6 +27,7 @@ _FLOAT64_LIMIT = 1 << 27  # entries up to which costs are held in float64
 _BLOCK_ENTRIES = 1 << 19  # temporaries stay in the cache
 _BLOCK_WORDS = 1 << 11
 _SAMPLE_ENTRIES = 1 << 27  # of the sample that gives the first prices of a larger problem
+_SAMPLE_WORDS = 64  # for each place; with 8, the costs of a word are formed three times as often
 _BIDS_PER_WORD = 60  # beyond this the raise is too small for an instance with many ties
 _UNIT = 2.0**-52
 
@@ -276,7 +277,8 @@ def _solve_in_parts(
     idle = source.indifferent().cpu().numpy()
     active = np.flatnonzero(~idle)
     # Too few words for each place would give prices that are worse than none.
-    entries = min(_SAMPLE_ENTRIES, memory // 8)
+    entries = max(_SAMPLE_ENTRIES, _SAMPLE_WORDS * len(capacities) ** 2)
+    entries = min(entries, memory // 8)
     wanted = max(entries // len(capacities), 8 * len(capacities))
     step = max(1, len(active) // wanted)
     sample = active[::step]
