@@ -195,16 +195,28 @@ def compile_for_float32(name: str) -> None:
 
 
 def compare(
-    instance: Instance, directory: Path, time_limit: float, solvers: list[str]
+    instance: Instance,
+    directory: Path,
+    time_limit: float,
+    solvers: list[str],
+    known: dict[str, dict],
 ) -> dict[str, object]:
-    """Runs the solvers that are meant for this size and works out the gaps."""
+    """Runs the solvers that are meant for this size and works out the gaps.
+
+    Args:
+        instance: to be solved.
+        directory: where it lies.
+        time_limit: seconds for one solver.
+        solvers: names.
+        known: results that need not be found again.
+    """
     num_words = instance.table.num_words
     rows_before, columns_before = instance.cost(instance.table.cells)
     limits = {name: limit for name, (_, limit) in PEERS.items()}
     limits.update({name: limit for name, (_, _, limit) in OURS.items()})
-    results = {}
+    results = dict(known)
     for name in solvers:
-        if num_words <= limits[name]:
+        if num_words <= limits[name] and name not in known:
             results[name] = run_alone(name, directory, time_limit)
             print(f"V = {num_words}: {name}: {results[name]}", flush=True)
     row_bound = results.get("ours, row-first", {}).get("lower_bound")
@@ -283,7 +295,8 @@ def plot(report: dict, path: Path) -> dict[str, float]:
     axes.set_xlabel("words V")
     axes.set_ylabel("seconds")
     axes.grid(True, which="both", alpha=0.3)
-    axes.legend(fontsize=8)
+    if series:
+        axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     return exponents
@@ -308,6 +321,9 @@ def main() -> None:
     parser.add_argument(
         "--json", type=Path, help="results; a .png and .md file beside it show them"
     )
+    parser.add_argument(
+        "--keep", action="store_true", help="add to the results that FILE has already"
+    )
     parser.add_argument("--scratch", type=Path, help="folder for synthetic instances")
     parser.add_argument("--solve", help=argparse.SUPPRESS)
     parser.add_argument("--instance", type=Path, help=argparse.SUPPRESS)
@@ -315,8 +331,9 @@ def main() -> None:
     if args.solve:
         child(args.solve, args.instance)
         return
+    command = "python scripts/benchmark_allocation.py " + " ".join(sys.argv[1:])
     report: dict = {
-        "command": "python scripts/benchmark_allocation.py " + " ".join(sys.argv[1:]),
+        "commands": [command],
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
@@ -326,23 +343,35 @@ def main() -> None:
         },
         "instances": {},
     }
-    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        for path in args.instances:
-            report["instances"][path.name] = compare(
-                load(path), path, args.time_limit, args.solvers
-            )
-        for size in args.sizes:
+    if args.keep and args.json and args.json.exists():
+        before = json.loads(args.json.read_text(encoding="utf-8"))
+        report["commands"] = [*before["commands"], command]
+        report["instances"] = before["instances"]
+
+    def work(instance: Instance, name: str, directory: Path) -> None:
+        known = report["instances"].get(name, {}).get("solvers", {})
+        report["instances"][name] = compare(
+            instance, directory, args.time_limit, args.solvers, known
+        )
+        if args.json:
+            write(report, args.json)
+
+    for path in args.instances:
+        work(load(path), path.name, path)
+    for size in args.sizes:
+        with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
             directory = Path(scratch) / str(size)
             instance = synthetic(size, args.dim, args.seed, directory)
-            report["instances"][f"synthetic-{size}"] = compare(
-                instance, directory, args.time_limit, args.solvers
-            )
+            work(instance, f"synthetic-{size}", directory)
     print(markdown(report))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        report["exponents"] = plot(report, args.json.with_suffix(".png"))
-        args.json.with_suffix(".md").write_text(markdown(report) + "\n", encoding="utf-8")
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def write(report: dict, path: Path) -> None:
+    """Writes the results so far, and a table and a picture of them beside."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report["exponents"] = plot(report, path.with_suffix(".png"))
+    path.with_suffix(".md").write_text(markdown(report) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
