@@ -128,10 +128,13 @@ def count_parameters(folder: Path, vocabulary: Iterable[str]) -> dict[str, int]:
 
     state = torch.load(folder / "checkpoint_best.pt", map_location="cpu", weights_only=False)
     buffers = ("table.", "carried_state.", "reallocation_", "version", "_float_tensor")
+    # fairseq's transformer encoder keeps copies of its weights that nothing uses.
+    copies = tuple(f"{part}_{kind}" for part in ("fc1", "fc2", "in_proj", "out_proj")
+                   for kind in ("weight", "bias"))  # fmt: skip
     sizes = {
         name: math.prod(tensor.shape)
         for name, tensor in state["model"].items()
-        if not any(part in name for part in buffers)
+        if not any(part in name for part in buffers) and not name.endswith(copies)
     }
     own = sum(size for name, size in sizes.items() if any(part in name for part in vocabulary))
     return {"parameters": sum(sizes.values()), "vocabulary_parameters": own}
