@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Reallocation at 415,000 words beside the epoch that it follows: trains one epoch on every tenth
 # line of the German laws with the vocabulary of all of them, reallocates, and writes the statistics
-# for scripts/benchmark_allocation.py --instances.
+# for scripts/benchmark_allocation.py --instances. EVERY=100 takes every hundredth line.
 #
 #   bash examples/allocation/gesetze.sh FOLDER_WITH_GESETZE_FILES OUTPUT_FOLDER
 set -euo pipefail
@@ -12,13 +12,13 @@ mkdir -p "$out"
 [ -f "$out/all/dict.txt" ] || fairseq-preprocess --only-source --dict-only \
     --trainpref "$text/gesetze.train.txt" --destdir "$out/all"
 if [ ! -f "$out/bin/valid.idx" ]; then
-    awk 'NR % 10 == 1' "$text/gesetze.train.txt" > "$out/tenth.txt"
-    fairseq-preprocess --only-source --srcdict "$out/all/dict.txt" --trainpref "$out/tenth.txt" \
+    awk -v every="${EVERY:-10}" 'NR % every == 1' "$text/gesetze.train.txt" > "$out/part.txt"
+    fairseq-preprocess --only-source --srcdict "$out/all/dict.txt" --trainpref "$out/part.txt" \
         --validpref "$text/gesetze.valid.txt" --destdir "$out/bin"
 fi
 fairseq-train "$out/bin" --user-dir "$plugin" --task lightrnn_language_modeling \
     --tokens-per-sample 35 --arch lightrnn_lm_ptb --criterion two_component_cross_entropy \
-    --initial-table random --reallocate-epochs 1 --max-epoch 2 --max-update "${UPDATES:-1200}" \
+    --initial-table random --reallocate-epochs 1 --max-epoch 2 --max-update 1200 \
     --optimizer adam --lr 0.002 --clip-norm 1 --batch-size 64 --seed 1 --cpu --num-workers 0 \
     --save-dir "$out/model" --no-epoch-checkpoints --disable-validation --log-format json \
     --log-interval 100 --log-file "$out/train.log"
