@@ -135,3 +135,26 @@ def test_five_thousand_words_are_exact():
     found = joint_assignment(sources(factors), cells, shape=shape, gap=0.0)
     assert found.optimal
     assert found.cost == pytest.approx(optimum(factors, cells), rel=1e-12)
+
+
+def test_words_that_never_occur_stay_where_they_can_and_the_rest_is_exact(monkeypatch):
+    monkeypatch.setattr(module, "_DENSE_LIMIT", 0)
+    random = np.random.default_rng(3)
+    cells = np.stack(np.unravel_index(np.arange(144), (12, 12)), axis=1)
+    costs = [random.normal(size=(144, 12)) for _ in range(2)]
+    idle = random.random(144) < 0.6
+    for cost in costs:
+        cost[idle] = 0.0
+    whole = costs[0][:, cells[:, 0]] + costs[1][:, cells[:, 1]]
+    rows, columns = linear_sum_assignment(whole)
+    present = random.permutation(144)
+    found = joint_assignment(
+        [as_costs(cost) for cost in costs], cells, shape=(12, 12), gap=0.0, present=present
+    )
+    assert sorted(found.assignment) == list(range(144))
+    assert found.cost == pytest.approx(whole[rows, columns].sum(), rel=1e-12)
+    assert found.lower_bound <= found.cost + 1e-12
+    assert found.relative_gap <= 1e-9
+    taken = set(found.assignment[~idle])
+    could_stay = idle & ~np.isin(present, list(taken))
+    assert (found.assignment[could_stay] == present[could_stay]).all()

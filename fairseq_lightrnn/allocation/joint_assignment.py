@@ -140,6 +140,7 @@ def joint_assignment(
     started = time.monotonic()
     deadline = None if time_limit is None else started + time_limit
     cells = np.asarray(cells)
+    present = None if present is None else np.asarray(present)
     threads = num_threads or os.cpu_count() or 1
     problem = _prepare(costs, cells, tuple(shape), gap, memory, threads, symbols)
     n = len(cells)
@@ -151,11 +152,12 @@ def joint_assignment(
         bound, rounding = cost, problem.rounding
     else:
         with ThreadPoolExecutor(threads) as problem.executor:
-            assignment, cost, bound, rounding = _solve(problem, cells, index, gap, deadline)
+            found = _solve(problem, cells, index, gap, deadline, present)
+        assignment, cost, bound, rounding = found
     if present is not None:
         cost_now = problem.cost(present, cells)
         if cost_now <= cost:
-            assignment, cost = np.asarray(present), cost_now
+            assignment, cost = present, cost_now
     return JointAssignment(
         assignment=assignment,
         cost=cost,
@@ -224,7 +226,12 @@ def _dense(problem: _Problem) -> np.ndarray:
 
 
 def _solve(
-    problem: _Problem, cells: np.ndarray, index: np.ndarray, gap: float, deadline: float | None
+    problem: _Problem,
+    cells: np.ndarray,
+    index: np.ndarray,
+    gap: float,
+    deadline: float | None,
+    present: np.ndarray | None,
 ) -> tuple[np.ndarray, float, float, float]:
     """Auctions with ever smaller raises until the certificate does.
 
@@ -233,12 +240,15 @@ def _solve(
     """
     n = len(problem.flat)
     scale = max(problem.mean_cost - problem.low, 0.0)
+    active = _active(problem)
     prices = np.full(problem.shape, np.inf)
     prices.reshape(-1)[problem.flat] = 0.0
     epsilon = max(0.5 * gap, 1e-6) * scale / n
     best, best_cost, bound, rounding = np.arange(n), np.inf, -np.inf, 0.0
     while True:
-        found = index[_auction(problem, prices, epsilon, deadline)]
+        if len(active) < n:  # cells that no active word takes must be free
+            prices.reshape(-1)[problem.flat] = 0.0
+        found = index[_auction(problem, active, prices, epsilon, deadline, present)]
         cost = problem.cost(found, cells)
         if cost < best_cost:
             best, best_cost = found, cost
@@ -253,10 +263,30 @@ def _solve(
         epsilon /= 8
 
 
+def _active(problem: _Problem) -> np.ndarray:
+    """Returns the words that do not pay the same everywhere.
+
+    The others would only outbid each other for ever; they get the cells that are left.
+    """
+    idle = np.ones(len(problem.flat), bool)
+    for source in problem.sources:
+        idle &= source.indifferent().cpu().numpy()
+    return np.flatnonzero(~idle)
+
+
 def _auction(
-    problem: _Problem, prices: np.ndarray, epsilon: float, deadline: float | None
+    problem: _Problem,
+    active: np.ndarray,
+    prices: np.ndarray,
+    epsilon: float,
+    deadline: float | None,
+    present: np.ndarray | None,
 ) -> np.ndarray:
-    """Runs one auction from the given prices; returns the flat cell of each word."""
+    """Runs one auction of the active words from the given prices.
+
+    Returns:
+      The flat cell of each word; words that are not active have what is left.
+    """
     n = len(problem.flat)
     keep = min(_KEEP, n)
     cells = np.full((n, keep), -1, np.int32)
@@ -265,8 +295,8 @@ def _auction(
     flat_prices = prices.reshape(-1)
     owners = np.full(len(flat_prices), -1, np.int64)
     held = np.full(n, -1, np.int64)
-    queue = np.arange(n)
-    state = np.array([0, n, 0])
+    queue = active.copy()
+    state = np.array([0, len(active), 0])
     # Small enough that the words of a batch see each other's prices, large enough to share the
     # sweep.
     stale = np.empty(max(64, n // 50), np.int64)
@@ -281,14 +311,20 @@ def _auction(
         if state[2] > 0 and (state[2] == len(stale) or state[1] == 0):
             words = stale[: state[2]].copy()
             _look(problem, prices, words, cells, bases, thresholds)
-            queue[(state[0] + state[1] + np.arange(len(words))) % n] = words
+            queue[(state[0] + state[1] + np.arange(len(words))) % len(queue)] = words
             state[1] += len(words)
             state[2] = 0
         if made > _BIDS_PER_WORD * n:
             made, epsilon = 0, 8 * epsilon
     idle = np.flatnonzero(held < 0)
-    if len(idle):  # out of time: any free cell will do
-        held[idle] = problem.flat[owners[problem.flat] < 0]
+    # Words that are indifferent, or out of time: any free cell will do, best the one they have.
+    free = owners[problem.flat] < 0
+    if present is not None:
+        staying = idle[free[present[idle]]]
+        held[staying] = problem.flat[present[staying]]
+        free[present[staying]] = False
+        idle = np.flatnonzero(held < 0)
+    held[idle] = problem.flat[free]
     return held
 
 
