@@ -30,10 +30,18 @@ from pathlib import Path
 from typing import Any
 
 from language_model_report import summarise
-from side_by_side import PLUGIN, call, count_parameters, machine, read_lines, train_in_steps
+from side_by_side import (
+    PLUGIN,
+    WORDS_OWN,
+    call,
+    count_parameters,
+    is_tested,
+    machine,
+    read_lines,
+    train_in_steps,
+)
 
 SPLITS = ("train", "valid", "test")
-WORDS_OWN = ["--word-bias", "--input-residual-dim", "16", "--output-residual-dim", "8"]
 # Of fairseq's adaptive softmax; those beyond the vocabulary are left out.
 CUTOFFS = (2_000, 10_000, 50_000, 200_000)
 TEST_BLOCK = 2048
@@ -121,17 +129,14 @@ def train(system: str, seed: int, data: Path, folder: Path, args: argparse.Names
         data, *model_flags(system, args, num_words), "--dropout", args.dropout,
         "--tokens-per-sample", args.block, "--batch-size", args.batch_size, "--optimizer", "adam",
         "--lr", args.lr, "--lr-scheduler", "reduce_lr_on_plateau", "--lr-shrink", 0.5,
-        "--clip-norm", 1, "--seed", seed, "--cpu", "--num-workers", 0,
-        "--no-epoch-checkpoints", "--log-format", "json", "--log-interval", 1000,
+        "--clip-norm", 1, "--seed", seed,
     ]  # fmt: skip
     train_in_steps(folder, flags, args.epochs, args.step, args.seconds)
 
 
 def test(system: str, data: Path, folder: Path, args: argparse.Namespace) -> None:
     """Scores the test split with the best checkpoint and counts parameters."""
-    epoch = read_lines(folder / "steps.jsonl")[-1]["epoch"]
-    path = folder / "test.json"
-    if path.exists() and json.loads(path.read_text())["epoch"] == epoch:
+    if is_tested(folder):
         return
     flags = ["--cpu", "--path", folder / "checkpoint_best.pt", "--gen-subset", "test"]
     if system in OURS:
@@ -145,8 +150,9 @@ def test(system: str, data: Path, folder: Path, args: argparse.Namespace) -> Non
     found = re.search(r"Loss \(base 2\): ([0-9.]+), Perplexity: ([0-9.]+)", output)
     if found is None:
         raise SystemExit(f"{folder}: no perplexity in\n{output[-2000:]}")
+    epoch = read_lines(folder / "steps.jsonl")[-1]["epoch"]
     result = {"epoch": epoch, "test_ppl": float(found[2]), **count_parameters(folder, VOCABULARY)}
-    path.write_text(json.dumps(result) + "\n")
+    (folder / "test.json").write_text(json.dumps(result) + "\n")
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:

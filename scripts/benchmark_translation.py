@@ -29,15 +29,16 @@ from typing import Any
 
 from side_by_side import (
     PLUGIN,
+    WORDS_OWN,
     call,
     count_parameters,
-    cpu_seconds_per_epoch,
+    is_tested,
     machine,
     read_lines,
+    read_run,
     train_in_steps,
 )
 
-WORDS_OWN = ["--word-bias", "--input-residual-dim", "16", "--output-residual-dim", "8"]
 SYSTEMS = ("lstm", "lightrnn", "lightrnn-gated", "transformer", "lightrnn-transformer")
 # Parts of the names of parameters that the target's vocabulary makes.
 VOCABULARY = (
@@ -159,18 +160,14 @@ def train(system: str, data: Path, folder: Path, args: argparse.Namespace) -> No
         data, *model_flags(system, args), "--source-lang", args.source, "--target-lang",
         args.target, "--dropout", args.dropout, "--max-tokens", args.max_tokens,
         "--optimizer", "adam", "--lr", args.lr, "--lr-scheduler", "inverse_sqrt",
-        "--warmup-updates", 400, "--clip-norm", 1, "--seed", args.seed, "--cpu",
-        "--num-workers", 0, "--no-epoch-checkpoints", "--log-format", "json",
-        "--log-interval", 1000,
+        "--warmup-updates", 400, "--clip-norm", 1, "--seed", args.seed,
     ]  # fmt: skip
     train_in_steps(folder, flags, args.epochs, args.step)
 
 
 def test(system: str, data: Path, folder: Path, args: argparse.Namespace) -> None:
     """Translates every test and scores the translations."""
-    epoch = read_lines(folder / "steps.jsonl")[-1]["epoch"]
-    path = folder / "test.json"
-    if path.exists() and json.loads(path.read_text())["epoch"] == epoch:
+    if is_tested(folder):
         return
     scores: dict[str, Any] = {}
     for number, test in enumerate(args.test):
@@ -190,8 +187,9 @@ def test(system: str, data: Path, folder: Path, args: argparse.Namespace) -> Non
         scores[name] = score(hypotheses, references, args)
         speed = re.search(r"([0-9.]+) tokens/s", output)
         scores[name]["tokens_per_second"] = float(speed[1]) if speed else None
+    epoch = read_lines(folder / "steps.jsonl")[-1]["epoch"]
     result = {"epoch": epoch, "scores": scores, **count_parameters(folder, VOCABULARY)}
-    path.write_text(json.dumps(result) + "\n")
+    (folder / "test.json").write_text(json.dumps(result) + "\n")
 
 
 def score(hypotheses: list[str], references: list[str], args: argparse.Namespace) -> dict[str, Any]:
@@ -229,20 +227,8 @@ def summarise(args: argparse.Namespace) -> None:
     """Writes ``results.json`` and ``results.md`` of all runs in the folder."""
     target = Path(f"{args.train}.{args.target}").read_text(encoding="utf-8")
     words = len(target.split()) + target.count("\n")
-    runs: dict[str, Any] = {}
-    for system in SYSTEMS:
-        folder = args.out / system
-        if not (folder / "test.json").exists():
-            continue
-        epochs = read_lines(folder / "epochs.jsonl")
-        best = min(epochs, key=lambda record: record["valid_ppl"])
-        runs[system] = {
-            **json.loads((folder / "test.json").read_text()),
-            "best_epoch": best["epoch"],
-            "valid_ppls": [record["valid_ppl"] for record in epochs],
-            "cpu_seconds_per_epoch": round(cpu_seconds_per_epoch(folder), 1),
-            "peak_mib": max(step["peak_mib"] for step in read_lines(folder / "steps.jsonl")),
-        }
+    found = {system: read_run(args.out / system) for system in SYSTEMS}
+    runs = {system: run for system, run in found.items() if run is not None}
     ignored = ("out", "train", "valid", "test")
     settings = {name: value for name, value in vars(args).items() if name not in ignored}
     report = {"settings": settings, "target_words": words, **machine(), "systems": runs}
@@ -266,8 +252,8 @@ def markdown(runs: dict[str, Any], words: int) -> str:
             system,
             f"{run['parameters']:,}",
             f"{run['vocabulary_parameters']:,}",
-            f"{len(run['valid_ppls'])} ({run['best_epoch']})",
-            f"{min(run['valid_ppls']):.2f}",
+            f"{run['epochs']} ({run['best_epoch']})",
+            f"{run['valid_ppl']:.2f}",
             *(f"{run['scores'][test][key]}" for test, key in measures),
             f"{words / run['cpu_seconds_per_epoch']:,.0f}",
             f"{sum(speeds) / len(speeds):,.0f}",

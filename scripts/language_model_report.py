@@ -7,28 +7,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from side_by_side import cpu_seconds_per_epoch, read_lines
+from side_by_side import read_run
 
 __all__ = ["summarise"]
-
-
-def read_run(folder: Path) -> dict[str, Any] | None:
-    """Returns what is known of one run, or None before its first test."""
-    if not (folder / "test.json").exists():
-        return None
-    test = json.loads((folder / "test.json").read_text())
-    epochs = read_lines(folder / "epochs.jsonl")
-    steps = read_lines(folder / "steps.jsonl")
-    best = min(epochs, key=lambda record: record["valid_ppl"])
-    return {
-        **test,
-        "valid_ppl": best["valid_ppl"],
-        "best_epoch": best["epoch"],
-        "epochs": len(epochs),
-        "valid_ppls": [record["valid_ppl"] for record in epochs],
-        "cpu_seconds_per_epoch": round(cpu_seconds_per_epoch(folder), 1),
-        "peak_mib": round(max(step["peak_mib"] for step in steps)),
-    }
 
 
 def collect(out: Path) -> dict[str, dict[str, dict[str, Any]]]:

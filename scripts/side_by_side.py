@@ -22,15 +22,19 @@ from typing import Any
 
 __all__ = [
     "PLUGIN",
+    "WORDS_OWN",
     "call",
     "count_parameters",
-    "cpu_seconds_per_epoch",
+    "is_tested",
     "machine",
     "read_lines",
+    "read_run",
     "train_in_steps",
 ]
 
 PLUGIN = Path(__file__).resolve().parent.parent / "fairseq_lightrnn"
+# The 25 numbers of each word's own.
+WORDS_OWN = ["--word-bias", "--input-residual-dim", "16", "--output-residual-dim", "8"]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -68,7 +72,7 @@ def train_in_steps(
 
     Args:
         folder: of the run, where checkpoints lie too; what is there is gone on with.
-        flags: of the training, but ``--max-epoch`` and ``--save-dir``.
+        flags: of the training, but those of the CPU, the folder, the epochs and the log.
         epochs: of the whole training.
         step: epochs of a process.
         seconds: of the CPU, after which no further process starts.
@@ -82,7 +86,10 @@ def train_in_steps(
             return
         goal = min(done + step, epochs)
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-        arguments = [*flags, "--save-dir", folder, "--max-epoch", goal]
+        arguments = [
+            *flags, "--save-dir", folder, "--max-epoch", goal, "--cpu", "--num-workers", 0,
+            "--no-epoch-checkpoints", "--log-format", "json", "--log-interval", 1000,
+        ]  # fmt: skip
         output = call("train", *arguments, log=folder / "last-step.log")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -111,10 +118,32 @@ def _keep_epochs(output: str, path: Path) -> int:
     return len(found)
 
 
-def cpu_seconds_per_epoch(folder: Path) -> float:
-    """Returns the CPU seconds of an epoch, start of the process and validation included."""
+def is_tested(folder: Path) -> bool:
+    """Tells whether a run was tested after its last epoch."""
+    path = folder / "test.json"
+    last = read_lines(folder / "steps.jsonl")[-1]["epoch"]
+    return path.exists() and json.loads(path.read_text())["epoch"] == last
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """Returns what is known of one run, or None before its first test."""
+    if not (folder / "test.json").exists():
+        return None
+    test = json.loads((folder / "test.json").read_text())
+    epochs = read_lines(folder / "epochs.jsonl")
     steps = read_lines(folder / "steps.jsonl")
-    return sum(step["cpu_seconds"] for step in steps) / steps[-1]["epoch"]
+    # Starts of the processes and validations are part of the seconds.
+    seconds = sum(step["cpu_seconds"] for step in steps) / steps[-1]["epoch"]
+    best = min(epochs, key=lambda record: record["valid_ppl"])
+    return {
+        **test,
+        "valid_ppl": best["valid_ppl"],
+        "best_epoch": best["epoch"],
+        "epochs": len(epochs),
+        "valid_ppls": [record["valid_ppl"] for record in epochs],
+        "cpu_seconds_per_epoch": round(seconds, 1),
+        "peak_mib": round(max(step["peak_mib"] for step in steps)),
+    }
 
 
 def count_parameters(folder: Path, vocabulary: Iterable[str]) -> dict[str, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fairseq_lightrnn.components import ComponentSoftmax, TableLookup
 from fairseq_lightrnn.errors import UsageError
 
-__all__ = ["SeatedDecoder", "SourceEncoder"]
+__all__ = ["SeatedDecoder", "SeatedTranslation", "SourceEncoder"]
 
 
 class SeatedDecoder:
@@ -111,6 +111,27 @@ class SourceEncoder:
             _check_words(words, self.dictionary, "model's encoder")
         super().upgrade_state_dict_named(state_dict, name)  # type: ignore[misc]
         return state_dict
+
+
+class SeatedTranslation:
+    """Hands the words to be predicted to the decoder; to be mixed into an encoder-decoder model."""
+
+    encoder: Any
+    decoder: Any
+
+    def forward(
+        self,
+        src_tokens: Tensor,
+        src_lengths: Tensor,
+        prev_output_tokens: Tensor,
+        target_tokens: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Encodes sources and predicts; see the decoder's ``forward``."""
+        encoder_out = self.encoder(src_tokens, src_lengths)
+        predicted: tuple[Tensor, dict[str, Any]] = self.decoder(
+            prev_output_tokens, encoder_out=encoder_out, target_tokens=target_tokens
+        )
+        return predicted
 
 
 def _check_words(words: Tensor | None, dictionary: Any, who: str) -> None:

@@ -25,7 +25,7 @@ from fairseq_lightrnn.components import (
 from fairseq_lightrnn.distribution import next_word_log_probs
 from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.gated import GatedPredictor
-from fairseq_lightrnn.models._seated import SeatedDecoder, SourceEncoder
+from fairseq_lightrnn.models._seated import SeatedDecoder, SeatedTranslation, SourceEncoder
 from fairseq_lightrnn.models._table import (
     SourceTableConfig,
     check_numbers,
@@ -133,7 +133,7 @@ class LightRNNTransformerDecoder(SeatedDecoder, TransformerDecoderBase):
 
 
 @register_model("lightrnn_transformer")
-class LightRNNTransformerModel(TransformerModel):
+class LightRNNTransformerModel(SeatedTranslation, TransformerModel):
     """fairseq's transformer with a word table on the target side."""
 
     @classmethod
@@ -178,19 +178,6 @@ class LightRNNTransformerModel(TransformerModel):
             std = (dim * len(vectors.embedding.shape)) ** -0.5
             nn.init.normal_(vectors.embedding.weight, std=std)
         return cls(args, LightRNNTransformerEncoder(cfg, dictionary, vectors), decoder)
-
-    def forward(  # type: ignore[override]
-        self,
-        src_tokens: Tensor,
-        src_lengths: Tensor,
-        prev_output_tokens: Tensor,
-        target_tokens: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Encodes sources and predicts; see :meth:`LightRNNTransformerDecoder.forward`."""
-        encoder_out = self.encoder(src_tokens, src_lengths=src_lengths)
-        return self.decoder(
-            prev_output_tokens, encoder_out=encoder_out, target_tokens=target_tokens
-        )
 
 
 @register_model_architecture("lightrnn_transformer", "lightrnn_transformer")

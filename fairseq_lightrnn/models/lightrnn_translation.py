@@ -27,7 +27,7 @@ from fairseq_lightrnn.components import TableLookup, WordEmbedding
 from fairseq_lightrnn.composition import State
 from fairseq_lightrnn.distribution import next_word_log_probs
 from fairseq_lightrnn.errors import UsageError
-from fairseq_lightrnn.models._seated import SeatedDecoder, SourceEncoder
+from fairseq_lightrnn.models._seated import SeatedDecoder, SeatedTranslation, SourceEncoder
 from fairseq_lightrnn.models._table import (
     SourceTableConfig,
     check_numbers,
@@ -209,7 +209,7 @@ class LightRNNTranslationDecoder(SeatedDecoder, FairseqIncrementalDecoder):
 
 
 @register_model("lightrnn_translation", dataclass=LightRNNTranslationModelConfig)
-class LightRNNTranslationModel(FairseqEncoderDecoderModel):
+class LightRNNTranslationModel(SeatedTranslation, FairseqEncoderDecoderModel):
     """An LSTM encoder and a LightRNN decoder with attention as a fairseq model."""
 
     @classmethod
@@ -238,19 +238,6 @@ class LightRNNTranslationModel(FairseqEncoderDecoderModel):
             max_source_positions=task.args.max_source_positions,
         )
         return cls(encoder, decoder)
-
-    def forward(  # type: ignore[override]
-        self,
-        src_tokens: Tensor,
-        src_lengths: Tensor,
-        prev_output_tokens: Tensor,
-        target_tokens: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Encodes sources and predicts; see :meth:`LightRNNTranslationDecoder.forward`."""
-        encoder_out = self.encoder(src_tokens, src_lengths)
-        return self.decoder(
-            prev_output_tokens, encoder_out=encoder_out, target_tokens=target_tokens
-        )
 
 
 def _encoder_numbers(cfg: LightRNNTranslationModelConfig) -> tuple[int, int, float, float]:

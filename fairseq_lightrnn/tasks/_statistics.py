@@ -104,8 +104,10 @@ def gather_statistics(
     try:
         outputs = (_outputs(model, sample, losses) for sample in batches)
         for words, hidden in _exchange(outputs, (components, dim), device):
-            mine = (words >= own[0]) & (words < own[1])
-            statistics.add(words[mine], hidden[mine])
+            if kept != own:  # the first worker holds all words, but adds up its own
+                mine = words < own[1]
+                words, hidden = words[mine], hidden[mine]
+            statistics.add(words, hidden)
     finally:
         model.train(training)
     if world_size() > 1:
