@@ -349,7 +349,13 @@ def main() -> None:
         report["instances"] = before["instances"]
 
     def work(instance: Instance, name: str, directory: Path) -> None:
-        known = report["instances"].get(name, {}).get("solvers", {})
+        solvers = report["instances"].get(name, {}).get("solvers", {})
+        # A solver that failed, or had too little time, may do better now.
+        known = {
+            solver: result
+            for solver, result in solvers.items()
+            if "error" not in result or solver not in args.solvers
+        }
         report["instances"][name] = compare(
             instance, directory, args.time_limit, args.solvers, known
         )

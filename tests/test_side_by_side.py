@@ -1,0 +1,92 @@
+"""The books that the training benchmarks keep: epochs, seconds, interrupted runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "side_by_side.py"
+# Validation perplexities after epochs 1, 2, …
+LOSSES = [8, 7, 6, 6.5]
+
+
+@pytest.fixture
+def books(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module, with trainings that take no time: 10 CPU seconds an epoch by the clock."""
+    spec = importlib.util.spec_from_file_location("side_by_side", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "side_by_side", module)
+    spec.loader.exec_module(module)
+    module.trained = 0  # epochs that the checkpoint knows
+    module.calls = []
+    clock = {"used": 0.0}
+
+    def call(command: str, *arguments: Any, log: Path | None = None) -> str:
+        flags = list(map(str, arguments))
+        goal = int(flags[flags.index("--max-epoch") + 1])
+        module.calls.append((command, goal))
+        lines = []
+        for epoch in range(module.trained + 1, goal + 1):
+            clock["used"] += 10
+            lines.append(f'INFO | {{"epoch": {epoch}, "valid_loss": "{LOSSES[epoch - 1]}"}}')
+        module.trained = goal
+        return "\n".join(lines)
+
+    class Usage:
+        ru_stime = 0.0
+        ru_maxrss = 2048
+
+        def __init__(self) -> None:
+            self.ru_utime = clock["used"]
+
+    monkeypatch.setattr(module, "call", call)
+    monkeypatch.setattr(module.resource, "getrusage", lambda _: Usage())
+    return module
+
+
+def finish(books: ModuleType, folder: Path) -> dict[str, Any]:
+    """Writes what a test writes, and reads the run."""
+    last = books.read_lines(folder / "steps.jsonl")[-1]["epoch"]
+    (folder / "test.json").write_text(json.dumps({"epoch": last, "test_ppl": 60.0}))
+    run = books.read_run(folder)
+    assert isinstance(run, dict)
+    return run
+
+
+def test_steps_until_the_epochs_are_done(books: ModuleType, tmp_path: Path) -> None:
+    books.train_in_steps(tmp_path, ["data"], epochs=4, step=3)
+    assert books.calls == [("train", 3), ("train", 4)]
+    assert books.read_run(tmp_path) is None  # not tested yet
+    run = finish(books, tmp_path)
+    assert run["valid_ppls"] == [256, 128, 64, pytest.approx(2**6.5, abs=1e-3)]
+    assert (run["best_epoch"], run["valid_ppl"], run["epochs"]) == (3, 64, 4)
+    assert (run["cpu_seconds_per_epoch"], run["peak_mib"]) == (10, 2)
+
+
+def test_more_epochs_make_the_test_outdated(books: ModuleType, tmp_path: Path) -> None:
+    books.train_in_steps(tmp_path, [], epochs=2, step=2)
+    finish(books, tmp_path)
+    assert books.is_tested(tmp_path)
+    books.train_in_steps(tmp_path, [], epochs=2, step=2)
+    assert books.calls == [("train", 2)]  # nothing was left to do
+    books.train_in_steps(tmp_path, [], epochs=3, step=2)
+    assert not books.is_tested(tmp_path)
+
+
+def test_an_interrupted_process_costs_no_seconds(books: ModuleType, tmp_path: Path) -> None:
+    """Its epochs are in the checkpoint, its seconds are lost: they count like the others."""
+    books.trained = 1
+    books.train_in_steps(tmp_path, [], epochs=3, step=3)
+    assert books.read_lines(tmp_path / "steps.jsonl")[0]["cpu_seconds"] == 30
+
+
+def test_no_process_starts_after_the_seconds_are_spent(books: ModuleType, tmp_path: Path) -> None:
+    books.train_in_steps(tmp_path, [], epochs=4, step=1, seconds=15)
+    assert books.calls == [("train", 1), ("train", 2)]
