@@ -149,7 +149,10 @@ def ortools_flow(instance: Instance, keep: int = 200) -> np.ndarray:
 
     words, columns, values = _pruned(instance, keep)
     assignment = solver.SimpleLinearSumAssignment()
-    assignment.add_arcs_with_cost(words, columns, np.round(values * 1e3).astype(np.int64))
+    # Whole numbers, as exact as its prices allow: they may reach the square of the words times a
+    # cost.
+    scale = min(1e3, 1e18 / (instance.table.num_words**2 * values.max()))
+    assignment.add_arcs_with_cost(words, columns, np.round(values * scale).astype(np.int64))
     if assignment.solve() != assignment.OPTIMAL:
         raise RuntimeError("OR-tools found no assignment")
     matched = [assignment.right_mate(word) for word in range(instance.table.num_words)]

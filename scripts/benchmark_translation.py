@@ -11,7 +11,7 @@ Finished runs are kept, interrupted ones go on from their last checkpoint.
 Systems (``--systems``): fairseq's ``lstm`` and ``transformer``, and this plugin's
 ``lightrnn_translation`` with the paper's composition (``lightrnn``), with the gated one and 25
 numbers of each word's own (``lightrnn-gated``), and ``lightrnn_transformer`` with those numbers.
-All are trained alike, and tested with the checkpoint of the best validation loss. Question
+All are trained alike, and tested with the checkpoint of the best validation perplexity. Question
 answering is translation here: ``--metrics answers`` counts exact matches and common words.
 
 Training speed is target words per CPU second of the training processes, their start and validation
@@ -161,6 +161,7 @@ def train(system: str, data: Path, folder: Path, args: argparse.Namespace) -> No
         args.target, "--dropout", args.dropout, "--max-tokens", args.max_tokens,
         "--optimizer", "adam", "--lr", args.lr, "--lr-scheduler", "inverse_sqrt",
         "--warmup-updates", 400, "--clip-norm", 1, "--seed", args.seed,
+        "--best-checkpoint-metric", "nll_loss",
     ]  # fmt: skip
     train_in_steps(folder, flags, args.epochs, args.step)
 

@@ -33,6 +33,8 @@ __all__ = [
 ]
 
 PLUGIN = Path(__file__).resolve().parent.parent / "fairseq_lightrnn"
+# What fairseq logs after an epoch's validation.
+_EPOCH = r"\{\"epoch\": \d+, \"valid_loss\".*\}"
 # The 25 numbers of each word's own.
 WORDS_OWN = ["--word-bias", "--input-residual-dim", "16", "--output-residual-dim", "8"]
 
@@ -81,41 +83,44 @@ def train_in_steps(
     while True:
         steps = read_lines(folder / "steps.jsonl")
         done = steps[-1]["epoch"] if steps else 0
-        spent = sum(step["cpu_seconds"] for step in steps)
-        if done >= epochs or (seconds is not None and spent >= seconds):
+        if done >= epochs or (seconds is not None and done * _seconds_per_epoch(steps) >= seconds):
             return
         goal = min(done + step, epochs)
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
         arguments = [
             *flags, "--save-dir", folder, "--max-epoch", goal, "--cpu", "--num-workers", 0,
             "--no-epoch-checkpoints", "--log-format", "json", "--log-interval", 1000,
+            "--log-file", folder / "train.log",
         ]  # fmt: skip
-        output = call("train", *arguments, log=folder / "last-step.log")
+        output = call("train", *arguments)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        trained = _keep_epochs(output, folder / "epochs.jsonl")
+        _keep_epochs((folder / "train.log").read_text(), folder / "epochs.jsonl")
         record = {
             "epoch": goal,
-            # An interrupted process left epochs behind, but not its seconds.
-            "cpu_seconds": round(used * (goal - done) / max(trained, 1), 1),
+            # Fewer than the step has, if an interrupted process left some behind.
+            "trained": len(set(re.findall(_EPOCH, output))),
+            "cpu_seconds": round(used, 1),
             "seconds": round(time.monotonic() - start, 1),
             "peak_mib": round(after.ru_maxrss / 1024),
         }
         append_line(folder / "steps.jsonl", record)
 
 
-def _keep_epochs(output: str, path: Path) -> int:
-    """Appends each epoch's validation to a file; returns how many epochs the output has."""
+def _keep_epochs(log: str, path: Path) -> None:
+    """Appends the validation of each epoch in a log to a file, unless it is there."""
     known = {record["epoch"] for record in read_lines(path)}
-    found = {}
-    for line in re.findall(r"\{\"epoch\": \d+, \"valid_loss\".*\}", output):
-        record = json.loads(line)
-        found[record["epoch"]] = record
+    found = {record["epoch"]: record for record in map(json.loads, re.findall(_EPOCH, log))}
     for epoch, record in found.items():
         if epoch not in known:
             loss = float(record.get("valid_nll_loss", record["valid_loss"]))
             append_line(path, {"epoch": epoch, "valid_ppl": round(2**loss, 3)})
-    return len(found)
+
+
+def _seconds_per_epoch(steps: list[dict[str, Any]]) -> float:
+    """Returns the CPU seconds of an epoch, those of interrupted processes left out."""
+    trained = sum(step["trained"] for step in steps)
+    return sum(step["cpu_seconds"] for step in steps if step["trained"]) / max(1, trained)
 
 
 def is_tested(folder: Path) -> bool:
@@ -132,8 +137,6 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     test = json.loads((folder / "test.json").read_text())
     epochs = read_lines(folder / "epochs.jsonl")
     steps = read_lines(folder / "steps.jsonl")
-    # Starts of the processes and validations are part of the seconds.
-    seconds = sum(step["cpu_seconds"] for step in steps) / steps[-1]["epoch"]
     best = min(epochs, key=lambda record: record["valid_ppl"])
     return {
         **test,
@@ -141,7 +144,8 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         "best_epoch": best["epoch"],
         "epochs": len(epochs),
         "valid_ppls": [record["valid_ppl"] for record in epochs],
-        "cpu_seconds_per_epoch": round(seconds, 1),
+        # Starts of the processes and validations are part of it.
+        "cpu_seconds_per_epoch": round(_seconds_per_epoch(steps), 1),
         "peak_mib": round(max(step["peak_mib"] for step in steps)),
     }
 

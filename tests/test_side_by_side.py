@@ -37,6 +37,8 @@ def books(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
             clock["used"] += 10
             lines.append(f'INFO | {{"epoch": {epoch}, "valid_loss": "{LOSSES[epoch - 1]}"}}')
         module.trained = goal
+        with open(flags[flags.index("--log-file") + 1], "a") as file:
+            file.writelines(line + "\n" for line in lines * 2)  # fairseq repeats itself
         return "\n".join(lines)
 
     class Usage:
@@ -81,10 +83,22 @@ def test_more_epochs_make_the_test_outdated(books: ModuleType, tmp_path: Path) -
 
 
 def test_an_interrupted_process_costs_no_seconds(books: ModuleType, tmp_path: Path) -> None:
-    """Its epochs are in the checkpoint, its seconds are lost: they count like the others."""
-    books.trained = 1
+    """Its epochs are in the log and count; its seconds are lost, those of the others stand for
+    them.
+    """
+    books.call("train", "--max-epoch", 1, "--log-file", tmp_path / "train.log")
     books.train_in_steps(tmp_path, [], epochs=3, step=3)
-    assert books.read_lines(tmp_path / "steps.jsonl")[0]["cpu_seconds"] == 30
+    run = finish(books, tmp_path)
+    assert run["valid_ppls"] == [256, 128, 64]
+    assert run["cpu_seconds_per_epoch"] == 10
+
+
+def test_a_process_that_finds_all_epochs_trained(books: ModuleType, tmp_path: Path) -> None:
+    books.train_in_steps(tmp_path, [], epochs=1, step=1)
+    books.call("train", "--max-epoch", 2, "--log-file", tmp_path / "train.log")
+    books.train_in_steps(tmp_path, [], epochs=2, step=1)
+    run = finish(books, tmp_path)
+    assert (run["epochs"], run["cpu_seconds_per_epoch"]) == (2, 10)
 
 
 def test_no_process_starts_after_the_seconds_are_spent(books: ModuleType, tmp_path: Path) -> None:
