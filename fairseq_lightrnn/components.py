@@ -1,9 +1,9 @@
-"""Component vectors: how words are looked up in the table, embedded and predicted.
+"""Component vectors: how words are embedded and predicted.
 
-The word table itself (:class:`TableLookup`), the input vectors (:class:`ComponentEmbedding`) and
-the output softmaxes (:class:`ComponentSoftmax`) of LightRNN (arXiv 1610.09893, section 3.1), for
-any number k of components. The vectors of all components lie in one matrix of ΣR_i rows, component
-after component, R_i being the size of component i.
+The input vectors (:class:`ComponentEmbedding`) and the output softmaxes
+(:class:`ComponentSoftmax`) of LightRNN (arXiv 1610.09893, section 3.1), for any number k of
+components. The vectors of all components lie in one matrix of ΣR_i rows, component after
+component, R_i being the size of component i.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairseq_lightrnn.word_table import WordTable, balanced_cells
+from fairseq_lightrnn.frequent_words import FrequentInput, FrequentOutput, FrequentSize
+from fairseq_lightrnn.table_lookup import TableLookup
 
 __all__ = [
     "ComponentEmbedding",
     "ComponentSoftmax",
-    "TableLookup",
     "WordEmbedding",
     "at_least_float32",
 ]
@@ -29,141 +28,9 @@ __all__ = [
 _INIT_RANGE = 0.1
 
 
-class TableLookup(nn.Module):
-    """The word table as part of a model: its coordinates are a buffer and travel with checkpoints.
-
-    Starts as an arbitrary balanced table; :meth:`seat` puts another one in.
-
-    Args:
-        num_words: V.
-        shape: the k sizes of the table.
-
-    Attributes:
-        coordinates: int32 buffer of shape (V, k).
-        cells: int64 of shape (V,), the flat, row-major cell of each word; derived.
-        words: int64 of shape (cells,), the word in each cell, 0 where empty; derived.
-    """
-
-    coordinates: Tensor
-    cells: Tensor
-    words: Tensor
-
-    def __init__(self, num_words: int, shape: Sequence[int]) -> None:
-        super().__init__()
-        table = WordTable.from_cells(balanced_cells(num_words, shape), shape)
-        self.shape = table.shape
-        self.register_buffer("coordinates", torch.empty(num_words, len(shape), dtype=torch.int32))
-        self.register_buffer("cells", torch.empty(num_words, dtype=torch.int64), False)
-        self.register_buffer("words", torch.empty(table.num_cells, dtype=torch.int64), False)
-        for component in range(len(shape)):
-            self.register_buffer(f"_occupied{component}", None, False)
-            self.register_buffer(f"_shares{component}", None, False)
-        self.seat(table)
-        self.register_load_state_dict_post_hook(lambda module, _: module.seat(module.table()))
-
-    @property
-    def num_words(self) -> int:
-        """V, the number of words."""
-        return len(self.coordinates)
-
-    @property
-    def num_components(self) -> int:
-        """k, the number of coordinates of a word."""
-        return len(self.shape)
-
-    def table(self) -> WordTable:
-        """Returns the word table in force."""
-        return WordTable(self.coordinates.cpu().numpy(), self.shape)
-
-    def seat(self, table: WordTable) -> None:
-        """Puts a table of the same words and shape into force.
-
-        Raises:
-            ValueError: if the table has another number of words or another shape.
-        """
-        if table.shape != self.shape or table.num_words != self.num_words:
-            raise ValueError(
-                f"the model needs a table of {self.num_words} words and shape {self.shape}, "
-                f"got {table.num_words} words and shape {table.shape}"
-            )
-        self.coordinates.copy_(torch.from_numpy(np.array(table.coordinates)))
-        self.cells.copy_(torch.from_numpy(np.array(table.cells)))
-        self.words.copy_(torch.from_numpy(table.words.clip(min=0)))
-        for component in range(self.num_components):
-            occupied = table.occupied(component)
-            # None: every value leads to a word, nothing needs a mask.
-            mask = None if occupied.all() else torch.from_numpy(occupied)
-            setattr(self, f"_occupied{component}", _to_device(mask, self.coordinates.device))
-            shares = _shares(table, component) if component + 1 < self.num_components else None
-            setattr(self, f"_shares{component}", _to_device(shares, self.coordinates.device))
-
-    def forward(self, words: Tensor) -> Tensor:
-        """Returns the coordinates, int64 of shape (..., k), of words of shape (...)."""
-        return F.embedding(words, self.coordinates).long()
-
-    def occupied(self, component: int, prefix: Tensor) -> Tensor | None:
-        """Tells which values of a component lead to a word.
-
-        Args:
-            component: i.
-            prefix: the coordinates before it, integers of shape (N, i).
-
-        Returns:
-            Booleans of shape (N, R_i), or None where all are true.
-        """
-        mask: Tensor | None = getattr(self, f"_occupied{component}")
-        return None if mask is None else mask[self.flatten(prefix)]
-
-    def shares(self, component: int, prefix: Tensor) -> Tensor:
-        """Tells how the words that share a prefix are spread over the values of a component.
-
-        Args:
-            component: i.
-            prefix: the coordinates before it, integers of shape (N, i).
-
-        Returns:
-            The share of these words that each value leads to, shape (N, R_i) or (1, R_i).
-        """
-        if component + 1 < self.num_components:
-            of_groups: Tensor = getattr(self, f"_shares{component}")
-            return of_groups[self.flatten(prefix)]
-        occupied = self.occupied(component, prefix)
-        if occupied is None:
-            size = self.shape[component]
-            return torch.full((1, size), 1 / size, device=prefix.device)
-        return occupied / occupied.sum(1, keepdim=True)
-
-    def flatten(self, coordinates: Tensor) -> Tensor:
-        """Numbers groups of cells in row-major order.
-
-        Args:
-            coordinates: of the first i components, integers of shape (..., i).
-
-        Returns:
-            Integers of shape (...); of whole words (i = k) these are their cells.
-        """
-        number = torch.zeros_like(coordinates[..., :1].sum(-1))
-        for size, coordinate in zip(self.shape, coordinates.unbind(-1), strict=False):
-            number = number * size + coordinate
-        return number
-
-
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Returns half-precision numbers as float32, others as they are."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def _to_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
-
-
-def _shares(table: WordTable, component: int) -> Tensor:
-    """Returns the share of each value (groups, R_i) in the words of each prefix."""
-    below = table.num_cells // int(np.prod(table.shape[: component + 1]))
-    counts = np.bincount(table.cells // below, minlength=table.num_cells // below)
-    counts = counts.reshape(-1, table.shape[component])
-    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-    return torch.from_numpy(shares.astype(np.float32))
 
 
 class ComponentEmbedding(nn.Module):
@@ -178,6 +45,7 @@ class ComponentEmbedding(nn.Module):
         dropout: the probability that training drops a whole vector, for all of its occurrences in a
             batch; the others are scaled. Words' residuals are vectors of their own: dropped word by
             word, whatever becomes of the words' components (arXiv 1708.02182, section 4.3).
+        frequent: further numbers that frequent words have, added likewise.
 
     Attributes:
         weight: parameter of shape (ΣR_i, dim).
@@ -190,6 +58,7 @@ class ComponentEmbedding(nn.Module):
         table: TableLookup | None = None,
         residual_dim: int = 0,
         dropout: float = 0.0,
+        frequent: FrequentSize | None = None,
     ) -> None:
         super().__init__()
         self.shape = tuple(shape)
@@ -200,13 +69,19 @@ class ComponentEmbedding(nn.Module):
         self.register_buffer("offsets", offsets, persistent=False)
         nn.init.uniform_(self.weight, -_INIT_RANGE, _INIT_RANGE)
         self.residual: nn.Embedding | None = None
+        self.frequent: FrequentInput | None = None
+        if not residual_dim and frequent is None:
+            return
+        if table is None:
+            raise ValueError("residuals belong to words: give the table in force")
+        self._table = (table,)
         if residual_dim:
-            if table is None:
-                raise ValueError("residuals belong to words: give the table in force")
-            self._table = (table,)
             self.residual = nn.Embedding(table.num_words, residual_dim)
             nn.init.zeros_(self.residual.weight)
             self.projection = nn.Linear(residual_dim, dim, bias=False)
+        if frequent is not None:
+            frequent.check(table.num_words)
+            self.frequent = FrequentInput(frequent, dim)
 
     def forward(self, coordinates: Tensor, first_component: int = 0) -> Tensor:
         """Looks vectors up.
@@ -221,13 +96,16 @@ class ComponentEmbedding(nn.Module):
         size = coordinates.size(-1)
         offsets = self.offsets[first_component : first_component + size]
         vectors = self._look_up(coordinates + offsets, self.weight)
-        if self.residual is None or size < len(self.shape):
+        if size < len(self.shape) or (self.residual is None and self.frequent is None):
             return vectors
         (table,) = self._table
         words = table.words[table.flatten(coordinates)]
-        residuals = self._look_up(words, self.residual.weight)
-        last = vectors[..., -1:, :] + self.projection(residuals)[..., None, :]
-        return torch.cat([vectors[..., :-1, :], last], dim=-2)
+        last = vectors[..., -1, :]
+        if self.residual is not None:
+            last = last + self.projection(self._look_up(words, self.residual.weight))
+        if self.frequent is not None:
+            last = last + self.frequent(words, self._look_up)
+        return torch.cat([vectors[..., :-1, :], last[..., None, :]], dim=-2)
 
     def _look_up(self, index: Tensor, weight: Tensor) -> Tensor:
         """Returns rows of a matrix, some of the rows dropped in training."""
@@ -275,22 +153,24 @@ class ComponentSoftmax(nn.Module):
     predicted from a hidden output of its own (arXiv 1610.09893, equations 2 and 3). Values that
     lead to no word have probability 0, so the probabilities of the V words sum to 1.
 
-    Two additions give a word numbers of its own, which move with it from cell to cell: a bias, and
-    a residual of e numbers that is multiplied with the last e numbers of an output. Both are added
-    to the logits of its last component.
+    Additions give a word numbers of its own, which move with it from cell to cell: a bias, and a
+    residual of e numbers that is multiplied with the last e numbers of an output; of these, the
+    last ones meet further residuals that only frequent words have. All are added to the logits of
+    the word's last component.
 
     Args:
         table: the word table in force.
         dim: d, the width of the outputs without what residuals are multiplied with.
         weight: share this parameter of shape (ΣR_i, d) rather than having one.
         word_bias: give every word a bias.
-        residual_dim: e, the width of every word's residual; 0 for none.
+        residual_dim: the width of every word's residual; 0 for none.
+        frequent: the residuals that frequent words have besides; e is the sum of both widths.
 
     Attributes:
         weight: parameter of shape (ΣR_i, d).
         bias: parameter of shape (ΣR_i,).
         word_bias: parameter of shape (V,), or None.
-        residual: parameter of shape (V, e), or None. Bias and residual start at zero.
+        residual: parameter of shape (V, residual_dim), or None. Bias and residual start at zero.
     """
 
     def __init__(
@@ -300,6 +180,7 @@ class ComponentSoftmax(nn.Module):
         weight: nn.Parameter | None = None,
         word_bias: bool = False,
         residual_dim: int = 0,
+        frequent: FrequentSize | None = None,
     ) -> None:
         super().__init__()
         rows = sum(table.shape)
@@ -316,6 +197,10 @@ class ComponentSoftmax(nn.Module):
         words = table.num_words
         self.word_bias = nn.Parameter(torch.zeros(words)) if word_bias else None
         self.residual = nn.Parameter(torch.zeros(words, residual_dim)) if residual_dim else None
+        self.frequent = None
+        if frequent is not None:
+            frequent.check(words)
+            self.frequent = FrequentOutput(frequent)
 
     @property
     def table(self) -> TableLookup:
@@ -352,9 +237,14 @@ class ComponentSoftmax(nn.Module):
         logits: Tensor | float = 0.0
         if self.word_bias is not None:
             logits = logits + self._of_groups(self.word_bias[:, None], prefix).squeeze(2)
+        dim = 0
         if self.residual is not None:
+            dim = self.residual.size(1)
             residuals = self._of_groups(self.residual, prefix)
-            logits = logits + torch.einsum("nse,ne->ns", residuals, query)
+            logits = logits + torch.einsum("nse,ne->ns", residuals, query[:, :dim])
+        if self.frequent is not None:
+            words, places = self.table.frequent(len(self.frequent.residual), prefix)
+            logits = logits + self.frequent(query[:, dim:], words, places, self.table.shape[-1])
         return logits
 
     def _of_groups(self, values: Tensor, prefix: Tensor) -> Tensor:

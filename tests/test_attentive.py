@@ -15,8 +15,9 @@ from fairseq_lightrnn.attentive import (
     AttentiveRecurrentComposition,
     Memory,
 )
-from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax, TableLookup
+from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax
 from fairseq_lightrnn.distribution import next_word_log_probs
+from fairseq_lightrnn.table_lookup import TableLookup
 from fairseq_lightrnn.top_words import top_words
 from fairseq_lightrnn.word_table import WordTable
 

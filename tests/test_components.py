@@ -5,12 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_lightrnn.components import (
-    ComponentEmbedding,
-    ComponentSoftmax,
-    TableLookup,
-    WordEmbedding,
-)
+from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax, WordEmbedding
+from fairseq_lightrnn.table_lookup import TableLookup
 from fairseq_lightrnn.word_table import WordTable
 
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax, TableLookup
+from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax
 from fairseq_lightrnn.distribution import next_word_log_probs
+from fairseq_lightrnn.frequent_words import FrequentSize
 from fairseq_lightrnn.gated import GatedComposition
 from fairseq_lightrnn.recurrent import RecurrentComposition
+from fairseq_lightrnn.table_lookup import TableLookup
 from fairseq_lightrnn.word_table import WordTable
 
 DIM, HIDDEN = 5, 6
@@ -38,13 +40,18 @@ class Model(nn.Module):
         kind = {"recurrent": RecurrentComposition, "gated": GatedComposition}[composition]
         self.table = TableLookup(words, shape)
         self.table.seat(WordTable.from_cells(cells, shape))
-        embedding = ComponentEmbedding(shape, DIM, self.table, residual_in)
-        self.composition = kind(embedding, HIDDEN, layers, residual_dim=residual_out)
-        self.softmax = ComponentSoftmax(self.table, HIDDEN, None, own_numbers, residual_out)
+        frequent = FrequentSize(words // 2, 4) if own_numbers else None
+        embedding = ComponentEmbedding(shape, DIM, self.table, residual_in, frequent=frequent)
+        query = residual_out + (frequent.dim if frequent else 0)
+        self.composition = kind(embedding, HIDDEN, layers, residual_dim=query)
+        self.softmax = ComponentSoftmax(
+            self.table, HIDDEN, None, own_numbers, residual_out, frequent
+        )
         nn.init.normal_(self.softmax.bias)
         if own_numbers:
             for parameter in (
-                embedding.residual.weight, self.softmax.word_bias, self.softmax.residual
+                embedding.residual.weight, embedding.frequent.residual.weight,
+                self.softmax.word_bias, self.softmax.residual, self.softmax.frequent.residual,
             ):  # fmt: skip
                 nn.init.normal_(parameter)
         self.double()
@@ -77,7 +84,11 @@ class StepByStep:
         embedding = self.model.composition.embedding
         if embedding.residual is None:
             return 0.0
-        return embedding.projection.weight @ embedding.residual.weight[word]
+        vector = embedding.projection.weight @ embedding.residual.weight[word]
+        wide = embedding.frequent
+        if word < len(wide.residual.weight):
+            vector = vector + wide.projection.weight @ wide.residual.weight[word]
+        return vector
 
     def read(self, vector: Tensor) -> Tensor:
         output, self.state = self.model.composition.lstm(vector.view(1, 1, -1), self.state)
@@ -133,7 +144,11 @@ class StepByStep:
                 logit = softmax.weight[start + value] @ output + softmax.bias[start + value]
                 if component == len(self.shape) - 1 and softmax.word_bias is not None:
                     query = self.model.composition.query.weight @ base
-                    logit = logit + softmax.word_bias[other] + softmax.residual[other] @ query
+                    residual, wide = softmax.residual, softmax.frequent.residual
+                    own = residual[other] @ query[: residual.size(1)]
+                    if other < len(wide):
+                        own = own + wide[other] @ query[residual.size(1) :]
+                    logit = logit + softmax.word_bias[other] + own
                 logits[value] = logit
         chosen = logits[self.coordinates[word][component]]
         return chosen - torch.logsumexp(torch.stack(list(logits.values())), 0)
@@ -187,7 +202,7 @@ def test_carried_state_makes_blocks_one_text(
     for start in range(0, 13, length):
         block = text[:, start : start + length + 1]
         hidden, state = model.composition(model.table(block), state)
-        assert hidden.shape == (3, block.size(1) - 1, len(shape), HIDDEN + 2)
+        assert hidden.shape == (3, block.size(1) - 1, len(shape), HIDDEN + 2 + 4)
         parts.append(hidden)
     torch.testing.assert_close(torch.cat(parts, 1), whole)
 

@@ -193,12 +193,16 @@ class TestTraining:
         """Biases and residuals train, are reallocated with their words and evaluate alike."""
         records = train(
             data, tmp_path, "--word-bias", arch=architecture, num_components=components,
-            input_residual_dim=3, output_residual_dim=2, reallocate_epochs=1, max_epoch=2,
+            input_residual_dim=3, output_residual_dim=2, frequent_words=9,
+            frequent_residual_dim=4, reallocate_epochs=1, max_epoch=2,
         )  # fmt: skip
         state = load(tmp_path / "checkpoint2.pt")["model"]
         assert state["decoder.softmax.word_bias"].abs().sum() > 0
         assert state["decoder.softmax.residual"].shape == (48, 2)
         assert state["decoder.composition.embedding.residual.weight"].abs().sum() > 0
+        for side in ("composition.embedding.frequent.residual.weight", "softmax.frequent.residual"):
+            assert state[f"decoder.{side}"].shape == (9, 4)
+            assert state[f"decoder.{side}"].abs().sum() > 0
         gated = any("transforms" in name for name in state)
         assert gated == (architecture == "lightrnn_lm_gated" and components > 1)
         loss = eval_lm(
@@ -458,6 +462,8 @@ class TestBadInput:
             ({"reallocation_memory": -1}, "--reallocation-memory -1.0: must be above 0"),
             ({"reallocation_row_weight": 2}, "belongs to --reallocation-objective joint"),
             ({"output_residual_dim": -1}, "--output-residual-dim -1: must not be negative"),
+            ({"frequent_words": 49}, "--frequent-words 49: the dictionary has 48 words"),
+            ({"frequent_residual_dim": 0}, "--frequent-residual-dim 0: must be at least 1"),
             ({"dropout": 1.5}, "--dropout 1.5: must be at least 0 and below 1"),
             ({"reallocate_epochs": 3}, "after epoch 3 no epoch of training follows"),
             ({"reallocate_epochs": 4}, "after epoch 4 no epoch of training follows"),

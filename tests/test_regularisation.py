@@ -10,7 +10,7 @@ from test_lightrnn_lm import Words, config
 from tiny_models import COMPOSITIONS
 from torch import Tensor, nn
 
-from fairseq_lightrnn.components import ComponentEmbedding, TableLookup
+from fairseq_lightrnn.components import ComponentEmbedding
 from fairseq_lightrnn.composition import Composition
 from fairseq_lightrnn.models.lightrnn_lm import LightRNNDecoder
 from fairseq_lightrnn.regularisation import (
@@ -19,6 +19,7 @@ from fairseq_lightrnn.regularisation import (
     mean_square,
     mean_square_change,
 )
+from fairseq_lightrnn.table_lookup import TableLookup
 
 SHAPES = [(12,), (3, 4), (2, 3, 2)]
 RATE = 0.4

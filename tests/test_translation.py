@@ -180,9 +180,11 @@ class TestTraining:
     ) -> None:
         train_translation(
             pairs, tmp_path, "--word-bias", arch=arch, input_residual_dim=3,
-            output_residual_dim=2, reallocate_epochs=1, max_epoch=2,
+            output_residual_dim=2, frequent_words=9, frequent_residual_dim=4,
+            reallocate_epochs=1, max_epoch=2,
         )  # fmt: skip
         state = load(tmp_path / "checkpoint2.pt")["model"]
+        assert state["decoder.softmax.frequent.residual"].abs().sum() > 0
         assert state["decoder.softmax.word_bias"].abs().sum() > 0
         assert state["decoder.softmax.residual"].shape == (40, 2)
         found, _ = translate(capsys, pairs, tmp_path / "checkpoint2.pt", "--beam", 2)

@@ -13,12 +13,13 @@ from test_lightrnn_lm import Words, config
 from test_regularisation import slow_penalties
 from torch import Tensor, nn
 
-from fairseq_lightrnn.components import ComponentSoftmax, TableLookup
+from fairseq_lightrnn.components import ComponentSoftmax
 from fairseq_lightrnn.criterions.two_component_cross_entropy import (
     TwoComponentCrossEntropyCriterion,
     component_names,
 )
 from fairseq_lightrnn.models.lightrnn_lm import LightRNNDecoder, LightRNNLanguageModel
+from fairseq_lightrnn.table_lookup import TableLookup
 from fairseq_lightrnn.word_table import WordTable
 
 PAD = 1

@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax, TableLookup
+from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax
 from fairseq_lightrnn.composition import Composition, Context
+from fairseq_lightrnn.frequent_words import FrequentSize
 from fairseq_lightrnn.gated import GatedComposition
 from fairseq_lightrnn.recurrent import RecurrentComposition
+from fairseq_lightrnn.table_lookup import TableLookup
 from fairseq_lightrnn.word_table import WordTable
 
 COMPOSITIONS = [RecurrentComposition, GatedComposition]
@@ -45,9 +47,10 @@ def build(
     cells = np.random.default_rng(seed).permutation(lookup.table().cells)
     lookup.seat(WordTable.from_cells(cells, shape))
     residual = 2 if extras else 0
-    embedding = ComponentEmbedding(shape, 5, lookup, residual)
-    composition = kind(embedding, 6, 2, residual_dim=residual)
-    softmax = ComponentSoftmax(lookup, 6, None, extras, residual)
+    frequent = FrequentSize(max(1, words // 3), 3) if extras else None
+    embedding = ComponentEmbedding(shape, 5, lookup, residual, frequent=frequent)
+    composition = kind(embedding, 6, 2, residual_dim=residual + (3 if extras else 0))
+    softmax = ComponentSoftmax(lookup, 6, None, extras, residual, frequent)
     model = Model(composition.double().eval(), softmax.double().eval())
     with torch.no_grad():
         for parameter in [*composition.parameters(), *softmax.parameters()]:

@@ -59,6 +59,7 @@ def build(
     common = {
         "num_components": len(shape), "table_shape": "x".join(map(str, shape)), "dropout": 0.0,
         "word_bias": extras, "input_residual_dim": 3 * extras, "output_residual_dim": 2 * extras,
+        "frequent_words": words // 3 * extras, "frequent_residual_dim": 2,
     }  # fmt: skip
     target = dictionary(words)
     job = task(source or dictionary(11, "s"), target)

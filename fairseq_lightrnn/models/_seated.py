@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_lightrnn.components import ComponentSoftmax, TableLookup
+from fairseq_lightrnn.components import ComponentSoftmax
 from fairseq_lightrnn.errors import UsageError
+from fairseq_lightrnn.table_lookup import TableLookup
 
 __all__ = ["SeatedDecoder", "SeatedTranslation", "SourceEncoder"]
 

@@ -7,8 +7,10 @@ from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
-from fairseq_lightrnn.components import ComponentEmbedding, TableLookup, WordEmbedding
+from fairseq_lightrnn.components import ComponentEmbedding, WordEmbedding
 from fairseq_lightrnn.errors import UsageError, usage_errors
+from fairseq_lightrnn.frequent_words import FrequentSize
+from fairseq_lightrnn.table_lookup import TableLookup
 from fairseq_lightrnn.word_table import check_shape, default_shape
 
 __all__ = [
@@ -16,7 +18,9 @@ __all__ = [
     "TableConfig",
     "check_numbers",
     "check_task",
+    "frequent_size",
     "parse_shape",
+    "query_dim",
     "source_embedding",
     "table_shape",
 ]
@@ -46,6 +50,20 @@ class TableConfig(FairseqDataclass):
     )
     output_residual_dim: int = field(
         default=0, metadata={"help": "numbers of its own with which every word is predicted"}
+    )
+    frequent_words: int = field(
+        default=0,
+        metadata={
+            "help": "give that many words, the first of the dictionary (fairseq sorts it by "
+            "count), --frequent-residual-dim further numbers of their own"
+        },
+    )
+    frequent_residual_dim: int = field(
+        default=64,
+        metadata={
+            "help": "further numbers of each of the --frequent-words, as many for input as for "
+            "output"
+        },
     )
 
 
@@ -101,9 +119,30 @@ def table_shape(cfg: Any, num_words: int, flag: str = "--table-shape") -> tuple[
     return shape
 
 
+def frequent_size(cfg: Any, num_words: int) -> FrequentSize | None:
+    """Returns what ``--frequent-words`` and ``--frequent-residual-dim`` ask for.
+
+    Raises:
+        UsageError: if there are not so many words.
+    """
+    if cfg.frequent_words == 0:
+        return None
+    if not 0 < cfg.frequent_words <= num_words:
+        raise UsageError(
+            f"--frequent-words {cfg.frequent_words}: the dictionary has {num_words} words; give "
+            "from 0 to that many"
+        )
+    return FrequentSize(cfg.frequent_words, cfg.frequent_residual_dim)
+
+
+def query_dim(cfg: Any) -> int:
+    """Returns the width of what output residuals are multiplied with."""
+    return cfg.output_residual_dim + (cfg.frequent_residual_dim if cfg.frequent_words else 0)
+
+
 def check_numbers(cfg: Any, sizes: tuple[str, ...], dropouts: tuple[str, ...] = ()) -> None:
     """Refuses sizes below 1, negative residuals and dropouts that are no probability."""
-    for name in sizes:
+    for name in (*sizes, "frequent_residual_dim"):
         if getattr(cfg, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
     for name in ("input_residual_dim", "output_residual_dim"):
@@ -153,7 +192,8 @@ def source_embedding(
     if kind == "own":
         shape = table_shape(cfg, len(source), "--source-table-shape")
         own = TableLookup(len(source), shape)
-        vectors = ComponentEmbedding(shape, dim, own, cfg.input_residual_dim)
+        frequent = frequent_size(cfg, len(source))
+        vectors = ComponentEmbedding(shape, dim, own, cfg.input_residual_dim, frequent=frequent)
         return WordEmbedding(own, vectors, source.pad(), owns_table=True)
     if kind == "shared":
         if source.symbols != target.symbols:

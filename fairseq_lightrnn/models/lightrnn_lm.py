@@ -18,15 +18,23 @@ from fairseq.models import (
 )
 from torch import Tensor
 
-from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax, TableLookup
+from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax
 from fairseq_lightrnn.composition import Composition, Context
 from fairseq_lightrnn.distribution import next_word_log_probs
 from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.gated import GatedComposition
 from fairseq_lightrnn.models._carried_state import CarriedState
 from fairseq_lightrnn.models._seated import SeatedDecoder
-from fairseq_lightrnn.models._table import TableConfig, check_numbers, check_task, table_shape
+from fairseq_lightrnn.models._table import (
+    TableConfig,
+    check_numbers,
+    check_task,
+    frequent_size,
+    query_dim,
+    table_shape,
+)
 from fairseq_lightrnn.recurrent import RecurrentComposition
+from fairseq_lightrnn.table_lookup import TableLookup
 
 if TYPE_CHECKING:
     from fairseq_lightrnn.language_model import LanguageModel
@@ -124,7 +132,12 @@ def check_config(cfg: LightRNNLanguageModelConfig) -> None:
 def build_embedding(cfg: LightRNNLanguageModelConfig, table: TableLookup) -> ComponentEmbedding:
     """Returns the input vectors that the flags ask for."""
     return ComponentEmbedding(
-        table.shape, cfg.embed_dim, table, cfg.input_residual_dim, cfg.component_dropout
+        table.shape,
+        cfg.embed_dim,
+        table,
+        cfg.input_residual_dim,
+        cfg.component_dropout,
+        frequent_size(cfg, table.num_words),
     )
 
 
@@ -153,7 +166,7 @@ def build_composition(
         dropout_in=dropout(cfg.dropout_in),
         dropout_between=dropout(cfg.dropout_between),
         dropout_out=dropout(cfg.dropout_out),
-        residual_dim=cfg.output_residual_dim,
+        residual_dim=query_dim(cfg),
         locked_dropout=cfg.locked_dropout,
         weight_dropout=cfg.weight_dropout,
         **more,
@@ -170,6 +183,7 @@ def build_softmax(
         embedding.weight if cfg.share_component_vectors else None,
         cfg.word_bias,
         cfg.output_residual_dim,
+        frequent_size(cfg, table.num_words),
     )
 
 

@@ -16,12 +16,7 @@ from fairseq.models.transformer import (
 )
 from torch import Tensor, nn
 
-from fairseq_lightrnn.components import (
-    ComponentEmbedding,
-    ComponentSoftmax,
-    TableLookup,
-    WordEmbedding,
-)
+from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax, WordEmbedding
 from fairseq_lightrnn.distribution import next_word_log_probs
 from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.gated import GatedPredictor
@@ -30,9 +25,12 @@ from fairseq_lightrnn.models._table import (
     SourceTableConfig,
     check_numbers,
     check_task,
+    frequent_size,
+    query_dim,
     source_embedding,
     table_shape,
 )
+from fairseq_lightrnn.table_lookup import TableLookup
 
 __all__ = ["LightRNNTransformerDecoder", "LightRNNTransformerEncoder", "LightRNNTransformerModel"]
 
@@ -66,14 +64,17 @@ class LightRNNTransformerDecoder(SeatedDecoder, TransformerDecoderBase):
         shape = table_shape(table_cfg, len(dictionary))
         table = TableLookup(len(dictionary), shape)
         dim = cfg.decoder.embed_dim
-        embedding = ComponentEmbedding(shape, dim, table, table_cfg.input_residual_dim)
+        frequent = frequent_size(table_cfg, len(dictionary))
+        embedding = ComponentEmbedding(
+            shape, dim, table, table_cfg.input_residual_dim, frequent=frequent
+        )
         # The sum of a word's vectors starts as the vectors of fairseq's transformer do.
         nn.init.normal_(embedding.weight, std=(dim * len(shape)) ** -0.5)
         words = WordEmbedding(table, embedding, dictionary.pad())
         super().__init__(cfg, dictionary, words, no_encoder_attn=cfg.no_cross_attention)
         self.table = table
         self.prediction = GatedPredictor(
-            shape, self.output_embed_dim, residual_dim=table_cfg.output_residual_dim
+            shape, self.output_embed_dim, residual_dim=query_dim(table_cfg)
         )
         shared = cfg.share_decoder_input_output_embed
         self.softmax = ComponentSoftmax(
@@ -82,6 +83,7 @@ class LightRNNTransformerDecoder(SeatedDecoder, TransformerDecoderBase):
             embedding.weight if shared else None,
             table_cfg.word_bias,
             table_cfg.output_residual_dim,
+            frequent,
         )
         if not shared:
             nn.init.normal_(self.softmax.weight, std=self.output_embed_dim**-0.5)

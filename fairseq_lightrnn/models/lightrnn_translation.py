@@ -23,7 +23,7 @@ from fairseq_lightrnn.attentive import (
     AttentiveRecurrentComposition,
     Memory,
 )
-from fairseq_lightrnn.components import TableLookup, WordEmbedding
+from fairseq_lightrnn.components import WordEmbedding
 from fairseq_lightrnn.composition import State
 from fairseq_lightrnn.distribution import next_word_log_probs
 from fairseq_lightrnn.errors import UsageError
@@ -42,6 +42,7 @@ from fairseq_lightrnn.models.lightrnn_lm import (
     build_softmax,
     check_config,
 )
+from fairseq_lightrnn.table_lookup import TableLookup
 
 __all__ = [
     "LightRNNTranslationDecoder",
