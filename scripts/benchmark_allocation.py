@@ -25,6 +25,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -331,7 +332,8 @@ def main() -> None:
     if args.solve:
         child(args.solve, args.instance)
         return
-    command = "python scripts/benchmark_allocation.py " + " ".join(sys.argv[1:])
+    given = [Path(part).name if Path(part).is_absolute() else part for part in sys.argv[1:]]
+    command = shlex.join(["python", "scripts/benchmark_allocation.py", *given])
     report: dict = {
         "commands": [command],
         "machine": {

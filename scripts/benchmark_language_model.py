@@ -50,6 +50,25 @@ VOCABULARY = ("embedding", "softmax", "gates", "embed_tokens", "fc_out")
 # name: flags of the model
 OURS: dict[str, list[str]] = {
     "gated-full": ["--composition", "gated", *WORDS_OWN],
+    "gated-frequent": ["--composition", "gated", *WORDS_OWN, "--frequent-words", "1000"],
+    "gated-wide": [
+        "--composition",
+        "gated",
+        "--word-bias",
+        "--input-residual-dim",
+        "64",
+        "--output-residual-dim",
+        "64",
+    ],
+    "gated-wider": [
+        "--composition",
+        "gated",
+        "--word-bias",
+        "--input-residual-dim",
+        "128",
+        "--output-residual-dim",
+        "128",
+    ],
     "gated-bias": ["--composition", "gated", "--word-bias"],
     "gated": ["--composition", "gated"],
     "recurrent": [],

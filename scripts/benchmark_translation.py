@@ -10,7 +10,8 @@ Finished runs are kept, interrupted ones go on from their last checkpoint.
 
 Systems (``--systems``): fairseq's ``lstm`` and ``transformer``, and this plugin's
 ``lightrnn_translation`` with the paper's composition (``lightrnn``), with the gated one and 25
-numbers of each word's own (``lightrnn-gated``), and ``lightrnn_transformer`` with those numbers.
+numbers of each word's own (``lightrnn-gated``), with 128 more for each of 1,500 frequent words
+(``lightrnn-frequent``), and ``lightrnn_transformer`` with the 25 numbers.
 All are trained alike, and tested with the checkpoint of the best validation perplexity. Question
 answering is translation here: ``--metrics answers`` counts exact matches and common words.
 
@@ -39,7 +40,12 @@ from side_by_side import (
     train_in_steps,
 )
 
-SYSTEMS = ("lstm", "lightrnn", "lightrnn-gated", "transformer", "lightrnn-transformer")
+SYSTEMS = (
+    "lstm", "lightrnn", "lightrnn-gated", "lightrnn-frequent", "transformer",
+    "lightrnn-transformer",
+)  # fmt: skip
+# Wide residuals of the words that make most of a text.
+FREQUENT = ["--frequent-words", "1500"]
 # Parts of the names of parameters that the target's vocabulary makes.
 VOCABULARY = (
     "decoder.embed_tokens", "decoder.fc_out", "decoder.output_projection",
@@ -150,7 +156,8 @@ def model_flags(system: str, args: argparse.Namespace) -> list[Any]:
             "--decoder-layers", args.layers,
         ]  # fmt: skip
     sizes = ["--embed-dim", args.width, "--hidden-size", args.width, "--num-layers", args.layers]
-    own = ["--composition", "gated", *WORDS_OWN] if system == "lightrnn-gated" else []
+    own = [] if system == "lightrnn" else ["--composition", "gated", *WORDS_OWN]
+    own += FREQUENT if system == "lightrnn-frequent" else []
     return [*ours, "--arch", "lightrnn_translation", *sizes, *own]
 
 
