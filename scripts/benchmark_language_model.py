@@ -8,12 +8,14 @@ in ``ptb.train.txt``); OUTPUT receives binarised data, a folder for each run, ``
 the same width, layers, dropout, optimiser and schedule. Finished runs are kept, interrupted ones go
 on from their last checkpoint, and ``--report`` sums up what there is.
 
-Systems (``--systems``): the paper's model on a random table (``random``) and on a co-occurrence
-table (``recurrent``); the gated composition bare (``gated``), with a bias for each word
-(``gated-bias``) and with 25 numbers of each word's own (``gated-full``); the same program with one
-component, which is an ordinary softmax LSTM (``softmax``); fairseq's ``lstm_lm`` with full
-(``lstm_lm``) and with adaptive softmax (``lstm_lm-adaptive``). The last two know no carried state:
-they are trained on blocks, and tested on blocks long enough that the start does not matter.
+Systems (``--systems``): the paper's model on a random table (``random``), on one that is
+reallocated once as by the authors' program, greedily (``authors``), and on a co-occurrence table
+(``recurrent``); the gated composition bare (``gated``), with a bias for each word (``gated-bias``),
+with 25 numbers of each word's own (``gated-full``), with further 128 for each of 1,000 frequent
+words (``gated-frequent``), with 129 or 257 for every word (``gated-wide``, ``gated-wider``); the
+same program with one component, an ordinary softmax LSTM (``softmax``); fairseq's ``lstm_lm`` with
+full (``lstm_lm``) and with adaptive softmax (``lstm_lm-adaptive``). The last two know no carried
+state: they are trained on blocks, and tested on blocks long enough that the start does not matter.
 
 Seconds are those that the CPU worked for a training process, start and validation included, so
 that other work on the machine changes them little. Perplexities are those of the checkpoint with
@@ -25,10 +27,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+from allocation_peers import regret_greedy
+from benchmark_allocation import load as load_instance
 from language_model_report import summarise
 from side_by_side import (
     PLUGIN,
@@ -40,6 +48,9 @@ from side_by_side import (
     read_lines,
     train_in_steps,
 )
+
+from fairseq_lightrnn.commands.reallocate import main as reallocate
+from fairseq_lightrnn.word_table import WordTable
 
 SPLITS = ("train", "valid", "test")
 # Of fairseq's adaptive softmax; those beyond the vocabulary are left out.
@@ -73,6 +84,7 @@ OURS: dict[str, list[str]] = {
     "gated": ["--composition", "gated"],
     "recurrent": [],
     "random": ["--initial-table", "random"],
+    "authors": ["--initial-table", "random"],
     "softmax": ["--num-components", "1", "--initial-table", "random"],
 }
 PEERS = ("lstm_lm", "lstm_lm-adaptive")
@@ -96,6 +108,13 @@ def parse() -> argparse.Namespace:
     add("--lr", type=float, default=0.002, help="of Adam at first (default: %(default)s)")
     add("--batch-size", type=int, default=32, help="lanes (default: %(default)s)")
     add("--block", type=int, default=35, help="words of a block (default: %(default)s)")
+    add(
+        "--authors-round",
+        type=int,
+        default=12,
+        metavar="N",
+        help="epochs before the reallocation of authors (default: %(default)s)",
+    )
     add("--step", type=int, default=5, help="epochs of a process (default: %(default)s)")
     add("--report", action="store_true", help="train nothing, sum up what there is")
     return parser.parse_args()
@@ -152,7 +171,33 @@ def train(system: str, seed: int, data: Path, folder: Path, args: argparse.Names
         "--lr", args.lr, "--lr-scheduler", "reduce_lr_on_plateau", "--lr-shrink", 0.5,
         "--clip-norm", 1, "--seed", seed,
     ]  # fmt: skip
+    if system == "authors":
+        first = min(args.authors_round, args.epochs)
+        train_in_steps(folder, flags, first, args.step, args.seconds)
+        if read_lines(folder / "steps.jsonl")[-1]["epoch"] == args.authors_round:
+            reallocate_as_the_authors(folder, data)
     train_in_steps(folder, flags, args.epochs, args.step, args.seconds)
+
+
+def reallocate_as_the_authors(folder: Path, data: Path) -> None:
+    """Re-seats the words of the last checkpoint greedily, once."""
+    checkpoint = folder / "checkpoint_last.pt"
+    state = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    if state["model"]["decoder.reallocation_round"] > 0:
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        export, unused, new = (Path(scratch) / name for name in ("export", "unused.pt", "new.pt"))
+        flags = ["--memory", "4", "--output"]
+        reallocate([str(checkpoint), str(data), *flags, str(unused), "--export", str(export)])
+        instance = load_instance(export)
+        table = WordTable.from_cells(regret_greedy(instance), instance.table.shape)
+        with open(data / "dict.txt", encoding="utf-8") as dictionary:
+            words = [line.rsplit(" ", 1)[0] for line in dictionary]
+        greedy = Path(scratch) / "table.txt"
+        table.save(greedy, ["<s>", "<pad>", "</s>", "<unk>", *words])
+        reallocate([str(checkpoint), str(data), "--table", str(greedy), "--output", str(new)])
+        shutil.copy(new, folder / "new.pt")
+        os.replace(folder / "new.pt", checkpoint)
 
 
 def test(system: str, data: Path, folder: Path, args: argparse.Namespace) -> None:

@@ -146,6 +146,12 @@ def _close_log_files() -> None:
             handler.close()
 
 
+def symbols(data: Path) -> list[str]:
+    """Returns the words of a folder of binarised text, by id."""
+    lines = (data / "dict.txt").read_text().splitlines()
+    return ["<s>", "<pad>", "</s>", "<unk>", *(line.split()[0] for line in lines)]
+
+
 def read_log(save_dir: Path) -> list[dict[str, Any]]:
     """Returns the JSON records of a training log."""
     lines = (save_dir / "train.log").read_text().splitlines()

@@ -18,6 +18,7 @@ from fairseq_run import (
     TASK,
     read_log,
     run,
+    symbols,
     train,
     train_arguments,
     valid_losses,
@@ -38,11 +39,6 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(path: Path) -> dict[str, Any]:
     return torch.load(path, weights_only=False)
-
-
-def symbols(data: Path) -> list[str]:
-    lines = (data / "dict.txt").read_text().splitlines()
-    return ["<s>", "<pad>", "</s>", "<unk>", *(line.split()[0] for line in lines)]
 
 
 def table_of(state: dict[str, Any], shape: tuple[int, ...]) -> WordTable:

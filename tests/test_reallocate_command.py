@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fairseq_run import train, valid_losses
+from fairseq_run import symbols, train, valid_losses
 
 from fairseq_lightrnn.allocation.reallocation import reallocate as solve
 from fairseq_lightrnn.allocation.statistics import AllocationStatistics
@@ -49,6 +49,18 @@ def test_the_same_table_as_in_training(data: Path, trained: Path, tmp_path: Path
     ]  # fmt: skip
 
 
+def test_the_same_table_with_carried_state(data: Path, tmp_path: Path) -> None:
+    """Statistics of a model that carries its state are those of its lanes."""
+    train(
+        data, tmp_path, "--carry-hidden-state", reallocate_epochs=1, max_epoch=2,
+        initial_table="random", batch_size=4, max_tokens=None,
+    )  # fmt: skip
+    report = reallocate(tmp_path / "checkpoint1.pt", data, tmp_path / "new.pt")
+    record = json.loads((tmp_path / "reallocations.jsonl").read_text())
+    assert report["table"] == record["table"]
+    assert report["cost_before"] == pytest.approx(record["cost_before"], abs=1e-6)
+
+
 def test_exported_statistics_give_the_same_table(data: Path, trained: Path, tmp_path: Path) -> None:
     checkpoint, folder = trained / "checkpoint1.pt", tmp_path / "export"
     report = reallocate(checkpoint, data, tmp_path / "new.pt", "--export", folder)
@@ -65,6 +77,35 @@ def test_exported_statistics_give_the_same_table(data: Path, trained: Path, tmp_
     assert result.table.digest() == report["table"]
     with pytest.raises(SystemExit, match="exists already"):
         reallocate(checkpoint, data, tmp_path / "new.pt", "--export", folder)
+
+
+def test_a_table_of_the_users_own(data: Path, trained: Path, tmp_path: Path) -> None:
+    """Training goes on from the checkpoint with the words seated as in the file."""
+    names = symbols(data)
+    cells = np.random.default_rng(5).permutation(48)
+    table = WordTable.from_cells(cells, (7, 7))
+    table.save(tmp_path / "table.txt", names)
+    checkpoint = trained / "checkpoint1.pt"
+    report = reallocate(checkpoint, data, tmp_path / "new.pt", "--table", tmp_path / "table.txt")
+    new, old = load(tmp_path / "new.pt"), load(checkpoint)
+    assert new["model"]["decoder.table.coordinates"].equal(
+        torch.from_numpy(table.coordinates.astype("int32"))
+    )
+    before = WordTable(old["model"]["decoder.table.coordinates"].numpy(), (7, 7))
+    moved = int((before.cells != table.cells).sum())
+    assert report == {"moved": moved, "words": 48, "table": table.digest()}
+    train(data, tmp_path / "on", restore_file=tmp_path / "new.pt", max_epoch=2)
+    after = load(tmp_path / "on" / "checkpoint2.pt")["model"]["decoder.table.coordinates"]
+    assert after.equal(new["model"]["decoder.table.coordinates"])
+    for flags, message in {
+        ("--table", "table.txt", "--table-shape", "8x6"): "--table and --table-shape: give one",
+        ("--table", tmp_path / "none.txt"): "none.txt",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            reallocate(checkpoint, data, tmp_path / "no.pt", *flags)
+    WordTable.from_cells(np.arange(48), (8, 6)).save(tmp_path / "table.txt", names)
+    with pytest.raises(SystemExit, match="its shape is 8x6, the model's 7x7"):
+        reallocate(checkpoint, data, tmp_path / "no.pt", "--table", tmp_path / "table.txt")
 
 
 def test_training_goes_on_from_the_new_checkpoint(

@@ -1,7 +1,8 @@
 """``lightrnn-reallocate``: re-seats the words of a trained model, outside of training.
 
-For one more round, another objective, or another shape or number of components. Writes a new
-checkpoint, from which fairseq-train goes on. See ``lightrnn-reallocate --help``.
+For one more round, another objective, another shape or number of components, or a table of the
+user's own. Writes a new checkpoint, from which fairseq-train goes on. See
+``lightrnn-reallocate --help``.
 """
 
 from __future__ import annotations
@@ -59,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--table-shape", metavar="RxC",
         help="seat the words in a table of this shape, such as 100x100 or 30x30x30; its vectors "
         "are means of the old ones, so the model must be trained further")  # fmt: skip
+    add(
+        "--table",
+        metavar="FILE",
+        help="seat the words as in this word table file, whatever it costs; gathers no statistics",
+    )
     add("--words", type=int, metavar="N",
         help="gather statistics over about this many words (default: all)")  # fmt: skip
     add(
@@ -70,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--export", metavar="DIR", help="also write the statistics, the table and the output "
         "vectors to this new folder, for scripts/benchmark_allocation.py --instances")  # fmt: skip
     add("--max-tokens", type=int, default=8192, metavar="N",
-        help="words of a batch (default: %(default)s); no result depends on it")  # fmt: skip
+        help="words of a batch (default: %(default)s); no result depends on it, and models trained "
+        "with --carry-hidden-state keep their lanes")  # fmt: skip
     add("--device", default="cpu", help="where to compute: cpu (default), cuda, …")
     return parser
 
@@ -87,14 +94,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UsageError(f"--output {args.output}: there is no such folder to write into")
     if args.export and Path(args.export).exists():
         raise UsageError(f"--export {args.export}: exists already; give a new folder")
+    for other in ("table_shape", "export"):
+        if args.table and getattr(args, other):
+            raise UsageError(f"--table and --{other.replace('_', '-')}: give one of them")
     started = time.monotonic()
     state, task = _load(args)
     model = task.build_model(state["cfg"].model, from_checkpoint=True)
     model.load_state_dict(state["model"], strict=True)
     model.to(args.device)
-    shape = _new_shape(args, state, model.decoder)
-    task.load_dataset(args.split)
     decoder: Any = model.decoder
+    if args.table:
+        _finish(args, state, *_seat(args, state, task, decoder))
+        return 0
+    shape = _new_shape(args, state, decoder)
+    task.load_dataset(args.split)
     size = decoder.table.num_words, *decoder.statistics_shape()
     with statistics_storage(args.memory, size, tempfile.gettempdir()) as storage:
         gathered = gather_statistics(model, task.training_batches(), storage.arguments)
@@ -108,19 +121,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report, table = _reshape(state, decoder, gathered, shape)
     total = time.monotonic() - started
     report["seconds"] = {"statistics": gathering, "solve": total - gathering, "total": total}
-    _save(state, args.output)
     if shape is None:
         log_reallocation("reallocation", report, table)
-    logger.info(f"wrote {args.output}: {table}")
+    _finish(args, state, report, table)
     if shape is not None:
         logger.info(
             f"go on with fairseq-train … --restore-file {args.output} --reset-optimizer "
             f"--num-components {len(shape)} --table-shape {'x'.join(map(str, shape))}"
         )
+    return 0
+
+
+def _finish(
+    args: argparse.Namespace, state: dict[str, Any], report: dict[str, Any], table: WordTable
+) -> None:
+    """Writes the checkpoint, then the report."""
+    _save(state, args.output)
+    logger.info(f"wrote {args.output}: {table}")
     if args.report:
         with whole_file(args.report) as file:
             print(json.dumps(report, indent=2), file=file)
-    return 0
 
 
 def _load(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
@@ -145,6 +165,8 @@ def _load(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     state = checkpoint_utils.load_checkpoint_to_cpu(args.checkpoint)
     if "decoder.table.coordinates" not in state["model"]:
         raise UsageError(f"{args.checkpoint}: the model has no word table")
+    if state["cfg"].task.get("carry_hidden_state"):  # its lanes are those of the training
+        overrides.update(max_tokens=None, batch_size=state["cfg"].dataset.batch_size)
     settings = OmegaConf.create(OmegaConf.to_container(state["cfg"].task))
     settings.update(overrides)
     return state, tasks.setup_task(settings)
@@ -182,6 +204,23 @@ def _reallocate(
     weights["decoder.table.coordinates"] = _coordinates(result.table)
     weights["decoder.reallocation_round"] = weights["decoder.reallocation_round"] + 1
     return report, result.table
+
+
+def _seat(
+    args: argparse.Namespace, state: dict[str, Any], task: Any, decoder: Any
+) -> tuple[dict[str, Any], WordTable]:
+    """Seats the words as in a file."""
+    old = decoder.table.table()
+    with usage_errors("--table"):
+        table = WordTable.load(args.table, task.target_dictionary.symbols)
+    if table.shape != old.shape:
+        shapes = ("x".join(map(str, shape)) for shape in (table.shape, old.shape))
+        raise UsageError("--table {}: its shape is {}, the model's {}".format(args.table, *shapes))
+    weights = state["model"]
+    weights["decoder.table.coordinates"] = _coordinates(table)
+    weights["decoder.reallocation_round"] = weights["decoder.reallocation_round"] + 1
+    moved = int((table.cells != old.cells).sum())
+    return {"moved": moved, "words": table.num_words, "table": table.digest()}, table
 
 
 def _reshape(
