@@ -65,10 +65,10 @@ def draw(systems: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     for number, (system, runs) in enumerate(systems.items()):
         colour = f"C{number}"
         for run in runs.values():
-            epochs = range(1, len(run["valid_ppls"]) + 1)
+            epochs = list(run["valid_ppls"])
             seconds = [epoch * run["cpu_seconds_per_epoch"] for epoch in epochs]
-            by_epoch.plot(epochs, run["valid_ppls"], color=colour, label=system)
-            by_second.plot(seconds, run["valid_ppls"], color=colour)
+            by_epoch.plot(epochs, run["valid_ppls"].values(), color=colour, label=system)
+            by_second.plot(seconds, run["valid_ppls"].values(), color=colour)
             by_size.scatter(run["parameters"], run["test_ppl"], color=colour)
             system = "_nolegend_"
     by_epoch.set_xlabel("epochs")

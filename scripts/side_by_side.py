@@ -142,8 +142,8 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         **test,
         "valid_ppl": best["valid_ppl"],
         "best_epoch": best["epoch"],
-        "epochs": len(epochs),
-        "valid_ppls": [record["valid_ppl"] for record in epochs],
+        "epochs": steps[-1]["epoch"],
+        "valid_ppls": {record["epoch"]: record["valid_ppl"] for record in epochs},
         # Starts of the processes and validations are part of it.
         "cpu_seconds_per_epoch": round(_seconds_per_epoch(steps), 1),
         "peak_mib": round(max(step["peak_mib"] for step in steps)),

@@ -67,7 +67,7 @@ def test_steps_until_the_epochs_are_done(books: ModuleType, tmp_path: Path) -> N
     assert books.calls == [("train", 3), ("train", 4)]
     assert books.read_run(tmp_path) is None  # not tested yet
     run = finish(books, tmp_path)
-    assert run["valid_ppls"] == [256, 128, 64, pytest.approx(2**6.5, abs=1e-3)]
+    assert run["valid_ppls"] == {1: 256, 2: 128, 3: 64, 4: pytest.approx(2**6.5, abs=1e-3)}
     assert (run["best_epoch"], run["valid_ppl"], run["epochs"]) == (3, 64, 4)
     assert (run["cpu_seconds_per_epoch"], run["peak_mib"]) == (10, 2)
 
@@ -89,7 +89,7 @@ def test_an_interrupted_process_costs_no_seconds(books: ModuleType, tmp_path: Pa
     books.call("train", "--max-epoch", 1, "--log-file", tmp_path / "train.log")
     books.train_in_steps(tmp_path, [], epochs=3, step=3)
     run = finish(books, tmp_path)
-    assert run["valid_ppls"] == [256, 128, 64]
+    assert run["valid_ppls"] == {1: 256, 2: 128, 3: 64}
     assert run["cpu_seconds_per_epoch"] == 10
 
 
