@@ -243,8 +243,8 @@ class ComponentSoftmax(nn.Module):
             residuals = self._of_groups(self.residual, prefix)
             logits = logits + torch.einsum("nse,ne->ns", residuals, query[:, :dim])
         if self.frequent is not None:
-            words, places = self.table.frequent(len(self.frequent.residual), prefix)
-            logits = logits + self.frequent(query[:, dim:], words, places, self.table.shape[-1])
+            listed = self.table.frequent(len(self.frequent.residual), prefix)
+            logits = logits + self.frequent(query[:, dim:], *listed, self.table.shape[-1])
         return logits
 
     def _of_groups(self, values: Tensor, prefix: Tensor) -> Tensor:

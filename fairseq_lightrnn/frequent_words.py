@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["FrequentInput", "FrequentOutput", "FrequentSize", "words_of_groups"]
+__all__ = ["FrequentInput", "FrequentOutput", "FrequentSize", "WordLists"]
 
 
 class FrequentSize(NamedTuple):
@@ -74,41 +74,46 @@ class FrequentOutput(nn.Module):
         super().__init__()
         self.residual = nn.Parameter(torch.zeros(*size))
 
-    def forward(self, query: Tensor, words: Tensor, places: Tensor, size: int) -> Tensor:
+    def forward(
+        self, query: Tensor, words: Tensor, text: Tensor, places: Tensor, size: int
+    ) -> Tensor:
         """Returns what is added to the logits of the last component, (N, R).
 
         Args:
             query: the part of the outputs that residuals are multiplied with, (N, e).
-            words: the frequent words of N groups, (N, F); M where there are fewer.
-            places: their last coordinates, (N, F); R where there are fewer.
+            words: frequent words, (T,).
+            text: the output that each of them is to be predicted from, (T,).
+            places: their last coordinates, (T,).
             size: R.
         """
-        residuals = F.embedding(words.clamp(max=len(self.residual) - 1), self.residual)
-        scores = torch.einsum("nfe,ne->nf", residuals, query)
-        logits = scores.new_zeros(len(scores), size + 1).scatter(1, places, scores)
-        return logits[:, :size]
+        scores = (F.embedding(words, self.residual) * query.index_select(0, text)).sum(-1)
+        return scores.new_zeros(len(query), size).index_put((text, places), scores)
 
 
-def words_of_groups(cells: Tensor, num_groups: int, size: int) -> tuple[Tensor, Tensor]:
-    """Lists the frequent words that share all coordinates but the last.
+class WordLists:
+    """The frequent words of every group of words that share all coordinates but the last.
 
     Args:
         cells: the cells of the M frequent words, (M,).
         num_groups: G, the groups of cells that differ in the last coordinate only.
         size: R, the size of the last component.
-
-    Returns:
-        The words (G, F) of each group and their last coordinates (G, F), F being the largest
-        number in a group; M and R where there are fewer.
     """
-    groups, places = cells // size, cells % size
-    order = torch.argsort(groups, stable=True)
-    sizes = torch.bincount(groups, minlength=num_groups)
-    groups = groups[order]
-    starts = sizes.cumsum(0) - sizes
-    position = torch.arange(len(cells), device=cells.device) - starts[groups]
-    listed = cells.new_full((2, num_groups, int(sizes.max())), size)
-    listed[0] = len(cells)
-    listed[0, groups, position] = order
-    listed[1, groups, position] = places[order]
-    return listed[0], listed[1]
+
+    def __init__(self, cells: Tensor, num_groups: int, size: int) -> None:
+        groups = cells // size
+        self.words = torch.argsort(groups, stable=True)
+        self.places = (cells % size)[self.words]
+        self.sizes = torch.bincount(groups, minlength=num_groups)
+        self.starts = self.sizes.cumsum(0) - self.sizes
+
+    def of(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Joins the lists of N groups.
+
+        Returns:
+            The words, which of the N groups each is from, and their last coordinates, all (T,).
+        """
+        sizes = self.sizes[groups]
+        which = torch.repeat_interleave(sizes)
+        first = self.starts[groups] - (sizes.cumsum(0) - sizes)
+        at = torch.arange(len(which), device=which.device) + first[which]
+        return self.words[at], which, self.places[at]

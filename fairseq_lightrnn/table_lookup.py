@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairseq_lightrnn.frequent_words import words_of_groups
+from fairseq_lightrnn.frequent_words import WordLists
 from fairseq_lightrnn.word_table import WordTable, balanced_cells
 
 __all__ = ["TableLookup"]
@@ -44,7 +44,7 @@ class TableLookup(nn.Module):
         for component in range(len(shape)):
             self.register_buffer(f"_occupied{component}", None, False)
             self.register_buffer(f"_shares{component}", None, False)
-        self._lists: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._lists: dict[tuple[int, torch.device], WordLists] = {}
         self.seat(table)
         self.register_load_state_dict_post_hook(lambda module, _: module.seat(module.table()))
 
@@ -121,7 +121,7 @@ class TableLookup(nn.Module):
             return torch.full((1, size), 1 / size, device=prefix.device)
         return occupied / occupied.sum(1, keepdim=True)
 
-    def frequent(self, count: int, prefix: Tensor) -> tuple[Tensor, Tensor]:
+    def frequent(self, count: int, prefix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Lists the first words of the dictionary among those that share a prefix.
 
         Args:
@@ -129,16 +129,13 @@ class TableLookup(nn.Module):
             prefix: all coordinates but the last, integers of shape (N, k - 1).
 
         Returns:
-            The words and their last coordinates, both (N, F); M and R_k where there are fewer.
+            The words, which of the N prefixes each has, and their last coordinates, all (T,).
         """
         key = (count, self.cells.device)
         if key not in self._lists:
             size = self.shape[-1]
-            groups = len(self.words) // size
-            self._lists[key] = words_of_groups(self.cells[:count], groups, size)
-        words, places = self._lists[key]
-        group = self.flatten(prefix)
-        return words[group], places[group]
+            self._lists[key] = WordLists(self.cells[:count], len(self.words) // size, size)
+        return self._lists[key].of(self.flatten(prefix))
 
     def flatten(self, coordinates: Tensor) -> Tensor:
         """Numbers groups of cells in row-major order.
