@@ -281,13 +281,11 @@ class ComponentSoftmax(nn.Module):
         Takes the arguments of :meth:`forward`.
 
         Returns:
-            What :meth:`forward` returns; and for each component the sum of its log-probabilities
-            over all words that share the given word's coordinates before it, divided by V, shape
-            (N, k): for two components the mean over all words' rows, and the share of the mean over
-            all words' columns that the words of the given row make.
+            What :meth:`forward` returns; and for each component the mean of its log-probabilities
+            over all words that share the given word's coordinates before it, shape (N, k): for two
+            components over all words' rows, and over the columns of the words of the given row.
         """
         scores, means = [], []
-        reached = hidden.new_ones(1)  # share of the words that have the coordinates so far
         for component in range(self.table.num_components):
             prefix = coordinates[:, :component]
             logits = at_least_float32(self.logits(component, hidden[:, component], prefix))
@@ -295,7 +293,5 @@ class ComponentSoftmax(nn.Module):
             scores.append(log_probs.gather(1, coordinates[:, component, None]).squeeze(1))
             shares = self.table.shares(component, prefix).to(log_probs.dtype)
             # A value that leads to no word has no share, and a log-probability of -inf.
-            means.append(reached * (log_probs.masked_fill(shares == 0, 0.0) * shares).sum(1))
-            target = coordinates[:, component, None]
-            reached = reached * shares.expand(len(target), -1).gather(1, target).squeeze(1)
+            means.append((log_probs.masked_fill(shares == 0, 0.0) * shares).sum(1))
         return torch.stack(scores, dim=1), torch.stack(means, dim=1)

@@ -206,8 +206,7 @@ class TestTraining:
             train_translation(pairs, tmp_path, label_smoothing=0.2, max_epoch=1)
         )
         nll = float(record["valid_nll_loss"])
-        assert float(record["valid_loss"]) > (1 - 0.2) * nll
-        assert float(record["valid_loss"]) != nll
+        assert float(record["valid_loss"]) > nll
         assert float(record["valid_ppl"]) == pytest.approx(2**nll, abs=0.02)
         parts = [float(record[f"valid_{name}_loss"]) for name in ("row", "column")]
         assert sum(parts) == pytest.approx(nll, abs=2e-3)

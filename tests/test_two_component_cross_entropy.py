@@ -293,7 +293,7 @@ def test_label_smoothing_spreads_over_words(words: int, shape: tuple[int, ...]) 
         for component in range(len(shape)):
             prefix = coordinates[word][:component]
             others = [v for v in range(words) if coordinates[v][:component] == prefix]
-            mean = sum(log_prob(v, component) for v in others) / words
+            mean = sum(log_prob(v, component) for v in others) / len(others)
             nll -= log_prob(word, component)
             expected -= (1 - epsilon) * log_prob(word, component) + epsilon * mean
     loss, _, log = smoothing(epsilon)(model, batch(target))

@@ -28,8 +28,9 @@ class TwoComponentCrossEntropyConfig(FairseqDataclass):
     label_smoothing: float = field(
         default=0.0,
         metadata={
-            "help": "share of the target that is spread uniformly over all words, as far as they "
-            "share coordinates with the target; the loss without it is logged as nll_loss"
+            "help": "share of every component's target that is spread over words: the row's over "
+            "all words, the column's over the words of the target's row; the loss without it is "
+            "logged as nll_loss"
         },
     )
     activation_regularisation: float = field(
@@ -63,17 +64,18 @@ class TwoComponentCrossEntropyCriterion(FairseqCriterion):
     (arXiv 1708.02182, section 4.6). They are logged by themselves: the loss that is reported, and
     the perplexities, never contain them.
 
-    Label smoothing (Szegedy et al., arXiv 1512.00567, section 7) replaces the target by the
-    distribution that gives ``1 - ε`` to the target word w and ε uniformly to all V words. A word's
-    loss is the sum of its components' losses; what the other words' later components would pay is
-    left out, except for those that share the coordinates before it with w. With two components::
+    Label smoothing (Szegedy et al., arXiv 1512.00567, section 7) with a share ε replaces the target
+    of every component: from all on the target word's coordinate to ``1 - ε`` on it and ε spread
+    uniformly over the *words* that share the target's coordinates before it, which gives a
+    coordinate as much as it has such words, the target's own included. With two components::
 
-        (1 - ε) · -log P(w) + ε / V · Σ over all words v of -log P(row of v)
-                            + ε / V · Σ over the words v of w's row of -log P(column of v | row)
+        (1 - ε) · -log P(w) + ε · mean over all words v of -log P(row of v)
+                            + ε · mean over the words v of w's row of -log P(column of v | row)
 
-    The columns of all other rows would need a pass over the vocabulary for every position, and ask
-    for nothing but uniform columns in rows that are not the target's. With one component this is
-    ordinary label smoothing.
+    So the best that the model can do is to predict, at every component, ``1 - ε`` times the data's
+    distribution plus ε times that of a word drawn uniformly. With one component this is ordinary
+    label smoothing over the vocabulary. It is not ordinary label smoothing of words otherwise:
+    that would need the columns of all other rows, a pass over the vocabulary for every position.
 
     Args:
         task: fairseq's task.

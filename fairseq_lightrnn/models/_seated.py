@@ -50,7 +50,7 @@ class SeatedDecoder:
     def component_log_probs_and_means(
         self, features: Tensor, words: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Does so, and sums over words; see :meth:`ComponentSoftmax.forward_with_mean`."""
+        """Does so, and averages over words; see :meth:`ComponentSoftmax.forward_with_mean`."""
         scores, means = self.softmax.forward_with_mean(*self._flat(features, words))
         return scores.view(*words.shape, -1), means.view(*words.shape, -1)
 
