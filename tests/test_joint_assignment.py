@@ -84,6 +84,25 @@ def zipf_instance(size: int, seed: int) -> tuple[list[np.ndarray], np.ndarray, t
     return factors, np.stack(np.unravel_index(np.arange(n), (size, size)), axis=1), (size, size)
 
 
+@pytest.mark.parametrize("seed", [41, 62])
+def test_ties_between_costs_of_many_sizes_are_proven_optimal(seed, monkeypatch):
+    """Words that tie outbid each other until the raise of the auction has to grow again."""
+    monkeypatch.setattr(module, "_DENSE_LIMIT", 0)
+    random = np.random.default_rng(seed)
+    shape, n = (3, 4, 4), 48 - 3 * (seed % 2)
+    chosen = np.sort(random.choice(48, n, replace=False))
+    cells = np.stack(np.unravel_index(chosen, shape), axis=1)
+    weight = np.minimum(random.zipf(1.5, (n, 1)), 10**6)
+    idle = random.random(n) < 0.4
+    factors = [np.round(random.normal(size=(n, size))) * weight for size in shape]
+    for factor in factors:
+        factor[idle] = 0.0
+    found = joint_assignment(sources(factors), cells, shape=shape, gap=0.0)
+    assert found.optimal
+    assert found.cost == optimum(factors, cells)
+    assert found.lower_bound <= found.cost
+
+
 def test_four_hundred_words_are_exact_by_auction(monkeypatch):
     monkeypatch.setattr(module, "_DENSE_LIMIT", 0)
     factors, cells, shape = zipf_instance(20, 0)
