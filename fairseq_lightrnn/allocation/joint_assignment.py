@@ -26,7 +26,7 @@ _DENSE_LIMIT = 1 << 18  # entries of the words x cells matrix up to which scipy 
 _FLOAT64_LIMIT = 1 << 25  # entries of both factors up to which they are float64
 _BLOCK_WORDS = 1024
 _BIDS_PER_WORD = 60  # beyond this the raise is too small for an instance with many ties
-_TIGHTENINGS = 64  # rounds of lowering prices to those of an exact certificate
+_LOOKS_PER_CELL = 4  # after which lowering prices to an exact certificate is given up
 _UNIT = 2.0**-52
 
 
@@ -351,31 +351,43 @@ def _look(
 
 
 def _tightened(problem: _Problem, prices: np.ndarray, assignment: np.ndarray) -> np.ndarray:
-    """Returns prices at which each word's cell is its cheapest, where the rounds suffice for it.
+    """Returns prices at which each word's cell is its cheapest, where lowering some suffices.
 
     An auction leaves the prices of even the best assignment off by its raise. Lowering that of
     each cell to where its word is content, round by round (Bellman and Ford), ends at prices whose
     dual value is the cost, unless the assignment can be improved.
     """
-    prices = prices.copy()
-    flat_prices, held = prices.reshape(-1), problem.flat[assignment]
-    content = np.empty(len(held))  # the price of a word's cell at which it is the word's cheapest
+    n, shape = len(assignment), prices.shape
+    rounded: np.ndarray = prices.astype(problem.dtype)
+    flat_prices, held = prices.reshape(-1).copy(), problem.flat[assignment]
+    own = np.empty(n)  # what a word pays for its cell
+    content = np.empty(n)  # the price of a word's cell at which it is the word's cheapest
 
-    def work(block: np.ndarray) -> None:
+    def look_at_all(block: np.ndarray) -> None:
         first, second = problem.factors(block)
-        cheapest = np.empty(len(block))
+        cheapest, order = np.empty(len(block)), np.arange(len(block))
+        rows, columns = np.unravel_index(held[block], shape)
         kernels.sweep(first, second, rounded, cheapest)
-        rows, columns = np.divmod(held[block], problem.shape[1])
-        order = np.arange(len(block))
-        content[block] = cheapest - first[order, rows] - second[order, columns]
+        own[block] = first[order, rows] + second[order, columns]
+        content[block] = cheapest - own[block]
 
-    for _ in range(_TIGHTENINGS):
-        rounded: np.ndarray = prices.astype(problem.dtype)
-        problem.over_blocks(work, np.arange(len(held)))
-        if not (content < flat_prices[held]).any():
+    def look_at_changed(block: np.ndarray) -> None:
+        first, second = problem.factors(block)
+        rows, columns = np.unravel_index(changed, shape)
+        cheapest = (first[:, rows] + second[:, columns] + flat_prices[changed]).min(axis=1)
+        content[block] = np.minimum(content[block], cheapest - own[block])
+
+    problem.over_blocks(look_at_all, np.arange(n))
+    looked = 0
+    while looked < _LOOKS_PER_CELL * n:
+        unhappy = np.flatnonzero(content < flat_prices[held])
+        if len(unhappy) == 0:
             break
-        flat_prices[held] = np.minimum(flat_prices[held], content)
-    return prices
+        changed = held[unhappy]
+        flat_prices[changed] = content[unhappy]
+        problem.over_blocks(look_at_changed, np.arange(n))
+        looked += len(changed)
+    return flat_prices.reshape(shape)
 
 
 def _bound(problem: _Problem, prices: np.ndarray) -> tuple[float, float]:
