@@ -213,13 +213,16 @@ class ComponentSoftmax(nn.Module):
         end = start + self.table.shape[component]
         return self.weight[start:end], self.bias[start:end]
 
-    def logits(self, component: int, hidden: Tensor, prefix: Tensor) -> Tensor:
+    def logits(
+        self, component: int, hidden: Tensor, prefix: Tensor, own: Tensor | None = None
+    ) -> Tensor:
         """Scores every value of a component.
 
         Args:
             component: i.
             hidden: outputs of shape (N, d + e) that predict component i.
             prefix: the coordinates before it, integers of shape (N, i).
+            own: what words' own numbers add, (N, R_k), if known already; for the last component.
 
         Returns:
             Logits of shape (N, R_i), -inf where a value leads to no word.
@@ -228,12 +231,37 @@ class ComponentSoftmax(nn.Module):
         dim = weight.size(1)
         logits = F.linear(hidden[:, :dim], weight, bias)
         if component + 1 == self.table.num_components:
-            logits = logits + self._word_logits(hidden[:, dim:], prefix)
+            logits = logits + (self._own_logits(hidden[:, dim:], prefix) if own is None else own)
         occupied = self.table.occupied(component, prefix)
         return logits if occupied is None else logits.masked_fill(~occupied, float("-inf"))
 
-    def _word_logits(self, query: Tensor, prefix: Tensor) -> Tensor | float:
-        """Returns what words of their own add to the last component's logits, (N, R_k)."""
+    def own_logits_of_all(self, hidden: Tensor) -> Tensor | None:
+        """Returns what words' own numbers add to the logits of all words, seated in their cells.
+
+        Args:
+            hidden: outputs of shape (B, d + e) that predict any component.
+
+        Returns:
+            Shape (B, prefixes, R_k), the prefixes being all coordinates but the last in row-major
+            order; empty cells hold any number. None if words have no numbers of their own.
+        """
+        query = hidden[:, self.weight.size(1) :]
+        own: Tensor | None = None
+        if self.residual is not None:
+            own = query[:, : self.residual.size(1)] @ self.residual.T
+        if self.word_bias is not None:
+            own = self.word_bias.expand(len(query), -1) if own is None else own + self.word_bias
+        if self.frequent is not None:
+            wide = query[:, -self.frequent.residual.size(1) :] @ self.frequent.residual.T
+            rest = self.table.num_words - wide.size(1)
+            wide = F.pad(wide, (0, rest))
+            own = wide if own is None else own + wide
+        if own is None:
+            return None
+        return own.index_select(1, self.table.words).view(len(query), -1, self.table.shape[-1])
+
+    def _own_logits(self, query: Tensor, prefix: Tensor) -> Tensor | float:
+        """Returns what words' own numbers add to the last component's logits, (N, R_k)."""
         logits: Tensor | float = 0.0
         if self.word_bias is not None:
             logits = logits + self._of_groups(self.word_bias[:, None], prefix).squeeze(2)

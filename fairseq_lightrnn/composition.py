@@ -79,6 +79,22 @@ class Prediction(nn.Module):
         """
         raise NotImplementedError
 
+    def extend_to_all(self, context: Context, component: int, size: int) -> Context:
+        """Conditions every context on every value of one more component of the next word.
+
+        Args:
+            context: of B texts; predicts that component.
+            component: its number.
+            size: R, the number of its values.
+
+        Returns:
+            The contexts, B·R of them, those of a text side by side.
+        """
+        batch, device = len(context.output), context.output.device
+        texts = torch.arange(batch, device=device).repeat_interleave(size)
+        values = torch.arange(size, device=device).repeat(batch)
+        return self.extend(context.select(texts), component, values)
+
     def _with_query(self, outputs: Tensor, base: Tensor | None) -> Tensor:
         """Appends to outputs (…, d) what the output residuals are multiplied with: (…, d + e)."""
         if self.query is None:

@@ -41,55 +41,87 @@ class _Block(NamedTuple):
     Attributes:
         text: which text of the batch the prefix continues, shape (N,).
         group: the row-major number of the prefix, shape (N,).
-        prefix: its coordinates, shape (N, k - 1).
-        context: conditioned on the prefix.
         log_probs: shape (N, R_k), -inf in empty cells.
     """
 
     text: Tensor
     group: Tensor
-    prefix: Tensor
-    context: Context
     log_probs: Tensor
 
 
+class _Prefixes(NamedTuple):
+    """N prefixes of the next word.
+
+    Attributes:
+        context: conditioned on them.
+        log_probs: theirs, shape (N,).
+        prefix: their coordinates, shape (N, i).
+        text: which text of the batch each continues, shape (N,).
+    """
+
+    context: Context
+    log_probs: Tensor
+    prefix: Tensor
+    text: Tensor
+
+
 def _blocks(
-    composition: Prediction, softmax: ComponentSoftmax, context: Context
+    composition: Prediction,
+    softmax: ComponentSoftmax,
+    context: Context,
+    own: Tensor | None = None,
 ) -> Iterator[_Block]:
-    """Yields every word after every context once."""
+    """Yields every word after every context once.
+
+    ``own`` is what :meth:`ComponentSoftmax.own_logits_of_all` says of the contexts, if known.
+    """
     if not composition.reads_components:
-        context = context._replace(state=None)  # or it would be copied for every prefix
+        # Or they would be copied for every prefix.
+        context = context._replace(state=None, source=None)
     batch, device = len(context.output), context.output.device
     dtype = at_least_float32(context.output).dtype
     log_probs = torch.zeros(batch, dtype=dtype, device=device)
     prefix = torch.empty(batch, 0, dtype=torch.long, device=device)
     text = torch.arange(batch, device=device)
-    yield from _descend(composition, softmax, context, log_probs, prefix, text)
+    return _descend(composition, softmax, _Prefixes(context, log_probs, prefix, text), own)
 
 
 def _descend(
-    composition: Prediction,
-    softmax: ComponentSoftmax,
-    context: Context,
-    log_probs: Tensor,
-    prefix: Tensor,
-    text: Tensor,
+    composition: Prediction, softmax: ComponentSoftmax, known: _Prefixes, own: Tensor | None
 ) -> Iterator[_Block]:
-    component = prefix.size(1)
-    scores = log_probs[:, None] + component_log_probs(softmax, context, prefix)
-    if component + 1 == softmax.table.num_components:
-        yield _Block(text, softmax.table.flatten(prefix), prefix, context, scores)
+    context, log_probs, prefix, text = known
+    last = prefix.size(1) + 1 == softmax.table.num_components
+    group = softmax.table.flatten(prefix)
+    of_words = own[text, group] if last and own is not None else None
+    scores = log_probs[:, None] + component_log_probs(softmax, context, prefix, of_words)
+    if last:
+        yield _Block(text, group, scores)
         return
+    for longer in _lengthen(composition, known, scores):
+        yield from _descend(composition, softmax, longer, own)
+
+
+def _lengthen(composition: Prediction, known: _Prefixes, scores: Tensor) -> Iterator[_Prefixes]:
+    """Yields the prefixes that are longer by one value and lead to a word.
+
+    Args:
+        composition: conditions contexts on components.
+        known: N prefixes.
+        scores: log-probabilities of the longer ones, shape (N, R), -inf where there is no word.
+    """
+    context, _, prefix, text = known
+    component, size = prefix.size(1), scores.size(1)
     parents, values = torch.isfinite(scores).nonzero(as_tuple=True)
-    for index, value in zip(parents.split(_EXPANSIONS), values.split(_EXPANSIONS), strict=True):
-        yield from _descend(
-            composition,
-            softmax,
-            composition.extend(context.select(index), component, value),
-            scores[index, value],
-            torch.cat([prefix[index], value[:, None]], dim=1),
-            text[index],
-        )
+    every = len(values) == scores.numel()
+    count = max(1, _EXPANSIONS // size) * size if every else _EXPANSIONS  # whole texts
+    for index, value in zip(parents.split(count), values.split(count), strict=True):
+        if every:
+            some = context.select(index[::size])
+            extended = composition.extend_to_all(some, component, size)
+        else:
+            extended = composition.extend(context.select(index), component, value)
+        longer = torch.cat([prefix[index], value[:, None]], dim=1)
+        yield _Prefixes(extended, scores[index, value], longer, text[index])
 
 
 def next_word_log_probs(
@@ -109,7 +141,8 @@ def next_word_log_probs(
     batch, groups = len(context.output), math.prod(table.shape[:-1])
     output = at_least_float32(context.output)
     cells = output.new_full((batch, groups, table.shape[-1]), float("-inf"))
-    for block in _blocks(composition, softmax, context):
+    own = softmax.own_logits_of_all(context.output)
+    for block in _blocks(composition, softmax, context, own):
         cells[block.text, block.group] = block.log_probs.to(cells.dtype)
     return cells.reshape(batch, -1).index_select(1, table.cells)
 

@@ -71,14 +71,34 @@ class GatedPrediction(Prediction):
 
     def extend(self, context: Context, component: int, coordinate: Tensor) -> Context:
         """See :meth:`Prediction.extend`."""
-        if context.base is None or context.prefix is None:
-            raise ValueError("the context to extend must come from this composition's read")
-        prefix = torch.cat([context.prefix, coordinate[:, None]], dim=1)
-        width = context.output.size(-1) - (0 if self.query is None else self.query.out_features)
-        projections = context.base.split(width, dim=-1)
-        query = context.base[:, (len(self.transforms) + 1) * width :]
+        projections, query, known = self._parts(context)
+        prefix = torch.cat([known, coordinate[:, None]], dim=1)
         output = torch.cat([self._output(projections, prefix), query], dim=-1)
         return context._replace(output=output, prefix=prefix)
+
+    def extend_to_all(self, context: Context, component: int, size: int) -> Context:
+        """See :meth:`Prediction.extend_to_all`."""
+        if component:
+            return super().extend_to_all(context, component, size)
+        projections, query, _ = self._parts(context)
+        texts = torch.arange(len(query), device=query.device).repeat_interleave(size)
+        needed = context._replace(output=query, base=context.base if self.transforms[1:] else None)
+        longer = needed.select(texts)
+        # The gates of a value are looked up once, not for every text.
+        values = torch.arange(size, device=query.device)[None, :, None]
+        output = self._output([part[:, None] for part in projections], values)  # (B, R, d)
+        return longer._replace(
+            output=torch.cat([output.flatten(0, 1), longer.output], dim=-1),
+            prefix=values[0].repeat(len(query), 1),
+        )
+
+    def _parts(self, context: Context) -> tuple[Sequence[Tensor], Tensor, Tensor]:
+        """Returns what a context knows: projections, query and prefix."""
+        if context.base is None or context.prefix is None:
+            raise ValueError("the context to extend must come from this composition's read")
+        width = context.output.size(-1) - (0 if self.query is None else self.query.out_features)
+        projections = context.base.split(width, dim=-1)
+        return projections, context.base[:, (len(self.transforms) + 1) * width :], context.prefix
 
     def _project(self, base: Tensor) -> list[Tensor]:
         """Returns h and, for every component but the first, W_i h + u_i."""

@@ -43,18 +43,21 @@ class TopWords(NamedTuple):
     expanded: Tensor
 
 
-def component_log_probs(softmax: ComponentSoftmax, context: Context, prefix: Tensor) -> Tensor:
+def component_log_probs(
+    softmax: ComponentSoftmax, context: Context, prefix: Tensor, own: Tensor | None = None
+) -> Tensor:
     """Computes log P(value | prefix) of the component that a context predicts.
 
     Args:
         softmax: predicts components.
         context: of N texts, conditioned on the prefix.
         prefix: the coordinates before the component, shape (N, i).
+        own: see :meth:`ComponentSoftmax.logits`.
 
     Returns:
         Log-probabilities in nats, shape (N, R_i), -inf where a value leads to no word.
     """
-    logits = softmax.logits(prefix.size(1), context.output, prefix)
+    logits = softmax.logits(prefix.size(1), context.output, prefix, own)
     return torch.log_softmax(at_least_float32(logits), dim=1)
 
 
