@@ -231,7 +231,7 @@ class ComponentSoftmax(nn.Module):
         dim = weight.size(1)
         logits = F.linear(hidden[:, :dim], weight, bias)
         if component + 1 == self.table.num_components:
-            logits = logits + (self._own_logits(hidden[:, dim:], prefix) if own is None else own)
+            logits = logits + (self._own_logits(hidden, prefix) if own is None else own)
         occupied = self.table.occupied(component, prefix)
         return logits if occupied is None else logits.masked_fill(~occupied, float("-inf"))
 
@@ -246,22 +246,25 @@ class ComponentSoftmax(nn.Module):
             order; empty cells hold any number. None if words have no numbers of their own.
         """
         query = hidden[:, self.weight.size(1) :]
-        own: Tensor | None = None
-        if self.residual is not None:
-            own = query[:, : self.residual.size(1)] @ self.residual.T
+        parts = []
         if self.word_bias is not None:
-            own = self.word_bias.expand(len(query), -1) if own is None else own + self.word_bias
+            parts.append(self.word_bias.expand(len(query), -1))
+        if self.residual is not None:
+            parts.append(query[:, : self.residual.size(1)] @ self.residual.T)
         if self.frequent is not None:
-            wide = query[:, -self.frequent.residual.size(1) :] @ self.frequent.residual.T
-            rest = self.table.num_words - wide.size(1)
-            wide = F.pad(wide, (0, rest))
-            own = wide if own is None else own + wide
-        if own is None:
+            frequent = query[:, -self.frequent.residual.size(1) :] @ self.frequent.residual.T
+            parts.append(F.pad(frequent, (0, self.table.num_words - frequent.size(1))))
+        if not parts:
             return None
+        own = sum(parts[1:], parts[0])
         return own.index_select(1, self.table.words).view(len(query), -1, self.table.shape[-1])
 
-    def _own_logits(self, query: Tensor, prefix: Tensor) -> Tensor | float:
+    def _own_logits(self, hidden: Tensor, prefix: Tensor) -> Tensor | float:
         """Returns what words' own numbers add to the last component's logits, (N, R_k)."""
+        if prefix.size(1) == 0:  # every word shares it: one product will do
+            of_all = self.own_logits_of_all(hidden)
+            return 0.0 if of_all is None else of_all[:, 0]
+        query = hidden[:, self.weight.size(1) :]
         logits: Tensor | float = 0.0
         if self.word_bias is not None:
             logits = logits + self._of_groups(self.word_bias[:, None], prefix).squeeze(2)
