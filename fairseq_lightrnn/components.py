@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -165,6 +166,7 @@ class ComponentSoftmax(nn.Module):
         word_bias: give every word a bias.
         residual_dim: the width of every word's residual; 0 for none.
         frequent: the residuals that frequent words have besides; e is the sum of both widths.
+        residuals_of: use the residuals of these input vectors rather than having some.
 
     Attributes:
         weight: parameter of shape (ΣR_i, d).
@@ -181,6 +183,7 @@ class ComponentSoftmax(nn.Module):
         word_bias: bool = False,
         residual_dim: int = 0,
         frequent: FrequentSize | None = None,
+        residuals_of: ComponentEmbedding | None = None,
     ) -> None:
         super().__init__()
         rows = sum(table.shape)
@@ -201,6 +204,21 @@ class ComponentSoftmax(nn.Module):
         if frequent is not None:
             frequent.check(words)
             self.frequent = FrequentOutput(frequent)
+        if residuals_of is not None:
+            self._share(residuals_of)
+
+    def _share(self, embedding: ComponentEmbedding) -> None:
+        """Puts the residuals of input vectors in the place of those of the output."""
+        every = None if embedding.residual is None else embedding.residual.weight
+        frequent = None if embedding.frequent is None else embedding.frequent.residual.weight
+        own = [self.residual, None if self.frequent is None else self.frequent.residual]
+        shapes = [None if part is None else tuple(part.shape) for part in (*own, every, frequent)]
+        if shapes[:2] != shapes[2:]:
+            raise ValueError(f"shared residuals must have shapes {shapes[:2]}, got {shapes[2:]}")
+        if every is not None:
+            self.residual = cast(nn.Parameter, every)
+        if self.frequent is not None:
+            self.frequent.residual = cast(nn.Parameter, frequent)
 
     @property
     def table(self) -> TableLookup:

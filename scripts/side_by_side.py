@@ -164,11 +164,13 @@ def count_parameters(folder: Path, vocabulary: Iterable[str]) -> dict[str, int]:
     # fairseq's transformer encoder keeps copies of its weights that nothing uses.
     copies = tuple(f"{part}_{kind}" for part in ("fc1", "fc2", "in_proj", "out_proj")
                    for kind in ("weight", "bias"))  # fmt: skip
-    sizes = {
-        name: math.prod(tensor.shape)
-        for name, tensor in state["model"].items()
-        if not any(part in name for part in buffers) and not name.endswith(copies)
-    }
+    sizes, seen = {}, set()
+    for name, tensor in state["model"].items():
+        if any(part in name for part in buffers) or name.endswith(copies):
+            continue
+        # What input and output share counts once.
+        sizes[name] = 0 if tensor.data_ptr() in seen else math.prod(tensor.shape)
+        seen.add(tensor.data_ptr())
     own = sum(size for name, size in sizes.items() if any(part in name for part in vocabulary))
     return {"parameters": sum(sizes.values()), "vocabulary_parameters": own}
 

@@ -476,6 +476,13 @@ class TestBadInput:
             data, tmp_path, "--share-component-vectors", hidden_size=9,
         )  # fmt: skip
 
+    def test_shared_residuals_of_two_widths(self, data: Path, tmp_path: Path) -> None:
+        self.refused(
+            "--share-residuals needs --input-residual-dim (3) equal to --output-residual-dim (2)",
+            data, tmp_path, "--share-residuals", input_residual_dim=3, output_residual_dim=2,
+        )  # fmt: skip
+        self.refused("--share-residuals: there are none", data, tmp_path, "--share-residuals")
+
     def test_other_targets(self, data: Path, tmp_path: Path) -> None:
         self.refused("--self-target: a LightRNN", data, tmp_path, "--self-target")
 

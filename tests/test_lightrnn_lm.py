@@ -65,6 +65,18 @@ def test_sharing_halves_the_component_vectors() -> None:
     assert count[0] - count[1] == 20 * 200
 
 
+def test_sharing_halves_the_residuals() -> None:
+    sizes = {"input_residual_dim": 6, "output_residual_dim": 6, "frequent_words": 10}
+    own, shared = (
+        LightRNNDecoder(config("lightrnn_lm_gated", share_residuals=share, **sizes), Words(100))
+        for share in (False, True)
+    )
+    assert shared.softmax.residual is shared.composition.embedding.residual.weight
+    assert shared.softmax.frequent.residual is shared.composition.embedding.frequent.residual.weight
+    count = [sum(p.numel() for p in decoder.parameters()) for decoder in (own, shared)]
+    assert count[0] - count[1] == 100 * 6 + 10 * 64
+
+
 def test_dropouts_follow_the_common_flag_unless_told_otherwise() -> None:
     cfg = config("lightrnn_lm", num_layers=2, dropout=0.3, dropout_out=0.0, dropout_between=0.1)
     composition = LightRNNDecoder(cfg, Words(100)).composition

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "side_by_side.py"
 # Validation perplexities after epochs 1, 2, …
@@ -104,3 +105,11 @@ def test_a_process_that_finds_all_epochs_trained(books: ModuleType, tmp_path: Pa
 def test_no_process_starts_after_the_seconds_are_spent(books: ModuleType, tmp_path: Path) -> None:
     books.train_in_steps(tmp_path, [], epochs=4, step=1, seconds=15)
     assert books.calls == [("train", 1), ("train", 2)]
+
+
+def test_parameters_that_are_shared_count_once(books: ModuleType, tmp_path: Path) -> None:
+    words = torch.zeros(10, 4)
+    model = {"embedding": words, "output": words, "lstm": torch.zeros(3), "table.cells": words[0]}
+    torch.save({"model": model}, tmp_path / "checkpoint_best.pt")
+    found = books.count_parameters(tmp_path, ("embedding", "output"))
+    assert found == {"parameters": 43, "vocabulary_parameters": 40}

@@ -21,6 +21,7 @@ __all__ = [
     "frequent_size",
     "parse_shape",
     "query_dim",
+    "shared_residuals",
     "source_embedding",
     "table_shape",
 ]
@@ -50,6 +51,13 @@ class TableConfig(FairseqDataclass):
     )
     output_residual_dim: int = field(
         default=0, metadata={"help": "numbers of its own with which every word is predicted"}
+    )
+    share_residuals: bool = field(
+        default=False,
+        metadata={
+            "help": "use the same numbers of words' own for input and output; needs "
+            "--input-residual-dim equal to --output-residual-dim"
+        },
     )
     frequent_words: int = field(
         default=0,
@@ -133,6 +141,27 @@ def frequent_size(cfg: Any, num_words: int) -> FrequentSize | None:
             "from 0 to that many"
         )
     return FrequentSize(cfg.frequent_words, cfg.frequent_residual_dim)
+
+
+def shared_residuals(cfg: Any, embedding: ComponentEmbedding) -> ComponentEmbedding | None:
+    """Returns the input vectors whose residuals the output shares, if ``--share-residuals`` is on.
+
+    Raises:
+        UsageError: if there are none, or they differ in size.
+    """
+    if not cfg.share_residuals:
+        return None
+    if cfg.input_residual_dim != cfg.output_residual_dim:
+        raise UsageError(
+            f"--share-residuals needs --input-residual-dim ({cfg.input_residual_dim}) equal to "
+            f"--output-residual-dim ({cfg.output_residual_dim})"
+        )
+    if embedding.residual is None and embedding.frequent is None:
+        raise UsageError(
+            "--share-residuals: there are none; give --input-residual-dim and "
+            "--output-residual-dim, or --frequent-words"
+        )
+    return embedding
 
 
 def query_dim(cfg: Any) -> int:

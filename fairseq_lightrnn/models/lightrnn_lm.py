@@ -31,6 +31,7 @@ from fairseq_lightrnn.models._table import (
     check_task,
     frequent_size,
     query_dim,
+    shared_residuals,
     table_shape,
 )
 from fairseq_lightrnn.recurrent import RecurrentComposition
@@ -184,6 +185,7 @@ def build_softmax(
         cfg.word_bias,
         cfg.output_residual_dim,
         frequent_size(cfg, table.num_words),
+        shared_residuals(cfg, embedding),
     )
 
 

@@ -27,6 +27,7 @@ from fairseq_lightrnn.models._table import (
     check_task,
     frequent_size,
     query_dim,
+    shared_residuals,
     source_embedding,
     table_shape,
 )
@@ -84,6 +85,7 @@ class LightRNNTransformerDecoder(SeatedDecoder, TransformerDecoderBase):
             table_cfg.word_bias,
             table_cfg.output_residual_dim,
             frequent,
+            shared_residuals(table_cfg, embedding),
         )
         if not shared:
             nn.init.normal_(self.softmax.weight, std=self.output_embed_dim**-0.5)
