@@ -11,7 +11,8 @@ Finished runs are kept, interrupted ones go on from their last checkpoint.
 Systems (``--systems``): fairseq's ``lstm`` and ``transformer``, and this plugin's
 ``lightrnn_translation`` with the paper's composition (``lightrnn``), with the gated one and 25
 numbers of each word's own (``lightrnn-gated``), with 128 more for each of 1,500 frequent words
-(``lightrnn-frequent``), and ``lightrnn_transformer`` with the 25 numbers.
+(``lightrnn-frequent``), or with 37 numbers of each word's own, 36 of them for input and output
+alike (``lightrnn-shared``); and ``lightrnn_transformer`` with the 25 numbers.
 All are trained alike, and tested with the checkpoint of the best validation perplexity. Question
 answering is translation here: ``--metrics answers`` counts exact matches and common words.
 
@@ -41,11 +42,18 @@ from side_by_side import (
 )
 
 SYSTEMS = (
-    "lstm", "lightrnn", "lightrnn-gated", "lightrnn-frequent", "transformer",
+    "lstm", "lightrnn", "lightrnn-gated", "lightrnn-frequent", "lightrnn-shared", "transformer",
     "lightrnn-transformer",
 )  # fmt: skip
-# Wide residuals of the words that make most of a text.
-FREQUENT = ["--frequent-words", "1500"]
+SHARED = ["--word-bias", "--input-residual-dim", "36", "--output-residual-dim", "36",
+          "--share-residuals"]  # fmt: skip
+# What words have of their own.
+OWN: dict[str, list[str]] = {
+    "lightrnn": [],
+    "lightrnn-gated": ["--composition", "gated", *WORDS_OWN],
+    "lightrnn-frequent": ["--composition", "gated", *WORDS_OWN, "--frequent-words", "1500"],
+    "lightrnn-shared": ["--composition", "gated", *SHARED],
+}
 # Parts of the names of parameters that the target's vocabulary makes.
 VOCABULARY = (
     "decoder.embed_tokens", "decoder.fc_out", "decoder.output_projection",
@@ -156,9 +164,7 @@ def model_flags(system: str, args: argparse.Namespace) -> list[Any]:
             "--decoder-layers", args.layers,
         ]  # fmt: skip
     sizes = ["--embed-dim", args.width, "--hidden-size", args.width, "--num-layers", args.layers]
-    own = [] if system == "lightrnn" else ["--composition", "gated", *WORDS_OWN]
-    own += FREQUENT if system == "lightrnn-frequent" else []
-    return [*ours, "--arch", "lightrnn_translation", *sizes, *own]
+    return [*ours, "--arch", "lightrnn_translation", *sizes, *OWN[system]]
 
 
 def train(system: str, data: Path, folder: Path, args: argparse.Namespace) -> None:
