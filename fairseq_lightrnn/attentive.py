@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq_lightrnn.components import ComponentEmbedding
@@ -67,8 +68,9 @@ class Attention(nn.Module):
 
     def combine(self, outputs: Tensor, source: Tensor) -> Tensor:
         """Merges outputs (..., d) with what was read from the source, (..., m): (..., d)."""
-        source = source.expand(*outputs.shape[:-1], -1)
-        return torch.tanh(self.combination(torch.cat([outputs, source], dim=-1)))
+        dim = outputs.size(-1)
+        own, read = self.combination.weight[:, :dim], self.combination.weight[:, dim:]
+        return torch.tanh(F.linear(outputs, own) + F.linear(source, read))
 
 
 class AttentiveComposition(Composition):
@@ -135,14 +137,11 @@ class AttentiveRecurrentComposition(AttentiveComposition, RecurrentComposition):
         source, weights = self.attention(outputs[:, :, 0], memory)
         return self._predict(self.attention.combine(outputs, source[:, :, None])), weights
 
-    def extend(self, context: Context, component: int, coordinate: Tensor) -> Context:
-        """See :meth:`Composition.extend`."""
+    def _extended(self, context: Context, output: Tensor, state: State) -> Context:
         if context.source is None:
             raise ValueError("the context to extend must come from this composition's read_beside")
-        output, state = self._step(context, component, coordinate)
-        output = self.dropout_out(self.attention.combine(output, context.source))
-        outputs = self._with_query(output, context.base)
-        return Context(outputs, state, context.base, source=context.source)
+        extended = super()._extended(context, self.attention.combine(output, context.source), state)
+        return extended._replace(source=context.source)
 
 
 class AttentiveGatedComposition(AttentiveComposition, GatedComposition):

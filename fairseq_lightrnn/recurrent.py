@@ -8,6 +8,7 @@ next one. So k·T steps score T words, in one fused LSTM call.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fairseq_lightrnn.composition import Composition, Context, State
@@ -70,6 +71,30 @@ class RecurrentComposition(Composition):
     def extend(self, context: Context, component: int, coordinate: Tensor) -> Context:
         """See :meth:`Composition.extend`."""
         output, state = self._step(context, component, coordinate)
+        return self._extended(context, output, state)
+
+    def extend_to_all(self, context: Context, component: int, size: int) -> Context:
+        """See :meth:`Prediction.extend_to_all`."""
+        if self.training or context.state is None:  # branches know no dropout
+            return super().extend_to_all(context, component, size)
+        values = torch.arange(size, device=context.output.device)
+        inputs = self.embedding(values[:, None], component)[:, 0]
+        outputs, state = self.lstm.branch(inputs, context.state)  # (B, R, d)
+
+        def one_step(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[:, None]
+
+        def flat(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.expand(-1, size, -1).flatten(0, 1)
+
+        known = context._replace(base=one_step(context.base), source=one_step(context.source))
+        extended = self._extended(known, outputs, state)
+        return Context(
+            extended.output.flatten(0, 1), state, flat(extended.base), source=flat(extended.source)
+        )
+
+    def _extended(self, context: Context, output: Tensor, state: State) -> Context:
+        """Returns a context after one more component, given the LSTM's output (…, d) after it."""
         output = self.dropout_out(output)
         return Context(self._with_query(output, context.base), state, context.base)
 

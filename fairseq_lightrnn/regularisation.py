@@ -99,6 +99,33 @@ class RegularisedLSTM(nn.LSTM):
         hidden, cell = (torch.cat(parts) for parts in zip(*states, strict=True))
         return outputs, (hidden, cell)
 
+    def branch(
+        self, inputs: Tensor, state: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Takes one step from each of B states with each of R inputs, without dropout.
+
+        What inputs and states add to the gates of the first layer is computed once for each of
+        them, rather than for each pair.
+
+        Args:
+            inputs: of shape (R, input_size).
+            state: hidden and cell state, each of shape (layers, B, d).
+
+        Returns:
+            The outputs, shape (B, R, d), and the states, each of shape (layers, B·R, d).
+        """
+        outputs, hidden_states, cell_states = inputs, [], []
+        for weights, hidden, cell in zip(self.all_weights, *state, strict=True):
+            of_inputs, of_states, *biases = weights
+            gates = F.linear(outputs, of_inputs, biases[0])  # (R, 4d), then (B, R, 4d)
+            gates = gates + F.linear(hidden, of_states, biases[1])[:, None]
+            enter, keep, new, leave = gates.chunk(4, dim=-1)
+            cells = keep.sigmoid() * cell[:, None] + enter.sigmoid() * new.tanh()
+            outputs = leave.sigmoid() * cells.tanh()
+            hidden_states.append(outputs.flatten(0, 1))
+            cell_states.append(cells.flatten(0, 1))
+        return outputs, (torch.stack(hidden_states), torch.stack(cell_states))
+
     def _dropped_weights(self) -> list[Tensor]:
         """Returns the weights in the order of the fused kernel, recurrent matrices dropped."""
         weights: list[Tensor] = []
