@@ -15,7 +15,7 @@ import numba
 import numpy as np
 import torch
 
-from fairseq_lightrnn.allocation._capacity_auction import sift_down, sift_up
+from fairseq_lightrnn.allocation._capacity_auction import seat
 from fairseq_lightrnn.allocation.costs import CostSource
 
 __all__ = ["CachedSolution", "solve_cached"]
@@ -91,25 +91,11 @@ def _bid(
             continue
         made += 1
         raise_by = max(other - best, raise_least) if other < np.inf else raise_least
-        bid = max(prices[place] + raise_by, np.nextafter(prices[place], np.inf))
-        base = offsets[place]
-        capacity = offsets[place + 1] - base
-        places[word] = place
-        if sizes[place] < capacity:
-            at = sizes[place]
-            bids[base + at], words[base + at] = bid, word
-            sizes[place] = at + 1
-            sift_up(bids, words, base, at)
-        else:
-            loser = words[base]
-            bids[base], words[base] = bid, word
-            sift_down(bids, words, base, capacity)
-            places[loser] = -1
+        loser = seat(word, place, raise_by, prices, offsets, sizes, bids, words, places)
+        if loser >= 0:
             tail = head + waiting
             queue[tail - n if tail >= n else tail] = loser
             waiting += 1
-        if sizes[place] == capacity:
-            prices[place] = bids[base]
     state[0], state[1], state[2] = head, waiting, outdated
     return made
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from fairseq_lightrnn.allocation._minimum import smaller
 
-__all__ = ["auction", "cheapest", "settle", "sift_down", "sift_up"]
+__all__ = ["auction", "cheapest", "seat", "settle"]
 
 _FLAGS = {"nnan", "nsz", "reassoc"}  # lets minima be vectorised; infinities keep their meaning
 
@@ -46,7 +46,7 @@ def _less(bid_a, word_a, bid_b, word_b):
 
 
 @numba.njit(nogil=True, cache=True)
-def sift_up(bids, words, base, at):
+def _sift_up(bids, words, base, at):
     while at > 0:
         parent = (at - 1) >> 1
         if not _less(bids[base + at], words[base + at], bids[base + parent], words[base + parent]):
@@ -57,7 +57,7 @@ def sift_up(bids, words, base, at):
 
 
 @numba.njit(nogil=True, cache=True)
-def sift_down(bids, words, base, size):
+def _sift_down(bids, words, base, size):
     at = 0
     while True:
         child = 2 * at + 1
@@ -72,6 +72,29 @@ def sift_down(bids, words, base, size):
         bids[base + at], bids[base + child] = bids[base + child], bids[base + at]
         words[base + at], words[base + child] = words[base + child], words[base + at]
         at = child
+
+
+@numba.njit(nogil=True, cache=True, inline="always")
+def seat(word, place, raise_by, prices, offsets, sizes, bids, words, places):
+    """Seats a word that outbids the price of a place; returns who has to leave it, or -1."""
+    bid = max(prices[place] + raise_by, np.nextafter(prices[place], np.inf))
+    base = offsets[place]
+    capacity = offsets[place + 1] - base
+    loser = np.int64(-1)
+    places[word] = place
+    if sizes[place] < capacity:
+        at = sizes[place]
+        bids[base + at], words[base + at] = bid, word
+        sizes[place] = at + 1
+        _sift_up(bids, words, base, at)
+    else:
+        loser = np.int64(words[base])
+        bids[base], words[base] = bid, word
+        _sift_down(bids, words, base, capacity)
+        places[loser] = -1
+    if sizes[place] == capacity:
+        prices[place] = bids[base]
+    return loser
 
 
 @numba.njit(nogil=True, cache=True)
@@ -105,25 +128,11 @@ def auction(costs, prices, offsets, sizes, bids, words, places, queue, state, ep
         # A raise by the whole difference leaves the word just as content here as with its second
         # choice.
         raise_by = max(second - best, epsilon) if second < np.inf else epsilon
-        bid = max(prices[place] + raise_by, np.nextafter(prices[place], np.inf))
-        base = offsets[place]
-        capacity = offsets[place + 1] - base
-        places[word] = place
-        if sizes[place] < capacity:
-            at = sizes[place]
-            bids[base + at], words[base + at] = bid, word
-            sizes[place] = at + 1
-            sift_up(bids, words, base, at)
-        else:
-            loser = words[base]
-            bids[base], words[base] = bid, word
-            sift_down(bids, words, base, capacity)
-            places[loser] = -1
+        loser = seat(word, place, raise_by, prices, offsets, sizes, bids, words, places)
+        if loser >= 0:
             tail = head + waiting
             queue[tail - n if tail >= n else tail] = loser
             waiting += 1
-        if sizes[place] == capacity:
-            prices[place] = bids[base]
     state[0], state[1] = head, waiting
     return made
 
