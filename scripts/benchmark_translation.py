@@ -11,8 +11,8 @@ Finished runs are kept, interrupted ones go on from their last checkpoint.
 Systems (``--systems``): fairseq's ``lstm`` and ``transformer``, and this plugin's
 ``lightrnn_translation`` with the paper's composition (``lightrnn``), with the gated one and 25
 numbers of each word's own (``lightrnn-gated``), with 128 more for each of 1,500 frequent words
-(``lightrnn-frequent``), or with 37 numbers of each word's own, 36 of them for input and output
-alike (``lightrnn-shared``); and ``lightrnn_transformer`` with the 25 numbers.
+(``lightrnn-frequent``), or with 37 numbers of each word's own: 12 for input and 24 for output
+(``lightrnn-wide``), or 36 for both (``lightrnn-shared``); and ``lightrnn_transformer`` with the 25 numbers.
 All are trained alike, and tested with the checkpoint of the best validation perplexity. Question
 answering is translation here: ``--metrics answers`` counts exact matches and common words.
 
@@ -42,9 +42,10 @@ from side_by_side import (
 )
 
 SYSTEMS = (
-    "lstm", "lightrnn", "lightrnn-gated", "lightrnn-frequent", "lightrnn-shared", "transformer",
-    "lightrnn-transformer",
+    "lstm", "lightrnn", "lightrnn-gated", "lightrnn-frequent", "lightrnn-wide", "lightrnn-shared",
+    "transformer", "lightrnn-transformer",
 )  # fmt: skip
+WIDE = ["--word-bias", "--input-residual-dim", "12", "--output-residual-dim", "24"]
 SHARED = ["--word-bias", "--input-residual-dim", "36", "--output-residual-dim", "36",
           "--share-residuals"]  # fmt: skip
 # What words have of their own.
@@ -52,6 +53,7 @@ OWN: dict[str, list[str]] = {
     "lightrnn": [],
     "lightrnn-gated": ["--composition", "gated", *WORDS_OWN],
     "lightrnn-frequent": ["--composition", "gated", *WORDS_OWN, "--frequent-words", "1500"],
+    "lightrnn-wide": ["--composition", "gated", *WIDE],
     "lightrnn-shared": ["--composition", "gated", *SHARED],
 }
 # Parts of the names of parameters that the target's vocabulary makes.
