@@ -12,8 +12,9 @@ Systems (``--systems``): the paper's model on a random table (``random``), on on
 reallocated once as by the authors' program, greedily (``authors``), and on a co-occurrence table
 (``recurrent``); the gated composition bare (``gated``), with a bias for each word (``gated-bias``),
 with 25 numbers of each word's own (``gated-full``), with further 128 for each of 1,000 frequent
-words (``gated-frequent``), with 129 or 257 for every word (``gated-wide``, ``gated-wider``); the
-same program with one component, an ordinary softmax LSTM (``softmax``); fairseq's ``lstm_lm`` with
+words (``gated-frequent``), with 129 or 257 for every word (``gated-wide``, ``gated-wider``), with
+65 of which 64 serve input and output alike (``gated-shared``); the same program with one component,
+an ordinary softmax LSTM (``softmax``); fairseq's ``lstm_lm`` with
 full (``lstm_lm``) and with adaptive softmax (``lstm_lm-adaptive``). The last two know no carried
 state: they are trained on blocks, and tested on blocks long enough that the start does not matter.
 
@@ -40,13 +41,13 @@ from benchmark_allocation import load as load_instance
 from language_model_report import summarise
 from side_by_side import (
     PLUGIN,
-    WORDS_OWN,
     call,
     count_parameters,
     is_tested,
     machine,
     read_lines,
     train_in_steps,
+    words_own,
 )
 
 from fairseq_lightrnn.commands.reallocate import main as reallocate
@@ -60,26 +61,11 @@ VOCABULARY = ("embedding", "softmax", "gates", "embed_tokens", "fc_out")
 
 # name: flags of the model
 OURS: dict[str, list[str]] = {
-    "gated-full": ["--composition", "gated", *WORDS_OWN],
-    "gated-frequent": ["--composition", "gated", *WORDS_OWN, "--frequent-words", "1000"],
-    "gated-wide": [
-        "--composition",
-        "gated",
-        "--word-bias",
-        "--input-residual-dim",
-        "64",
-        "--output-residual-dim",
-        "64",
-    ],
-    "gated-wider": [
-        "--composition",
-        "gated",
-        "--word-bias",
-        "--input-residual-dim",
-        "128",
-        "--output-residual-dim",
-        "128",
-    ],
+    "gated-full": ["--composition", "gated", *words_own(16, 8)],
+    "gated-frequent": ["--composition", "gated", *words_own(16, 8), "--frequent-words", "1000"],
+    "gated-wide": ["--composition", "gated", *words_own(64, 64)],
+    "gated-wider": ["--composition", "gated", *words_own(128, 128)],
+    "gated-shared": ["--composition", "gated", *words_own(64, 64), "--share-residuals"],
     "gated-bias": ["--composition", "gated", "--word-bias"],
     "gated": ["--composition", "gated"],
     "recurrent": [],

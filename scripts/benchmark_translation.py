@@ -32,7 +32,6 @@ from typing import Any
 
 from side_by_side import (
     PLUGIN,
-    WORDS_OWN,
     call,
     count_parameters,
     is_tested,
@@ -40,22 +39,20 @@ from side_by_side import (
     read_lines,
     read_run,
     train_in_steps,
+    words_own,
 )
 
 SYSTEMS = (
     "lstm", "lightrnn", "lightrnn-gated", "lightrnn-frequent", "lightrnn-wide", "lightrnn-shared",
     "transformer", "lightrnn-transformer",
 )  # fmt: skip
-WIDE = ["--word-bias", "--input-residual-dim", "12", "--output-residual-dim", "24"]
-SHARED = ["--word-bias", "--input-residual-dim", "36", "--output-residual-dim", "36",
-          "--share-residuals"]  # fmt: skip
-# What words have of their own.
+# Composition, and what words have of their own.
 OWN: dict[str, list[str]] = {
     "lightrnn": [],
-    "lightrnn-gated": ["--composition", "gated", *WORDS_OWN],
-    "lightrnn-frequent": ["--composition", "gated", *WORDS_OWN, "--frequent-words", "1500"],
-    "lightrnn-wide": ["--composition", "gated", *WIDE],
-    "lightrnn-shared": ["--composition", "gated", *SHARED],
+    "lightrnn-gated": ["--composition", "gated", *words_own(16, 8)],
+    "lightrnn-frequent": ["--composition", "gated", *words_own(16, 8), "--frequent-words", "1500"],
+    "lightrnn-wide": ["--composition", "gated", *words_own(12, 24)],
+    "lightrnn-shared": ["--composition", "gated", *words_own(36, 36), "--share-residuals"],
 }
 # Parts of the names of parameters that the target's vocabulary makes.
 VOCABULARY = (
@@ -157,7 +154,7 @@ def model_flags(system: str, args: argparse.Namespace) -> list[Any]:
         ]
         if system == "transformer":
             return [*stock, "--arch", "transformer", *sides]
-        return [*ours, "--arch", "lightrnn_transformer", *sides, *WORDS_OWN]
+        return [*ours, "--arch", "lightrnn_transformer", *sides, *words_own(16, 8)]
     if system == "lstm":
         return [
             *stock, "--arch", "lstm", "--encoder-embed-dim", args.width,

@@ -22,7 +22,6 @@ from typing import Any
 
 __all__ = [
     "PLUGIN",
-    "WORDS_OWN",
     "call",
     "count_parameters",
     "is_tested",
@@ -30,13 +29,18 @@ __all__ = [
     "read_lines",
     "read_run",
     "train_in_steps",
+    "words_own",
 ]
 
 PLUGIN = Path(__file__).resolve().parent.parent / "fairseq_lightrnn"
 # What fairseq logs after an epoch's validation.
 _EPOCH = r"\{\"epoch\": \d+, \"valid_loss\".*\}"
-# The 25 numbers of each word's own.
-WORDS_OWN = ["--word-bias", "--input-residual-dim", "16", "--output-residual-dim", "8"]
+
+
+def words_own(of_input: int, of_output: int) -> list[str]:
+    """Returns the flags that give each word a bias, and residuals of so many numbers."""
+    widths = "--input-residual-dim", str(of_input), "--output-residual-dim", str(of_output)
+    return ["--word-bias", *widths]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
