@@ -13,7 +13,7 @@ Systems (``--systems``): fairseq's ``lstm`` and ``transformer``, and this plugin
 numbers of each word's own (``lightrnn-gated``), with 128 more for each of 1,500 frequent words
 (``lightrnn-frequent``), or with 37 numbers of each word's own: 12 for input and 24 for output
 (``lightrnn-wide``), or 36 for both (``lightrnn-shared``); and ``lightrnn_transformer`` with the 25
-numbers.
+or the 37 (``lightrnn-transformer-wide``).
 All are trained alike, and tested with the checkpoint of the best validation perplexity. Question
 answering is translation here: ``--metrics answers`` counts exact matches and common words.
 
@@ -44,7 +44,7 @@ from side_by_side import (
 
 SYSTEMS = (
     "lstm", "lightrnn", "lightrnn-gated", "lightrnn-frequent", "lightrnn-wide", "lightrnn-shared",
-    "transformer", "lightrnn-transformer",
+    "transformer", "lightrnn-transformer", "lightrnn-transformer-wide",
 )  # fmt: skip
 # Composition, and what words have of their own.
 OWN: dict[str, list[str]] = {
@@ -140,7 +140,7 @@ def model_flags(system: str, args: argparse.Namespace) -> list[Any]:
     ]  # fmt: skip
     stock = ["--task", "translation", "--criterion", "label_smoothed_cross_entropy",
              "--label-smoothing", args.label_smoothing]  # fmt: skip
-    if system.endswith("transformer"):
+    if "transformer" in system:
         sides = [
             part
             for side in ("encoder", "decoder")
@@ -154,7 +154,8 @@ def model_flags(system: str, args: argparse.Namespace) -> list[Any]:
         ]
         if system == "transformer":
             return [*stock, "--arch", "transformer", *sides]
-        return [*ours, "--arch", "lightrnn_transformer", *sides, *words_own(16, 8)]
+        own = words_own(12, 24) if system.endswith("wide") else words_own(16, 8)
+        return [*ours, "--arch", "lightrnn_transformer", *sides, *own]
     if system == "lstm":
         return [
             *stock, "--arch", "lstm", "--encoder-embed-dim", args.width,
