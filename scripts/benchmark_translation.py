@@ -12,8 +12,8 @@ Systems (``--systems``): fairseq's ``lstm`` and ``transformer``, and this plugin
 ``lightrnn_translation`` with the paper's composition (``lightrnn``), with the gated one and 25
 numbers of each word's own (``lightrnn-gated``), with 128 more for each of 1,500 frequent words
 (``lightrnn-frequent``), or with 37 numbers of each word's own: 12 for input and 24 for output
-(``lightrnn-wide``), or 36 for both (``lightrnn-shared``); and ``lightrnn_transformer`` with the 25
-or the 37 (``lightrnn-transformer-wide``).
+(``lightrnn-wide``), or 36 for both (``lightrnn-shared``, ``--shared``); and ``lightrnn_transformer``
+with the 25 or the 37 (``lightrnn-transformer-wide``).
 All are trained alike, and tested with the checkpoint of the best validation perplexity. Question
 answering is translation here: ``--metrics answers`` counts exact matches and common words.
 
@@ -52,7 +52,7 @@ OWN: dict[str, list[str]] = {
     "lightrnn-gated": ["--composition", "gated", *words_own(16, 8)],
     "lightrnn-frequent": ["--composition", "gated", *words_own(16, 8), "--frequent-words", "1500"],
     "lightrnn-wide": ["--composition", "gated", *words_own(12, 24)],
-    "lightrnn-shared": ["--composition", "gated", *words_own(36, 36), "--share-residuals"],
+    "lightrnn-shared": ["--composition", "gated", "--share-residuals"],
 }
 # Parts of the names of parameters that the target's vocabulary makes.
 VOCABULARY = (
@@ -85,6 +85,8 @@ def parse() -> argparse.Namespace:
     add("--label-smoothing", type=float, default=0.1, help="(default: %(default)s)")
     add("--lr", type=float, default=0.002, help="highest of Adam (default: %(default)s)")
     add("--max-tokens", type=int, default=2000, help="of a batch (default: %(default)s)")
+    add("--shared", type=int, default=36, metavar="N",
+        help="numbers of each word's own in lightrnn-shared (default: %(default)s)")  # fmt: skip
     add("--beam", type=int, default=5, help="(default: %(default)s)")
     return parser.parse_args()
 
@@ -165,7 +167,8 @@ def model_flags(system: str, args: argparse.Namespace) -> list[Any]:
             "--decoder-layers", args.layers,
         ]  # fmt: skip
     sizes = ["--embed-dim", args.width, "--hidden-size", args.width, "--num-layers", args.layers]
-    return [*ours, "--arch", "lightrnn_translation", *sizes, *OWN[system]]
+    own = words_own(args.shared, args.shared) if system == "lightrnn-shared" else []
+    return [*ours, "--arch", "lightrnn_translation", *sizes, *OWN[system], *own]
 
 
 def train(system: str, data: Path, folder: Path, args: argparse.Namespace) -> None:
