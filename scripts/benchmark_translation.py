@@ -12,7 +12,7 @@ Systems (``--systems``): fairseq's ``lstm`` and ``transformer``, and this plugin
 ``lightrnn_translation`` with the paper's composition (``lightrnn``), with the gated one and 25
 numbers of each word's own (``lightrnn-gated``), with 128 more for each of 1,500 frequent words
 (``lightrnn-frequent``), or with 37 numbers of each word's own: 12 for input and 24 for output
-(``lightrnn-wide``), or 36 for both (``lightrnn-shared``, ``--shared``); and ``lightrnn_transformer``
+(``lightrnn-wide``), or 36 for both (``lightrnn-shared``, ``--shared``); ``lightrnn_transformer``
 with the 25 or the 37 (``lightrnn-transformer-wide``).
 All are trained alike, and tested with the checkpoint of the best validation perplexity. Question
 answering is translation here: ``--metrics answers`` counts exact matches and common words.
