@@ -27,6 +27,7 @@ _FLOAT64_LIMIT = 1 << 25  # entries of both factors up to which they are float64
 _BLOCK_WORDS = 1024
 _BIDS_PER_WORD = 60  # beyond this the raise is too small for an instance with many ties
 _LOOKS_PER_CELL = 4  # after which lowering prices to an exact certificate is given up
+_FEW_CELLS = 4096  # so many are looked at one by one, more in a sweep over all
 _UNIT = 2.0**-52
 
 
@@ -253,15 +254,15 @@ def _solve(
         cost = problem.cost(found, cells)
         if cost < best_cost:
             best, best_cost = found, cost
+        late = deadline is not None and time.monotonic() >= deadline
         certificates = [_bound(problem, prices)]
-        if gap == 0 and cost - certificates[0][0] > 2 * certificates[0][1]:
+        if gap == 0 and cost - certificates[0][0] > 2 * certificates[0][1] and not late:
             certificates.append(_bound(problem, _tightened(problem, prices, found)))
         for some_bound, some_rounding in certificates:
             if some_bound - some_rounding > bound - rounding:
                 bound, rounding = some_bound, some_rounding
         logger.debug("raise %.3g: cost %.10g, bound %.10g", epsilon, best_cost, bound)
         enough = max(gap * (problem.mean_cost - bound), 2 * rounding)
-        late = deadline is not None and time.monotonic() >= deadline
         if best_cost - bound <= enough or late or epsilon <= problem.rounding / n:
             return best, best_cost, bound, rounding
         epsilon /= 8
@@ -358,7 +359,6 @@ def _tightened(problem: _Problem, prices: np.ndarray, assignment: np.ndarray) ->
     dual value is the cost, unless the assignment can be improved.
     """
     n, shape = len(assignment), prices.shape
-    rounded: np.ndarray = prices.astype(problem.dtype)
     flat_prices, held = prices.reshape(-1).copy(), problem.flat[assignment]
     own = np.empty(n)  # what a word pays for its cell
     content = np.empty(n)  # the price of a word's cell at which it is the word's cheapest
@@ -377,16 +377,17 @@ def _tightened(problem: _Problem, prices: np.ndarray, assignment: np.ndarray) ->
         cheapest = (first[:, rows] + second[:, columns] + flat_prices[changed]).min(axis=1)
         content[block] = np.minimum(content[block], cheapest - own[block])
 
-    problem.over_blocks(look_at_all, np.arange(n))
-    looked = 0
+    looked, changed = 0, held
     while looked < _LOOKS_PER_CELL * n:
+        some = len(changed) <= _FEW_CELLS
+        rounded: np.ndarray = flat_prices.reshape(shape).astype(problem.dtype)
+        problem.over_blocks(look_at_changed if some and looked else look_at_all, np.arange(n))
+        looked += len(changed) if some else n
         unhappy = np.flatnonzero(content < flat_prices[held])
         if len(unhappy) == 0:
             break
         changed = held[unhappy]
         flat_prices[changed] = content[unhappy]
-        problem.over_blocks(look_at_changed, np.arange(n))
-        looked += len(changed)
     return flat_prices.reshape(shape)
 
 
