@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq_lightrnn.frequent_words import FrequentInput, FrequentOutput, FrequentSize
+from fairseq_lightrnn.grouped_product import grouped_product
 from fairseq_lightrnn.table_lookup import TableLookup
 
 __all__ = [
@@ -283,28 +284,19 @@ class ComponentSoftmax(nn.Module):
             of_all = self.own_logits_of_all(hidden)
             return 0.0 if of_all is None else of_all[:, 0]
         query = hidden[:, self.weight.size(1) :]
+        members = self.table.words.view(-1, self.table.shape[-1])
+        group = self.table.flatten(prefix)
         logits: Tensor | float = 0.0
         if self.word_bias is not None:
-            logits = logits + self._of_groups(self.word_bias[:, None], prefix).squeeze(2)
+            logits = logits + self.word_bias[members[group]]
         dim = 0
         if self.residual is not None:
             dim = self.residual.size(1)
-            residuals = self._of_groups(self.residual, prefix)
-            logits = logits + torch.einsum("nse,ne->ns", residuals, query[:, :dim])
+            logits = logits + grouped_product(query[:, :dim], group, members, self.residual)
         if self.frequent is not None:
             listed = self.table.frequent(len(self.frequent.residual), prefix)
             logits = logits + self.frequent(query[:, dim:], *listed, self.table.shape[-1])
         return logits
-
-    def _of_groups(self, values: Tensor, prefix: Tensor) -> Tensor:
-        """Looks up the values (V, e) of all words that share a prefix (N, k - 1): (N, R_k, e)."""
-        words = self.table.words.view(-1, self.table.shape[-1])
-        group = self.table.flatten(prefix)
-        if len(group) < len(words):
-            return F.embedding(words[group], values)
-        # First in the order of cells, so that the words of a group are neighbours in memory.
-        in_cells = F.embedding(words, values).flatten(1)
-        return F.embedding(group, in_cells).view(len(group), words.size(1), -1)
 
     def forward(self, hidden: Tensor, coordinates: Tensor) -> Tensor:
         """Scores given words.
