@@ -11,12 +11,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq_lightrnn.components import ComponentEmbedding
 from fairseq_lightrnn.regularisation import LockedDropout, RegularisedLSTM
 
-__all__ = ["Composition", "Context", "Prediction", "State"]
+__all__ = ["Composition", "Context", "FeedForward", "Prediction", "State"]
 
 State = tuple[Tensor, Tensor]
 """Hidden and cell state of an LSTM, each of shape (layers, B, d)."""
@@ -53,6 +54,24 @@ class Context(NamedTuple):
         return Context(output, state, chosen(self.base), chosen(self.prefix), chosen(self.source))
 
 
+class FeedForward(nn.Module):
+    """A feed-forward layer with a connection around it: ``h + B relu(A h)``.
+
+    Args:
+        dim: d, the width of inputs and outputs.
+        inner_dim: the number of its units.
+    """
+
+    def __init__(self, dim: int, inner_dim: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(dim, inner_dim)
+        self.outer = nn.Linear(inner_dim, dim)
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        """Returns outputs of shape (…, d) in the same shape."""
+        return outputs + self.outer(F.relu(self.inner(outputs)))
+
+
 class Prediction(nn.Module):
     """What predicts a word component by component, each conditioned on those before it.
 
@@ -60,11 +79,14 @@ class Prediction(nn.Module):
         reads_components: whether a component changes the recurrent state.
         dropout_out: dropout on what predicts a component.
         query: projects outputs to what the words' output residuals are multiplied with, or None.
+        ffn: what outputs pass before they predict anything, or None. An ordinary softmax sums over
+            words in every row's place; logits of rows that are linear in h say less than that.
     """
 
     reads_components = True
     dropout_out: nn.Module
     query: nn.Linear | None
+    ffn: FeedForward | None
 
     def extend(self, context: Context, component: int, coordinate: Tensor) -> Context:
         """Conditions a context on one more component of the next word.
@@ -95,6 +117,9 @@ class Prediction(nn.Module):
         values = torch.arange(size, device=device).repeat(batch)
         return self.extend(context.select(texts), component, values)
 
+    def _feed_forward(self, outputs: Tensor) -> Tensor:
+        return outputs if self.ffn is None else self.ffn(outputs)
+
     def _with_query(self, outputs: Tensor, base: Tensor | None) -> Tensor:
         """Appends to outputs (…, d) what the output residuals are multiplied with: (…, d + e)."""
         if self.query is None:
@@ -118,6 +143,7 @@ class Composition(Prediction):
         residual_dim: e, the width of the words' output residuals; 0 for none.
         locked_dropout: each of these dropouts has one mask for a text, shared over time.
         weight_dropout: dropout on the recurrent matrices of the LSTM.
+        ffn_dim: units of the feed-forward layer between LSTM and predictions; 0 for none.
     """
 
     def __init__(
@@ -131,6 +157,7 @@ class Composition(Prediction):
         residual_dim: int = 0,
         locked_dropout: bool = False,
         weight_dropout: float = 0.0,
+        ffn_dim: int = 0,
     ) -> None:
         super().__init__()
         self.embedding = embedding
@@ -146,6 +173,7 @@ class Composition(Prediction):
             weight_dropout,
         )
         self.query = nn.Linear(hidden_size, residual_dim, bias=False) if residual_dim else None
+        self.ffn = FeedForward(hidden_size, ffn_dim) if ffn_dim else None
 
     @property
     def num_components(self) -> int:
@@ -165,9 +193,9 @@ class Composition(Prediction):
                 follow a text, not precede it.
             state: the state that this method returned for the text before, whose last word is this
                 text's first; None starts from zero.
-            activations: receives the outputs of the last layer, ``raw`` and ``dropped``: before and
-                after dropout, shape (B, S, d), with as many of the S steps for each word that is
-                predicted.
+            activations: receives ``raw``, the outputs of the LSTM, and ``dropped``, what predicts
+                after its dropout, shape (B, S, d), with as many of the S steps for each word that
+                is predicted.
 
         Returns:
             The outputs, shape (B, T, k, d + e), that predict the components of words 1 … T, and

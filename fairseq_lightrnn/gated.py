@@ -58,13 +58,13 @@ class GatedPrediction(Prediction):
             self._output(projections, upcoming[..., :component])
             for component in range(upcoming.size(-1))
         ]
-        return self._with_query(torch.stack(outputs, dim=2), base[:, :, None])
+        return self._with_query(torch.stack(outputs, dim=2), outputs[0][:, :, None])
 
     def context(self, base: Tensor, state: State | None = None) -> Context:
         """Returns the context that predicts the next word from outputs h of shape (B, d)."""
         prefix = torch.empty(len(base), 0, dtype=torch.long, device=base.device)
         projections = self._project(base)
-        query = base[:, :0] if self.query is None else self.query(base)
+        query = base[:, :0] if self.query is None else self.query(projections[0])
         output = torch.cat([self._output(projections, prefix), query], dim=-1)
         # All that does not depend on components, so that no prefix computes it again.
         return Context(output, state, torch.cat([*projections, query], dim=-1), prefix)
@@ -102,6 +102,7 @@ class GatedPrediction(Prediction):
 
     def _project(self, base: Tensor) -> list[Tensor]:
         """Returns h and, for every component but the first, W_i h + u_i."""
+        base = self._feed_forward(base)
         return [base, *(transform(base) for transform in self.transforms)]
 
     def _output(self, projections: Sequence[Tensor], prefix: Tensor) -> Tensor:
@@ -130,6 +131,7 @@ class GatedPredictor(GatedPrediction):
         super().__init__()
         self.dropout_out = nn.Dropout(dropout_out)
         self.query = nn.Linear(dim, residual_dim, bias=False) if residual_dim else None
+        self.ffn = None  # such networks have their own
         self._add_gates(shape, dim)
 
 

@@ -55,7 +55,7 @@ class RecurrentComposition(Composition):
         return outputs.reshape(batch, words - 1, components, -1), state
 
     def _predict(self, outputs: Tensor) -> Tensor:
-        outputs = self.dropout_out(outputs)
+        outputs = self.dropout_out(self._feed_forward(outputs))
         return self._with_query(outputs, outputs[:, :, :1])
 
     def _last_output(self, coordinates: Tensor, state: State | None) -> tuple[Tensor, State]:
@@ -65,7 +65,7 @@ class RecurrentComposition(Composition):
         return outputs[:, -1], state
 
     def _context(self, output: Tensor, state: State | None) -> Context:
-        base = self.dropout_out(output)
+        base = self.dropout_out(self._feed_forward(output))
         return Context(self._with_query(base, base), state, base)
 
     def extend(self, context: Context, component: int, coordinate: Tensor) -> Context:
@@ -95,7 +95,7 @@ class RecurrentComposition(Composition):
 
     def _extended(self, context: Context, output: Tensor, state: State) -> Context:
         """Returns a context after one more component, given the LSTM's output (…, d) after it."""
-        output = self.dropout_out(output)
+        output = self.dropout_out(self._feed_forward(output))
         return Context(self._with_query(output, context.base), state, context.base)
 
     def _step(self, context: Context, component: int, coordinate: Tensor) -> tuple[Tensor, State]:

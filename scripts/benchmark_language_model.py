@@ -10,13 +10,15 @@ on from their last checkpoint, and ``--report`` sums up what there is.
 
 Systems (``--systems``): the paper's model on a random table (``random``), on one that is
 reallocated once as by the authors' program, greedily (``authors``), and on a co-occurrence table
-(``recurrent``); the gated composition bare (``gated``), with a bias for each word (``gated-bias``),
-with 25 numbers of each word's own (``gated-full``), with further 128 for each of 1,000 frequent
-words (``gated-frequent``), with 129 or 257 for every word (``gated-wide``, ``gated-wider``), with
-65 of which 64 serve input and output alike (``gated-shared``); the same program with one component,
-an ordinary softmax LSTM (``softmax``); fairseq's ``lstm_lm`` with
-full (``lstm_lm``) and with adaptive softmax (``lstm_lm-adaptive``). The last two know no carried
-state: they are trained on blocks, and tested on blocks long enough that the start does not matter.
+(``recurrent``); the gated composition with a feed-forward layer of four times the width, bare
+(``gated``), with a bias for each word (``gated-bias``), with 25 numbers of each word's own
+(``gated-full``), with further 128 for each of 1,000 frequent words (``gated-frequent``), with 129
+for every word (``gated-wide``), with 65 of which 64 serve input and output alike
+(``gated-shared``), these without that layer (``gated-linear``); the same program with one
+component, an ordinary softmax LSTM (``softmax``), and that with the layer (``softmax-ffn``);
+fairseq's ``lstm_lm`` with full (``lstm_lm``) and with adaptive softmax (``lstm_lm-adaptive``). The
+last two know no carried state: they are trained on blocks, and tested on blocks long enough that
+the start does not matter.
 
 Seconds are those that the CPU worked for a training process, start and validation included, so
 that other work on the machine changes them little. Perplexities are those of the checkpoint with
@@ -64,15 +66,17 @@ OURS: dict[str, list[str]] = {
     "gated-full": ["--composition", "gated", *words_own(16, 8)],
     "gated-frequent": ["--composition", "gated", *words_own(16, 8), "--frequent-words", "1000"],
     "gated-wide": ["--composition", "gated", *words_own(64, 64)],
-    "gated-wider": ["--composition", "gated", *words_own(128, 128)],
     "gated-shared": ["--composition", "gated", *words_own(64, 64), "--share-residuals"],
+    "gated-linear": ["--composition", "gated", *words_own(64, 64), "--share-residuals"],
     "gated-bias": ["--composition", "gated", "--word-bias"],
     "gated": ["--composition", "gated"],
     "recurrent": [],
     "random": ["--initial-table", "random"],
     "authors": ["--initial-table", "random"],
     "softmax": ["--num-components", "1", "--initial-table", "random"],
+    "softmax-ffn": ["--num-components", "1", "--initial-table", "random"],
 }
+WITHOUT_FFN = ("gated-linear", "recurrent", "random", "authors", "softmax")
 PEERS = ("lstm_lm", "lstm_lm-adaptive")
 
 
@@ -129,11 +133,12 @@ def binarise(text: Path, out: Path) -> Path:
 def model_flags(system: str, args: argparse.Namespace, num_words: int) -> list[Any]:
     """Returns the flags of a system's task, model and criterion."""
     if system in OURS:
+        ffn_dim = 0 if system in WITHOUT_FFN else 4 * args.width
         return [
             "--user-dir", PLUGIN, "--task", "lightrnn_language_modeling", "--carry-hidden-state",
             "--arch", "lightrnn_lm", "--criterion", "two_component_cross_entropy",
             "--embed-dim", args.width, "--hidden-size", args.width, "--num-layers", args.layers,
-            *OURS[system],
+            "--output-ffn-dim", ffn_dim, *OURS[system],
         ]  # fmt: skip
     flags = [
         "--task", "language_modeling", "--arch", "lstm_lm", "--decoder-embed-dim", args.width,

@@ -28,7 +28,7 @@ CASES = [(kind, words, shape) for kind in KINDS for words, shape in TABLES]
 
 
 class Decoder(nn.Module):
-    """The core modules put together in float64, with biases and residuals of words."""
+    """The core modules put together in float64, with biases and residuals of words, and an FFN."""
 
     def __init__(self, kind: type[AttentiveComposition], words: int, shape: tuple[int, ...]):
         super().__init__()
@@ -37,7 +37,8 @@ class Decoder(nn.Module):
         self.table = TableLookup(words, shape)
         self.table.seat(WordTable.from_cells(cells, shape))
         embedding = ComponentEmbedding(shape, DIM, self.table, 3)
-        self.composition = kind(embedding, HIDDEN, 2, residual_dim=2, memory_dim=MEMORY)
+        more = {"residual_dim": 2, "ffn_dim": 7}
+        self.composition = kind(embedding, HIDDEN, 2, memory_dim=MEMORY, **more)
         self.softmax = ComponentSoftmax(self.table, HIDDEN, None, True, 2)
         self.double()
         with torch.no_grad():
@@ -87,7 +88,10 @@ def slow_log_prob(decoder: Decoder, words: list[int], state: Any, memory: Memory
         return torch.softmax(values @ (attention.key.weight @ output), 0) @ values
 
     def combine(output: Tensor, source: Tensor) -> Tensor:
-        return torch.tanh(attention.combination.weight @ torch.cat([output, source]))
+        output = torch.tanh(attention.combination.weight @ torch.cat([output, source]))
+        inner, outer = composition.ffn.inner, composition.ffn.outer
+        units = (inner.weight @ output + inner.bias).clamp(min=0)
+        return output + outer.weight @ units + outer.bias
 
     def score(component: int, output: Tensor, base: Tensor, word: int) -> Tensor:
         softmax, prefix = decoder.softmax, coordinates[word][:component]

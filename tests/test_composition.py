@@ -23,7 +23,7 @@ COMPOSITIONS = ["recurrent", "gated"]
 
 
 class Model(nn.Module):
-    """The core modules put together, in float64, with or without words' own numbers."""
+    """The core modules put together, in float64, with or without words' own numbers and FFN."""
 
     def __init__(
         self,
@@ -31,24 +31,23 @@ class Model(nn.Module):
         shape: tuple[int, ...],
         layers: int = 1,
         composition: str = "recurrent",
-        own_numbers: bool = False,
+        extras: bool = False,
     ) -> None:
         super().__init__()
         torch.manual_seed(words)
         cells = np.random.default_rng(words).permutation(int(np.prod(shape)))[:words]
-        residual_in, residual_out = (3, 2) if own_numbers else (0, 0)
+        residual_in, residual_out = (3, 2) if extras else (0, 0)
         kind = {"recurrent": RecurrentComposition, "gated": GatedComposition}[composition]
         self.table = TableLookup(words, shape)
         self.table.seat(WordTable.from_cells(cells, shape))
-        frequent = FrequentSize(words // 2, 4) if own_numbers else None
+        frequent = FrequentSize(words // 2, 4) if extras else None
         embedding = ComponentEmbedding(shape, DIM, self.table, residual_in, frequent=frequent)
         query = residual_out + (frequent.dim if frequent else 0)
-        self.composition = kind(embedding, HIDDEN, layers, residual_dim=query)
-        self.softmax = ComponentSoftmax(
-            self.table, HIDDEN, None, own_numbers, residual_out, frequent
-        )
+        ffn_dim = 7 if extras else 0
+        self.composition = kind(embedding, HIDDEN, layers, residual_dim=query, ffn_dim=ffn_dim)
+        self.softmax = ComponentSoftmax(self.table, HIDDEN, None, extras, residual_out, frequent)
         nn.init.normal_(self.softmax.bias)
-        if own_numbers:
+        if extras:
             for parameter in (
                 embedding.residual.weight, embedding.frequent.residual.weight,
                 self.softmax.word_bias, self.softmax.residual, self.softmax.frequent.residual,
@@ -91,8 +90,14 @@ class StepByStep:
         return vector
 
     def read(self, vector: Tensor) -> Tensor:
-        output, self.state = self.model.composition.lstm(vector.view(1, 1, -1), self.state)
-        return output.view(-1)
+        composition = self.model.composition
+        output, self.state = composition.lstm(vector.view(1, 1, -1), self.state)
+        output = output.view(-1)
+        if composition.ffn is None:
+            return output
+        inner, outer = composition.ffn.inner, composition.ffn.outer
+        units = (inner.weight @ output + inner.bias).clamp(min=0)
+        return output + outer.weight @ units + outer.bias
 
     def recurrent_word(self, word: int, upcoming: int) -> Tensor:
         """The paper's equations: the state after each component predicts the next one."""
@@ -159,25 +164,25 @@ def composition(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("own_numbers", [False, True])
+@pytest.mark.parametrize("extras", [False, True])
 @pytest.mark.parametrize(("words", "shape"), TABLES)
 @pytest.mark.parametrize("layers", [1, 2])
 def test_one_call_equals_the_equations_step_by_step(
-    words: int, shape: tuple[int, ...], layers: int, composition: str, own_numbers: bool
+    words: int, shape: tuple[int, ...], layers: int, composition: str, extras: bool
 ) -> None:
-    model = Model(words, shape, layers, composition, own_numbers)
+    model = Model(words, shape, layers, composition, extras)
     text = torch.randint(words, (2, 5))
     expected = torch.stack([StepByStep(model)(row.tolist()) for row in text])
     torch.testing.assert_close(model.log_probs(text), expected)
 
 
-@pytest.mark.parametrize("own_numbers", [False, True])
+@pytest.mark.parametrize("extras", [False, True])
 @pytest.mark.parametrize(("words", "shape"), TABLES)
 def test_every_context_has_a_distribution_over_the_words(
-    words: int, shape: tuple[int, ...], composition: str, own_numbers: bool
+    words: int, shape: tuple[int, ...], composition: str, extras: bool
 ) -> None:
     """Σ_w P(w | context) = 1 by brute force: every word in turn as the target."""
-    model = Model(words, shape, 1, composition, own_numbers)
+    model = Model(words, shape, 1, composition, extras)
     contexts = torch.randint(words, (4, 3))
     texts = torch.cat(
         [contexts.repeat_interleave(words, 0), torch.arange(words).repeat(4)[:, None]], dim=1
@@ -195,7 +200,7 @@ def test_every_context_has_a_distribution_over_the_words(
 def test_carried_state_makes_blocks_one_text(
     words: int, shape: tuple[int, ...], length: int, composition: str
 ) -> None:
-    model = Model(words, shape, 2, composition, own_numbers=True)
+    model = Model(words, shape, 2, composition, extras=True)
     text = torch.randint(words, (3, 14))
     whole, _ = model.composition(model.table(text))
     state, parts = None, []
@@ -211,7 +216,7 @@ def test_carried_state_makes_blocks_one_text(
 def test_reading_in_steps_equals_reading_at_once(
     words: int, shape: tuple[int, ...], composition: str
 ) -> None:
-    model = Model(words, shape, 2, composition, own_numbers=True)
+    model = Model(words, shape, 2, composition, extras=True)
     text = model.table(torch.randint(words, (3, 6)))
     whole = model.composition.read(text)
     context = model.composition.read(text[:, :4])
@@ -268,7 +273,7 @@ def test_one_component_is_an_ordinary_softmax_lstm(composition: str) -> None:
 
 
 def test_swapping_words_and_back_changes_nothing(composition: str) -> None:
-    model = Model(10, (3, 4), 1, composition, own_numbers=True)
+    model = Model(10, (3, 4), 1, composition, extras=True)
     text = torch.randint(10, (2, 8))
     before = model.log_probs(text)
     table = model.table.table()
@@ -281,7 +286,7 @@ def test_swapping_words_and_back_changes_nothing(composition: str) -> None:
 
 
 def test_padding_after_a_text_changes_nothing(composition: str) -> None:
-    model = Model(10, (3, 4), 1, composition, own_numbers=True)
+    model = Model(10, (3, 4), 1, composition, extras=True)
     text = torch.randint(10, (2, 8))
     padded = torch.cat([text, torch.randint(10, (2, 3))], dim=1)
     torch.testing.assert_close(model.log_probs(padded)[:, :7], model.log_probs(text))

@@ -458,6 +458,7 @@ class TestBadInput:
             ({"reallocation_memory": -1}, "--reallocation-memory -1.0: must be above 0"),
             ({"reallocation_row_weight": 2}, "belongs to --reallocation-objective joint"),
             ({"output_residual_dim": -1}, "--output-residual-dim -1: must not be negative"),
+            ({"output_ffn_dim": -1}, "--output-ffn-dim -1: must not be negative"),
             ({"frequent_words": 49}, "--frequent-words 49: the dictionary has 48 words"),
             ({"frequent_residual_dim": 0}, "--frequent-residual-dim 0: must be at least 1"),
             ({"dropout": 1.5}, "--dropout 1.5: must be at least 0 and below 1"),

@@ -41,7 +41,7 @@ def build(
     scale: float = 1.0,
     extras: bool = True,
 ) -> Model:
-    """A random model in double precision, with biases and residuals of words."""
+    """A random model in double precision, with biases and residuals of words, and an FFN."""
     torch.manual_seed(seed)
     lookup = TableLookup(words, shape)
     cells = np.random.default_rng(seed).permutation(lookup.table().cells)
@@ -49,7 +49,8 @@ def build(
     residual = 2 if extras else 0
     frequent = FrequentSize(max(1, words // 3), 3) if extras else None
     embedding = ComponentEmbedding(shape, 5, lookup, residual, frequent=frequent)
-    composition = kind(embedding, 6, 2, residual_dim=residual + (3 if extras else 0))
+    query = residual + (3 if extras else 0)
+    composition = kind(embedding, 6, 2, residual_dim=query, ffn_dim=7 if extras else 0)
     softmax = ComponentSoftmax(lookup, 6, None, extras, residual, frequent)
     model = Model(composition.double().eval(), softmax.double().eval())
     with torch.no_grad():

@@ -54,7 +54,7 @@ def build(
     source: Dictionary | None = None,
     **flags: Any,
 ) -> Any:
-    """A random model with a random table, with biases and residuals of words."""
+    """A random model and table, with biases and residuals of words; LSTMs have an FFN too."""
     torch.manual_seed(words)
     common = {
         "num_components": len(shape), "table_shape": "x".join(map(str, shape)), "dropout": 0.0,
@@ -70,6 +70,7 @@ def build(
         model: Any = LightRNNTransformerModel.build_model(args, job)
     else:
         lstm = {"embed_dim": 5, "hidden_size": 6, "num_layers": 2, "composition": decoder}
+        lstm["output_ffn_dim"] = 7 * extras
         cfg = LightRNNTranslationModelConfig(**{**common, **lstm, **flags})
         model = LightRNNTranslationModel.build_model(cfg, job)
     cells = np.random.default_rng(words).permutation(model.decoder.table.table().cells)

@@ -100,6 +100,13 @@ class LightRNNLanguageModelConfig(TableConfig):
         default=0.0,
         metadata={"help": "dropout on the recurrent matrices of the LSTM, one mask for each batch"},
     )
+    output_ffn_dim: int = field(
+        default=0,
+        metadata={
+            "help": "units of a feed-forward layer that outputs pass before they predict anything, "
+            "with a connection around it (four times --hidden-size is a good size); 0 for none"
+        },
+    )
     share_component_vectors: bool = field(
         default=False,
         metadata={
@@ -123,6 +130,8 @@ def check_config(cfg: LightRNNLanguageModelConfig) -> None:
             "weight_dropout",
         ),
     )
+    if cfg.output_ffn_dim < 0:
+        raise UsageError(f"--output-ffn-dim {cfg.output_ffn_dim}: must not be negative")
     if cfg.share_component_vectors and cfg.embed_dim != cfg.hidden_size:
         raise UsageError(
             f"--share-component-vectors needs --embed-dim ({cfg.embed_dim}) equal to "
@@ -170,6 +179,7 @@ def build_composition(
         residual_dim=query_dim(cfg),
         locked_dropout=cfg.locked_dropout,
         weight_dropout=cfg.weight_dropout,
+        ffn_dim=cfg.output_ffn_dim,
         **more,
     )
 
@@ -335,7 +345,13 @@ def _preset(name: str, **values: Any) -> None:
 _preset("lightrnn_lm_500", embed_dim=500, hidden_size=500, num_layers=2, dropout=0.2)
 _preset("lightrnn_lm_1000", embed_dim=1000, hidden_size=1000, num_layers=2, dropout=0.2)
 _preset("lightrnn_lm_1500", embed_dim=1500, hidden_size=1500, num_layers=2, dropout=0.2)
-# The recommended composition; biases and residuals are flags of their own.
-_preset("lightrnn_lm_gated", composition="gated")
 _preset("lightrnn_lm_ptb", embed_dim=200, hidden_size=200, num_layers=1, dropout=0.2)
 _preset("lightrnn_lm_wikitext2", embed_dim=400, hidden_size=400, num_layers=1, dropout=0.3)
+
+
+@register_model_architecture("lightrnn_lm", "lightrnn_lm_gated")
+def _gated(args: Namespace) -> None:
+    """The recommended composition; biases and residuals are flags of their own."""
+    args.composition = getattr(args, "composition", "gated")
+    hidden_size = getattr(args, "hidden_size", LightRNNLanguageModelConfig.hidden_size)
+    args.output_ffn_dim = getattr(args, "output_ffn_dim", 4 * hidden_size)
