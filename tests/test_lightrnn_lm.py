@@ -57,6 +57,14 @@ def test_flags_overrule_presets() -> None:
     assert (cfg.hidden_size, cfg.embed_dim, cfg.num_layers) == (64, 1500, 2)
 
 
+def test_recommended_architecture_has_a_feed_forward_layer() -> None:
+    assert config("lightrnn_lm_gated", hidden_size=10).output_ffn_dim == 40
+    assert config("lightrnn_lm_gated", output_ffn_dim=0).output_ffn_dim == 0
+    cfg = config("lightrnn_lm_gated", output_ffn_dim=7)
+    assert LightRNNDecoder(cfg, Words(100)).composition.ffn.inner.weight.shape == (7, 200)
+    assert LightRNNDecoder(config("lightrnn_lm"), Words(100)).composition.ffn is None
+
+
 def test_sharing_halves_the_component_vectors() -> None:
     own = LightRNNDecoder(config("lightrnn_lm"), Words(100))
     shared = LightRNNDecoder(config("lightrnn_lm", share_component_vectors=True), Words(100))

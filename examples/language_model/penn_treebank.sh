@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Trains the models of the comparison in README.md on Penn Treebank, one after the other, and scores
 # the test split. Finished runs are kept; an interrupted one goes on where it stopped. Runs: random,
-# random-reallocated, cooccurrence, cooccurrence-reallocated (the four tables of the paper's model,
-# by default) and gated-own-numbers.
+# random-reallocated, cooccurrence, cooccurrence-reallocated; all of them by default.
 #
 #   bash examples/language_model/penn_treebank.sh FOLDER_WITH_PTB_FILES OUTPUT_FOLDER [RUN …]
 set -euo pipefail
@@ -20,14 +19,9 @@ if [ ! -f "$out/bin/test.idx" ]; then
         --validpref "$text/ptb.valid.txt" --testpref "$text/ptb.test.txt" --destdir "$out/bin"
 fi
 for run in "${runs[@]}"; do
-    table=${run%-reallocated} reallocation=() model=(--arch lightrnn_lm_ptb)
+    table=${run%-reallocated} reallocation=()
     [ "$run" = "$table" ] || reallocation=(--reallocate-epochs 3,6)
-    if [ "$run" = gated-own-numbers ]; then
-        table=cooccurrence
-        model=(--arch lightrnn_lm_gated --dropout 0.2 --word-bias --input-residual-dim 16
-            --output-residual-dim 8)
-    fi
-    fairseq-train "$out/bin" "${task[@]}" "${model[@]}" \
+    fairseq-train "$out/bin" "${task[@]}" --arch lightrnn_lm_ptb \
         --criterion two_component_cross_entropy --initial-table "$table" "${reallocation[@]}" \
         --optimizer adam --lr 0.002 --clip-norm 1 --batch-size 64 --max-epoch 10 --seed 1 --cpu \
         --save-dir "$out/$run" --no-epoch-checkpoints --log-format json --log-interval 100 \
