@@ -1,7 +1,8 @@
-"""What commands share: reading lines of text and writing whole files."""
+"""What commands share: some flags, reading lines of text and writing whole files."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,8 +11,18 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from fairseq_lightrnn.errors import UsageError
+from fairseq_lightrnn.scoring import DEFAULT_BATCH_WORDS
 
-__all__ = ["read_lines", "read_texts", "whole_file"]
+__all__ = ["add_scoring_flags", "read_lines", "read_texts", "whole_file"]
+
+
+def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of commands that score text."""
+    add = parser.add_argument
+    add("--batch-words", type=int, default=DEFAULT_BATCH_WORDS, metavar="N",
+        help="words scored at once (default: %(default)s); no result depends on it")  # fmt: skip
+    add("--device", default="cpu", help="where to compute: cpu (default), cuda, …")
+    add("--no-progress-bar", action="store_true", help="show no progress on the standard error")
 
 
 def read_texts(paths: Sequence[str]) -> Iterator[str]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from fairseq_lightrnn.commands._text import read_texts, whole_file
+from fairseq_lightrnn.commands._text import add_scoring_flags, read_texts, whole_file
 from fairseq_lightrnn.errors import UsageError, usage_errors
 from fairseq_lightrnn.language_model import LanguageModel
 from fairseq_lightrnn.nbest import (
@@ -31,7 +31,6 @@ from fairseq_lightrnn.nbest import (
     read_references,
     tune,
 )
-from fairseq_lightrnn.scoring import DEFAULT_BATCH_WORDS
 
 __all__ = ["main"]
 
@@ -67,10 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--best", action="store_true", help="write the first choice of every list alone: its text, "
         "behind its id where ids are not numbers")  # fmt: skip
     add("--output", metavar="FILE", help="write here instead of to the standard output")
-    add("--batch-words", type=int, default=DEFAULT_BATCH_WORDS, metavar="N",
-        help="words scored at once (default: %(default)s)")  # fmt: skip
-    add("--device", default="cpu", help="where to compute: cpu (default), cuda, …")
-    add("--no-progress-bar", action="store_true", help="show no progress on the standard error")
+    add_scoring_flags(parser)
     return parser
 
 

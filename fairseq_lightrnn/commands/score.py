@@ -18,11 +18,11 @@ import numpy as np
 from fairseq.data import data_utils
 from tqdm import tqdm
 
-from fairseq_lightrnn.commands._text import read_texts, whole_file
+from fairseq_lightrnn.commands._text import add_scoring_flags, read_texts, whole_file
 from fairseq_lightrnn.criterions.two_component_cross_entropy import component_names
 from fairseq_lightrnn.errors import UsageError, usage_errors
 from fairseq_lightrnn.language_model import LanguageModel, SentenceScore
-from fairseq_lightrnn.scoring import DEFAULT_BATCH_WORDS, CorpusScore
+from fairseq_lightrnn.scoring import CorpusScore
 from fairseq_lightrnn.signature import signature
 from fairseq_lightrnn.version import __version__
 
@@ -58,10 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--entropy", action="store_true", help="with --level word: also the entropy of the "
         "distribution each word is predicted from, and the word's rank in it; takes a pass over "
         "the vocabulary for each word")  # fmt: skip
-    add("--batch-words", type=int, default=DEFAULT_BATCH_WORDS, metavar="N",
-        help="words scored at once (default: %(default)s); no result depends on it")  # fmt: skip
-    add("--device", default="cpu", help="where to compute: cpu (default), cuda, …")
-    add("--no-progress-bar", action="store_true", help="show no progress on the standard error")
+    add_scoring_flags(parser)
     return parser
 
 
