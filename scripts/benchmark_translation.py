@@ -12,8 +12,9 @@ Systems (``--systems``): fairseq's ``lstm`` and ``transformer``, and this plugin
 ``lightrnn_translation`` with the paper's composition (``lightrnn``), with the gated one and 25
 numbers of each word's own (``lightrnn-gated``), with 128 more for each of 1,500 frequent words
 (``lightrnn-frequent``), or with 37 numbers of each word's own: 12 for input and 24 for output
-(``lightrnn-wide``), or 36 for both (``lightrnn-shared``, ``--shared``); ``lightrnn_transformer``
-with the 25 or the 37 (``lightrnn-transformer-wide``).
+(``lightrnn-wide``), or 36 for both (``lightrnn-shared``, ``--shared``), these also with a
+feed-forward layer of four times the width (``lightrnn-ffn``); ``lightrnn_transformer`` with the 25
+or the 37 (``lightrnn-transformer-wide``).
 All are trained alike, and tested with the checkpoint of the best validation perplexity. Question
 answering is translation here: ``--metrics answers`` counts exact matches and common words.
 
@@ -44,7 +45,7 @@ from side_by_side import (
 
 SYSTEMS = (
     "lstm", "lightrnn", "lightrnn-gated", "lightrnn-frequent", "lightrnn-wide", "lightrnn-shared",
-    "transformer", "lightrnn-transformer", "lightrnn-transformer-wide",
+    "lightrnn-ffn", "transformer", "lightrnn-transformer", "lightrnn-transformer-wide",
 )  # fmt: skip
 # Composition, and what words have of their own.
 OWN: dict[str, list[str]] = {
@@ -53,6 +54,7 @@ OWN: dict[str, list[str]] = {
     "lightrnn-frequent": ["--composition", "gated", *words_own(16, 8), "--frequent-words", "1500"],
     "lightrnn-wide": ["--composition", "gated", *words_own(12, 24)],
     "lightrnn-shared": ["--composition", "gated", "--share-residuals"],
+    "lightrnn-ffn": ["--composition", "gated", "--share-residuals"],
 }
 # Parts of the names of parameters that the target's vocabulary makes.
 VOCABULARY = (
@@ -167,7 +169,9 @@ def model_flags(system: str, args: argparse.Namespace) -> list[Any]:
             "--decoder-layers", args.layers,
         ]  # fmt: skip
     sizes = ["--embed-dim", args.width, "--hidden-size", args.width, "--num-layers", args.layers]
-    own = words_own(args.shared, args.shared) if system == "lightrnn-shared" else []
+    own = words_own(args.shared, args.shared) if "--share-residuals" in OWN[system] else []
+    if system == "lightrnn-ffn":
+        own += ["--output-ffn-dim", str(4 * args.width)]
     return [*ours, "--arch", "lightrnn_translation", *sizes, *OWN[system], *own]
 
 
