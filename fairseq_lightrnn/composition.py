@@ -53,6 +53,26 @@ class Context(NamedTuple):
         output = self.output.index_select(0, index)
         return Context(output, state, chosen(self.base), chosen(self.prefix), chosen(self.source))
 
+    def join(self, other: Context) -> Context:
+        """Puts the texts of another batch, of which as much is known, behind those of this one."""
+
+        def both(one: Tensor | None, two: Tensor | None) -> Tensor | None:
+            return None if one is None or two is None else torch.cat([one, two])
+
+        state = None
+        if self.state is not None and other.state is not None:
+            hidden, cell = (
+                torch.cat(pair, 1) for pair in zip(self.state, other.state, strict=True)
+            )
+            state = hidden, cell
+        return Context(
+            torch.cat([self.output, other.output]),
+            state,
+            both(self.base, other.base),
+            both(self.prefix, other.prefix),
+            both(self.source, other.source),
+        )
+
 
 class FeedForward(nn.Module):
     """A feed-forward layer with a connection around it: ``h + B relu(A h)``.

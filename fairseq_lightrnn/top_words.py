@@ -2,16 +2,14 @@
 
 A prefix (some first coordinates of a word, for two components its row) is at least as probable as
 each of its words. So prefixes are expanded best first, and the search ends when no unexpanded one
-is as probable as the K-th best word found: the result is that of sorting the whole vocabulary.
+is as probable as the K-th best word found: the result is that of sorting the whole vocabulary. All
+texts of a batch are searched at once, some of the best prefixes of each in a round.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,12 +17,15 @@ from fairseq_lightrnn.components import ComponentSoftmax, at_least_float32
 
 if TYPE_CHECKING:
     from fairseq_lightrnn.composition import Context, Prediction
+    from fairseq_lightrnn.table_lookup import TableLookup
 
 __all__ = ["TopWords", "component_log_probs", "top_words"]
 
 # Prefixes of a text expanded in the first round; each round takes twice as many as that before.
 _FIRST_ROUND = 4
 _LAST_ROUND = 256
+# Prefixes of all texts expanded at once; bounds the memory of their contexts and words.
+_EXPANSIONS = 4096
 _IMPOSSIBLE = float("-inf")
 
 
@@ -61,69 +62,94 @@ def component_log_probs(
     return torch.log_softmax(at_least_float32(logits), dim=1)
 
 
+class _Open(NamedTuple):
+    """N prefixes that are not expanded yet: expanded ones of one length, longer by a value.
+
+    Attributes:
+        text: which text of the batch each continues, shape (N,).
+        bound: the log-probability of each, shape (N,).
+        node: which of the expanded prefixes each is longer than, shape (N,).
+        value: by which it is longer, shape (N,).
+    """
+
+    text: Tensor
+    bound: Tensor
+    node: Tensor
+    value: Tensor
+
+    def where(self, chosen: Tensor) -> _Open:
+        """Picks prefixes by a mask or an index."""
+        return _Open(*(part[chosen] for part in self))
+
+
 class _Level:
-    """Some expanded prefixes of the same length, not yet whole but for the last coordinate."""
+    """All prefixes of i components that were expanded, and those of i + 1 that are open."""
 
-    def __init__(self, context: Context, prefix: Tensor, scores: Tensor) -> None:
-        self.context = context
-        self.prefix = prefix
-        bounds, values = scores.sort(dim=1, descending=True)
-        self.bounds = bounds.cpu().numpy()  # (N, R_i) log-probabilities of the longer prefixes
-        self.values = values.cpu().numpy()
+    def __init__(self) -> None:
+        self.expanded: tuple[Context, Tensor] | None = None  # contexts of N prefixes (N, i)
+        self.open: _Open | None = None
+
+    def add(self, context: Context, prefix: Tensor, text: Tensor, scores: Tensor) -> None:
+        """Adds expanded prefixes (N, i) and the log-probabilities (N, R) of the longer ones."""
+        node, value = (scores > _IMPOSSIBLE).nonzero(as_tuple=True)
+        new = _Open(text[node], scores[node, value], node, value)
+        if self.expanded is None or self.open is None:
+            self.expanded, self.open = (context, prefix), new
+            return
+        new = new._replace(node=node + len(self.expanded[1]))
+        old_context, old_prefix = self.expanded
+        self.expanded = old_context.join(context), torch.cat([old_prefix, prefix])
+        self.open = _Open(*map(torch.cat, zip(self.open, new, strict=True)))
 
 
-class _Pick(NamedTuple):
-    """A value by which to lengthen a prefix of a level."""
+class _Best:
+    """The best words so far of B texts, K of each.
 
-    level: _Level
-    node: int
-    value: int
-    bound: float
+    Attributes:
+        worst: the K-th best log-probability of each text, shape (B,); words below it are out.
+    """
 
-
-class _Search:
-    """The search for one text: what is open, and the best words so far."""
-
-    def __init__(self, count: int) -> None:
+    def __init__(self, table: TableLookup, batch: int, count: int, scores: Tensor) -> None:
+        self.table = table
         self.count = count
-        self.expanded = 0
-        self.worst = _IMPOSSIBLE  # the K-th best log-probability; words below it are out
-        self._words = np.empty(0, dtype=np.int64)
-        self._log_probs = np.empty(0)
-        # The most probable unexpanded value of every open prefix, the most probable of all first.
-        self._open: list[tuple[float, int, int, int, _Level]] = []
-        self._serial = 0
+        self.worst = scores.new_full((batch,), _IMPOSSIBLE)
+        self._text = torch.empty(0, dtype=torch.long, device=scores.device)
+        self._word = self._text
+        self._score = scores.new_empty(0)
 
-    def open(self, level: _Level, node: int, cursor: int = 0) -> None:
-        """Adds a prefix whose values from ``cursor`` on, in order of probability, are to come."""
-        if cursor < level.bounds.shape[1] and level.bounds[node, cursor] >= self.worst:
-            bound = float(level.bounds[node, cursor])
-            if bound > _IMPOSSIBLE:
-                self._serial += 1
-                heapq.heappush(self._open, (-bound, self._serial, node, cursor, level))
+    def add(self, text: Tensor, prefix: Tensor, scores: Tensor) -> None:
+        """Offers the words, with scores (N, C), of some prefixes (N, k - 1) of texts (N,)."""
+        # Of one prefix no more than K words can count, but for ties.
+        least = scores.topk(min(self.count, scores.size(1)), dim=1).values[:, -1]
+        least = torch.maximum(least, self.worst[text])[:, None]
+        row, column = ((scores >= least) & (scores > _IMPOSSIBLE)).nonzero(as_tuple=True)
+        cells = self.table.flatten(prefix)[row] * scores.size(1) + column
+        text = torch.cat([self._text, text[row]])
+        word = torch.cat([self._word, self.table.words[cells]])
+        score = torch.cat([self._score, scores[row, column]])
+        by_word = word.argsort()
+        order, rank = _rank(text[by_word], score[by_word], len(self.worst))
+        order = by_word[order][rank < self.count]
+        self._text, self._word, self._score = text[order], word[order], score[order]
+        last = rank[rank < self.count] == self.count - 1
+        self.worst[self._text[last]] = self._score[last]
 
-    def pick(self, width: int) -> Iterator[_Pick]:
-        """Yields up to ``width`` prefixes that may hold a word of the top K."""
-        for _ in range(width):
-            if not self._open or -self._open[0][0] < self.worst:
-                return
-            bound, _, node, cursor, level = heapq.heappop(self._open)
-            self.open(level, node, cursor + 1)
-            self.expanded += 1
-            yield _Pick(level, node, int(level.values[node, cursor]), -bound)
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Returns words and log-probabilities, both (B, K); to be called when all are found."""
+        return self._word.view(-1, self.count), self._score.view(-1, self.count)
 
-    def add(self, words: np.ndarray, log_probs: np.ndarray) -> None:
-        """Offers words, each for the first time."""
-        good = np.flatnonzero((log_probs >= self.worst) & (log_probs > _IMPOSSIBLE))
-        self._words = np.concatenate([self._words, words[good]])
-        self._log_probs = np.concatenate([self._log_probs, log_probs[good]])
-        if len(self._words) >= self.count:
-            order = np.lexsort((self._words, -self._log_probs))[: self.count]
-            self._words, self._log_probs = self._words[order], self._log_probs[order]
-            self.worst = float(self._log_probs[-1])
 
-    def result(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._words, self._log_probs
+def _rank(text: Tensor, score: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """Sorts by text, then from the highest score on; equal ones stay in order.
+
+    Returns:
+        The order, and each one's rank in it among those of its text, both of shape (N,).
+    """
+    order = score.argsort(descending=True, stable=True)
+    order = order[text[order].argsort(stable=True)]
+    counts = torch.bincount(text, minlength=batch)
+    before = counts.cumsum(0) - counts
+    return order, torch.arange(len(text), device=text.device) - before[text[order]]
 
 
 def top_words(
@@ -142,58 +168,53 @@ def top_words(
     """
     if count < 1:
         raise ValueError(f"count {count}: at least 1 word must be asked for")
-    count = min(count, softmax.table.num_words)
-    batch, device = len(context.output), context.output.device
-    searches = [_Search(count) for _ in range(batch)]
-    prefix = torch.empty(batch, 0, dtype=torch.long, device=device)
-    _expand(softmax, context, prefix, torch.zeros(batch, device=device), searches)
-    width = _FIRST_ROUND
-    while picks := [(search, pick) for search in searches for pick in search.pick(width)]:
-        for level, chosen in _by_level(picks):
-            index = torch.tensor([pick.node for _, pick in chosen], device=device)
-            value = torch.tensor([pick.value for _, pick in chosen], device=device)
-            bound = torch.tensor(
-                [pick.bound for _, pick in chosen], device=device, dtype=torch.float64
-            )
-            component = level.prefix.size(1)
-            longer = composition.extend(level.context.select(index), component, value)
-            prefix = torch.cat([level.prefix[index], value[:, None]], dim=1)
-            _expand(softmax, longer, prefix, bound, [search for search, _ in chosen])
-        width = min(2 * width, _LAST_ROUND)
-    words, log_probs = zip(*(search.result() for search in searches), strict=True)
-    dtype = at_least_float32(context.output).dtype
-    return TopWords(
-        torch.from_numpy(np.stack(words)).to(device),
-        torch.from_numpy(np.stack(log_probs)).to(device, dtype),
-        torch.tensor([search.expanded for search in searches], device=device),
-    )
-
-
-def _by_level(
-    picks: Iterable[tuple[_Search, _Pick]],
-) -> Iterable[tuple[_Level, list[tuple[_Search, _Pick]]]]:
-    groups: dict[int, tuple[_Level, list[tuple[_Search, _Pick]]]] = {}
-    for search, pick in picks:
-        groups.setdefault(id(pick.level), (pick.level, []))[1].append((search, pick))
-    return groups.values()
-
-
-def _expand(
-    softmax: ComponentSoftmax,
-    context: Context,
-    prefix: Tensor,
-    log_probs: Tensor,
-    searches: list[_Search],
-) -> None:
-    """Shows the searches what follows a prefix each: words, or prefixes longer by a value."""
-    scores = component_log_probs(softmax, context, prefix)
-    scores = scores + log_probs[:, None].to(scores.dtype)
+    if not composition.reads_components:
+        # Or they would be copied for every prefix.
+        context = context._replace(state=None, source=None)
     table = softmax.table
-    if prefix.size(1) + 1 < table.num_components:
-        level = _Level(context, prefix, scores)
-        for node, search in enumerate(searches):
-            search.open(level, node)
-        return
-    words = table.words.reshape(-1, table.shape[-1])[table.flatten(prefix)].cpu().numpy()
-    for search, row_words, row_scores in zip(searches, words, scores.cpu().numpy(), strict=True):
-        search.add(row_words, row_scores)
+    text = torch.arange(len(context.output), device=context.output.device)
+    prefix = text.new_empty(len(text), 0)
+    scores = component_log_probs(softmax, context, prefix)
+    best = _Best(table, len(text), min(count, table.num_words), scores)
+    expanded = torch.zeros_like(text)
+    levels = [_Level() for _ in table.shape[1:]]
+
+    def expand(context: Context, prefix: Tensor, text: Tensor, scores: Tensor) -> None:
+        if prefix.size(1) < len(levels):
+            levels[prefix.size(1)].add(context, prefix, text, scores)
+        else:
+            best.add(text, prefix, scores)
+
+    expand(context, prefix, text, scores)
+    width = _FIRST_ROUND
+    while any(level.open is not None and len(level.open.text) for level in levels):
+        for component, picked in enumerate(_pick(levels, best.worst, width)):
+            expanded += torch.bincount(picked.text, minlength=len(expanded))
+            for some in torch.arange(len(picked.text), device=text.device).split(_EXPANSIONS):
+                pick = picked.where(some)
+                known, known_prefix = levels[component].expanded  # type: ignore[misc]
+                longer = composition.extend(known.select(pick.node), component, pick.value)
+                prefix = torch.cat([known_prefix[pick.node], pick.value[:, None]], dim=1)
+                scores = component_log_probs(softmax, longer, prefix) + pick.bound[:, None]
+                expand(longer, prefix, pick.text, scores)
+        width = min(2 * width, _LAST_ROUND)
+    return TopWords(*best.result(), expanded)
+
+
+def _pick(levels: list[_Level], worst: Tensor, width: int) -> list[_Open]:
+    """Takes from the open prefixes those that a round expands: the best ``width`` of each text.
+
+    Prefixes that cannot hold a word of the top K are dropped. Returns those of each level.
+    """
+    opened = [level.open for level in levels if level.open is not None]
+    sizes = [len(part.text) for part in opened]
+    every = _Open(*map(torch.cat, zip(*opened, strict=True)))
+    level = torch.arange(len(opened), device=worst.device)
+    level = level.repeat_interleave(torch.tensor(sizes, device=worst.device))
+    good = every.bound >= worst[every.text]
+    every, level = every.where(good), level[good]
+    order, rank = _rank(every.text, every.bound, len(worst))
+    every, level = every.where(order), level[order]
+    for number in range(len(opened)):
+        levels[number].open = every.where((rank >= width) & (level == number))
+    return [every.where((rank < width) & (level == number)) for number in range(len(opened))]

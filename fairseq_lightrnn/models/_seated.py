@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fairseq_lightrnn.components import ComponentSoftmax
+from fairseq_lightrnn.composition import Context, Prediction
+from fairseq_lightrnn.distribution import coordinate_log_probs, next_word_log_probs, top_words
 from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.table_lookup import TableLookup
 
-__all__ = ["SeatedDecoder", "SeatedTranslation", "SourceEncoder"]
+__all__ = ["SeatedDecoder", "SeatedTranslation", "SourceEncoder", "Wanted"]
+
+
+class Wanted(NamedTuple):
+    """Next words whose log-probabilities a search can make use of.
+
+    Attributes:
+        most_probable: so many of the most probable ones,
+        words: and these.
+        given: how many words of a text are given; until then all words are wanted.
+    """
+
+    most_probable: int
+    words: tuple[int, ...]
+    given: int
 
 
 class SeatedDecoder:
@@ -23,6 +39,7 @@ class SeatedDecoder:
         reallocation_round: int64 scalar buffer; how often the words were reallocated, -1 before
             the initial table is seated. A buffer, since fairseq restores no state of tasks.
         reallocation_epoch: int64 scalar buffer; the last epoch after which they were.
+        wanted: what a search can make use of, if that is not the whole distribution.
     """
 
     dictionary: Any
@@ -30,6 +47,7 @@ class SeatedDecoder:
     softmax: ComponentSoftmax
     reallocation_round: Tensor
     reallocation_epoch: Tensor
+    wanted: Wanted | None = None
 
     def _register_reallocation(self) -> None:
         self.register_buffer("reallocation_round", torch.tensor(-1))  # type: ignore[attr-defined]
@@ -62,6 +80,34 @@ class SeatedDecoder:
         """Returns k and d, the sizes of the statistics that a reallocation needs of each word."""
         return self.table.num_components, self.softmax.weight.size(1)
 
+    def next_word_log_probs(
+        self, prediction: Prediction, context: Context, num_read: int
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Predicts the next words of B texts.
+
+        Args:
+            prediction: conditions a context on components of the next word.
+            context: of the texts.
+            num_read: how many words of each were read, the one that begins all texts included.
+
+        Returns:
+            Log-probabilities in nats, (B, 1, V), -inf for words that are not ``wanted``; and what
+            :meth:`get_normalized_probs` has to know of them.
+        """
+        wanted, num_words = self.wanted, self.table.num_words
+        few = wanted is not None and num_read > wanted.given and wanted.most_probable < num_words
+        if wanted is None or not few or self.table.num_components == 1:
+            every = next_word_log_probs(prediction, self.softmax, context)
+            return every[:, None], {"features": False}
+        found = top_words(prediction, self.softmax, context, wanted.most_probable)
+        log_probs = found.log_probs.new_full((len(found.words), num_words), float("-inf"))
+        log_probs.scatter_(1, found.words, found.log_probs)
+        for word in wanted.words:
+            words = found.words.new_full((len(log_probs),), word)
+            scores = coordinate_log_probs(prediction, self.softmax, context, words)
+            log_probs[:, word] = scores.sum(1)
+        return log_probs[:, None], {"features": False, "normalised": True}
+
     def get_normalized_probs(
         self,
         net_output: tuple[Tensor, dict[str, Any] | None],
@@ -75,6 +121,8 @@ class SeatedDecoder:
         since fairseq has divided them by the temperature.
         """
         extra = net_output[1] or {}
+        if extra.get("normalised"):
+            return net_output[0] if log_probs else net_output[0].exp()
         if not extra.get("features"):
             normalise = torch.log_softmax if log_probs else torch.softmax
             return normalise(net_output[0].float(), -1)

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax
 from fairseq_lightrnn.composition import Composition, Context
-from fairseq_lightrnn.distribution import next_word_log_probs
 from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.gated import GatedComposition
 from fairseq_lightrnn.models._carried_state import CarriedState
@@ -250,10 +249,11 @@ class LightRNNDecoder(SeatedDecoder, FairseqIncrementalDecoder):
             hidden = self.extract_features(prev_output_tokens, target_tokens, carried, activations)
             extra = {"attn": None, "features": True}
             return hidden.flatten(2), extra | ({"activations": activations} if activations else {})
-        log_probs = self._next_log_probs(
-            prev_output_tokens, {} if incremental_state is None else incremental_state
-        )
-        return log_probs, {"attn": None, "features": False}
+        incremental_state = {} if incremental_state is None else incremental_state
+        context = self._read(prev_output_tokens, incremental_state)
+        num_read = prev_output_tokens.size(1)
+        log_probs, extra = self.next_word_log_probs(self.composition, context, num_read)
+        return log_probs, {"attn": None, **extra}
 
     def extract_features(  # type: ignore[override]
         self,
@@ -275,13 +275,13 @@ class LightRNNDecoder(SeatedDecoder, FairseqIncrementalDecoder):
             self.carried_state.after(**carried, state=state)
         return hidden
 
-    def _next_log_probs(self, words: Tensor, incremental_state: dict[str, Any]) -> Tensor:
+    def _read(self, words: Tensor, incremental_state: dict[str, Any]) -> Context:
         context = self._stored(incremental_state)
         if context is not None:
             words = words[:, -1:]
         context = self.composition.read(self.table(words), context)
         self._store(incremental_state, context)
-        return next_word_log_probs(self.composition, self.softmax, context)[:, None]
+        return context
 
     def _stored(self, incremental_state: dict[str, Any]) -> Context | None:
         stored = self.get_incremental_state(incremental_state, "context")

@@ -17,7 +17,6 @@ from fairseq.models.transformer import (
 from torch import Tensor, nn
 
 from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax, WordEmbedding
-from fairseq_lightrnn.distribution import next_word_log_probs
 from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.gated import GatedPredictor
 from fairseq_lightrnn.models._seated import SeatedDecoder, SeatedTranslation, SourceEncoder
@@ -132,8 +131,9 @@ class LightRNNTransformerDecoder(SeatedDecoder, TransformerDecoderBase):
             features = self.prediction.predict(outputs, self.table(target_tokens))
             return features.flatten(2), {**extra, "features": True}
         context = self.prediction.context(outputs[:, -1])
-        log_probs = next_word_log_probs(self.prediction, self.softmax, context)
-        return log_probs[:, None], {**extra, "features": False}
+        num_read = prev_output_tokens.size(1)
+        log_probs, more = self.next_word_log_probs(self.prediction, context, num_read)
+        return log_probs, {**extra, **more}
 
 
 @register_model("lightrnn_transformer")

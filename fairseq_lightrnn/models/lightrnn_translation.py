@@ -25,7 +25,6 @@ from fairseq_lightrnn.attentive import (
 )
 from fairseq_lightrnn.components import WordEmbedding
 from fairseq_lightrnn.composition import State
-from fairseq_lightrnn.distribution import next_word_log_probs
 from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.models._seated import SeatedDecoder, SeatedTranslation, SourceEncoder
 from fairseq_lightrnn.models._table import (
@@ -181,6 +180,7 @@ class LightRNNTranslationDecoder(SeatedDecoder, FairseqIncrementalDecoder):
             return features.flatten(2), {"attn": weights, "features": True}
         incremental_state = {} if incremental_state is None else incremental_state
         stored = self.get_incremental_state(incremental_state, "state")
+        num_read = prev_output_tokens.size(1)
         if stored is None:
             state = self._first_state(hidden, cell)
         else:
@@ -189,8 +189,8 @@ class LightRNNTranslationDecoder(SeatedDecoder, FairseqIncrementalDecoder):
         coordinates = self.table(prev_output_tokens)
         context, weights = self.composition.read_beside(coordinates, state, memory)
         self._store(incremental_state, context.state)
-        log_probs = next_word_log_probs(self.composition, self.softmax, context)
-        return log_probs[:, None], {"attn": weights, "features": False}
+        log_probs, extra = self.next_word_log_probs(self.composition, context, num_read)
+        return log_probs, {"attn": weights, **extra}
 
     def _first_state(self, hidden: Tensor, cell: Tensor) -> State:
         return self.first_hidden(hidden), self.first_cell(cell)

@@ -25,6 +25,7 @@ from fairseq_lightrnn.allocation.initial_table import INITIAL_TABLES, initial_ta
 from fairseq_lightrnn.allocation.reallocation import Reallocation, reallocate
 from fairseq_lightrnn.allocation.statistics import AllocationStatistics
 from fairseq_lightrnn.errors import UsageError, usage_errors
+from fairseq_lightrnn.tasks._generator import generator_class
 from fairseq_lightrnn.tasks._reallocation import (
     broadcast_table,
     log_reallocation,
@@ -165,6 +166,22 @@ class SeatingMixin:
                 f"{self.stock_task} with that model"
             )
         return model
+
+    def build_generator(
+        self,
+        models: Any,
+        args: Any,
+        seq_gen_cls: Any = None,
+        extra_gen_cls_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Builds fairseq's generator, which asks for no more words than it can choose."""
+        if seq_gen_cls is None:
+            seq_gen_cls, more = generator_class(getattr(args, "print_alignment", None))
+            extra_gen_cls_kwargs = {**(extra_gen_cls_kwargs or {}), **more}
+        return super().build_generator(  # type: ignore[misc]
+            models, args, seq_gen_cls, extra_gen_cls_kwargs, **kwargs
+        )
 
     def _read_table_files(self, cfg: Any) -> None:
         """Loads the file named by --initial-table and gives the model its shape."""

@@ -1,0 +1,177 @@
+"""The generators of the tasks, against those of fairseq that see whole distributions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fairseq.search import BeamSearch, DiverseBeamSearch, DiverseSiblingsSearch
+from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithAlignment
+from tiny_translation import DECODERS, batch, build
+
+from fairseq_lightrnn.models import _seated
+from fairseq_lightrnn.models._seated import Wanted
+from fairseq_lightrnn.tasks._generator import generator_class
+
+EOS, PAD, UNK = 2, 1, 3
+TABLES = [(30, (5, 6)), (46, (7, 7)), (58, (3, 4, 5))]
+# Where the most probable words are enough, and where they are not.
+PLAIN: list[dict[str, Any]] = [
+    {},
+    {"beam_size": 1},
+    {"beam_size": 5, "len_penalty": 0.5},
+    {"unk_penalty": 4.0},
+    {"unk_penalty": -3.0},
+    {"min_len": 4, "max_len_b": 4},
+]
+WHOLE: list[dict[str, Any]] = [
+    {"temperature": 0.7},
+    {"no_repeat_ngram_size": 1},
+    {"tokens_to_suppress": ("w0", "w3")},
+    {"search_strategy": DiverseBeamSearch},
+    {"search_strategy": DiverseSiblingsSearch},
+]
+
+
+class Calls:
+    """Counts how often a decoder predicts all words, and how often the most probable ones."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.whole = self.few = 0
+        whole, few = _seated.next_word_log_probs, _seated.top_words
+
+        def count_whole(*args: Any) -> Any:
+            self.whole += 1
+            return whole(*args)
+
+        def count_few(*args: Any) -> Any:
+            self.few += 1
+            return few(*args)
+
+        monkeypatch.setattr(_seated, "next_word_log_probs", count_whole)
+        monkeypatch.setattr(_seated, "top_words", count_few)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(monkeypatch)
+
+
+def translate(
+    kind: Any, models: list[Any], prefix: list[list[int]] | None = None, **options: Any
+) -> list[list[tuple[list[int], float]]]:
+    """Translates three texts."""
+    dictionary = models[0].decoder.dictionary
+    options = {"beam_size": 3, "max_len_b": 6, **options}
+    if "search_strategy" in options:
+        numbers = (3, 0.5) if options["search_strategy"] is DiverseBeamSearch else (0.5,)
+        options["search_strategy"] = options["search_strategy"](dictionary, *numbers)
+    generator = kind(models, dictionary, **options)
+    tokens = None if prefix is None else torch.tensor(prefix)
+    found = generator.generate(models, {"net_input": batch(3)}, prefix_tokens=tokens)
+    return [[(text["tokens"].tolist(), float(text["score"])) for text in texts] for texts in found]
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    for texts, others in zip(found, expected, strict=True):
+        assert [words for words, _ in texts] == [words for words, _ in others]
+        assert [score for _, score in texts] == pytest.approx(
+            [score for _, score in others], abs=1e-5
+        )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(("words", "shape"), TABLES)
+@pytest.mark.parametrize("options", PLAIN, ids=str)
+def test_beam_search_needs_the_most_probable_words_only(
+    decoder: str, words: int, shape: Any, options: dict[str, Any], calls: Calls
+) -> None:
+    model = build(decoder, words, shape)
+    expected = translate(SequenceGenerator, [model], **options)
+    assert calls.whole > 0
+    assert calls.few == 0
+    calls.whole = 0
+    found = translate(generator_class(None)[0], [model], **options)
+    assert_same(found, expected)
+    assert calls.whole == 0
+    assert calls.few > 0
+    assert model.decoder.wanted is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("options", WHOLE, ids=str)
+def test_other_searches_see_all_words(decoder: str, options: dict[str, Any], calls: Calls) -> None:
+    model = build(decoder, 46, (7, 7))
+    expected = translate(SequenceGenerator, [model], **options)
+    assert_same(translate(generator_class(None)[0], [model], **options), expected)
+    assert calls.few == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_given_words_may_be_any(decoder: str, calls: Calls) -> None:
+    """Until the longest prefix ends; here fairseq's padding ends one."""
+    model = build(decoder, 46, (7, 7))
+    prefix = [[40, 41, 5], [9, 9, 9], [22, PAD, PAD]]
+    expected = translate(SequenceGenerator, [model], prefix)
+    calls.whole = 0
+    found = translate(generator_class(None)[0], [model], prefix)
+    assert_same(found, expected)
+    assert calls.whole == 3
+    assert calls.few > 0
+
+
+@torch.no_grad()
+def test_ensembles_see_all_words(calls: Calls) -> None:
+    models = [build("gated", 46, shape) for shape in ((7, 7), (6, 8))]
+    expected = translate(SequenceGenerator, models)
+    assert_same(translate(generator_class(None)[0], models), expected)
+    assert calls.few == 0
+
+
+@torch.no_grad()
+def test_a_vocabulary_of_few_words_is_seen_whole(calls: Calls) -> None:
+    model = build("gated", 30, (5, 6))
+    translate(generator_class(None)[0], [model], beam_size=14)  # 31 words are wanted
+    assert calls.few == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(("words", "shape"), TABLES)
+def test_what_is_wanted_is_exact(decoder: str, words: int, shape: Any) -> None:
+    model, past = build(decoder, words, shape), torch.tensor([[EOS, 9], [EOS, 4], [EOS, 21]])
+    encoded = model.encoder.forward_torchscript(batch(3))
+    every = model.get_normalized_probs(model.decoder(past, encoder_out=encoded), True)[:, 0]
+    model.decoder.wanted = Wanted(4, (EOS, UNK), given=1)
+    output = model.decoder(past, encoder_out=encoded)
+    found = model.get_normalized_probs(output, True)[:, 0]
+    torch.testing.assert_close(model.get_normalized_probs(output, False)[:, 0], found.exp())
+    assert found.shape == every.shape
+    wanted = torch.zeros_like(found, dtype=torch.bool).scatter(1, every.topk(4).indices, True)
+    wanted[:, [EOS, UNK]] = True
+    torch.testing.assert_close(found[wanted].float(), every[wanted].float())
+    assert (found[~wanted] == -torch.inf).all()
+
+
+def test_alignments_have_a_generator_of_their_own() -> None:
+    kind, more = generator_class("hard")
+    assert issubclass(kind, SequenceGeneratorWithAlignment)
+    assert more == {"print_alignment": "hard"}
+    assert not issubclass(generator_class(None)[0], SequenceGeneratorWithAlignment)
+
+
+@torch.no_grad()
+def test_a_search_that_breaks_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("gated", 46, (7, 7))
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(BeamSearch, "step", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        translate(generator_class(None)[0], [model])
+    assert model.decoder.wanted is None
