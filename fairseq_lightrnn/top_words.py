@@ -62,8 +62,8 @@ def component_log_probs(
     return torch.log_softmax(at_least_float32(logits), dim=1)
 
 
-class _Open(NamedTuple):
-    """N prefixes that are not expanded yet: expanded ones of one length, longer by a value.
+class _Pick(NamedTuple):
+    """N prefixes to be expanded: expanded ones of one length, longer by a value.
 
     Attributes:
         text: which text of the batch each continues, shape (N,).
@@ -77,29 +77,45 @@ class _Open(NamedTuple):
     node: Tensor
     value: Tensor
 
-    def where(self, chosen: Tensor) -> _Open:
+    def where(self, chosen: Tensor) -> _Pick:
         """Picks prefixes by a mask or an index."""
-        return _Open(*(part[chosen] for part in self))
+        return _Pick(*(part[chosen] for part in self))
 
 
 class _Level:
-    """All prefixes of i components that were expanded, and those of i + 1 that are open."""
+    """N expanded prefixes of i components, and those longer by a value that are not expanded.
 
-    def __init__(self) -> None:
-        self.expanded: tuple[Context, Tensor] | None = None  # contexts of N prefixes (N, i)
-        self.open: _Open | None = None
+    Args:
+        context: conditioned on the prefixes.
+        prefix: their coordinates, shape (N, i).
+        text: which text of the batch each continues, shape (N,).
+        bounds: log-probabilities of the longer ones, shape (N, R); -inf once they are expanded.
+    """
 
-    def add(self, context: Context, prefix: Tensor, text: Tensor, scores: Tensor) -> None:
-        """Adds expanded prefixes (N, i) and the log-probabilities (N, R) of the longer ones."""
-        node, value = (scores > _IMPOSSIBLE).nonzero(as_tuple=True)
-        new = _Open(text[node], scores[node, value], node, value)
-        if self.expanded is None or self.open is None:
-            self.expanded, self.open = (context, prefix), new
-            return
-        new = new._replace(node=node + len(self.expanded[1]))
-        old_context, old_prefix = self.expanded
-        self.expanded = old_context.join(context), torch.cat([old_prefix, prefix])
-        self.open = _Open(*map(torch.cat, zip(self.open, new, strict=True)))
+    def __init__(self, context: Context, prefix: Tensor, text: Tensor, bounds: Tensor) -> None:
+        self.context = context
+        self.prefix = prefix
+        self.text = text
+        self.bounds = bounds
+
+    def join(self, other: _Level) -> _Level:
+        """Puts further prefixes behind these."""
+        pairs = (
+            (self.prefix, other.prefix),
+            (self.text, other.text),
+            (self.bounds, other.bounds),
+        )
+        return _Level(self.context.join(other.context), *map(torch.cat, pairs))
+
+    def candidates(self, worst: Tensor, width: int) -> _Pick:
+        """Returns the best ``width`` longer ones of each prefix that may hold a word of the top K.
+
+        Those of a text are among them, whichever prefixes they are longer than.
+        """
+        bounds, values = self.bounds.topk(min(width, self.bounds.size(1)), dim=1)
+        good = (bounds >= worst[self.text, None]) & (bounds > _IMPOSSIBLE)
+        node, place = good.nonzero(as_tuple=True)
+        return _Pick(self.text[node], bounds[node, place], node, values[node, place])
 
 
 class _Best:
@@ -119,10 +135,13 @@ class _Best:
 
     def add(self, text: Tensor, prefix: Tensor, scores: Tensor) -> None:
         """Offers the words, with scores (N, C), of some prefixes (N, k - 1) of texts (N,)."""
-        # Of one prefix no more than K words can count, but for ties.
-        least = scores.topk(min(self.count, scores.size(1)), dim=1).values[:, -1]
-        least = torch.maximum(least, self.worst[text])[:, None]
-        row, column = ((scores >= least) & (scores > _IMPOSSIBLE)).nonzero(as_tuple=True)
+        least = self.worst[text]
+        if bool((least == _IMPOSSIBLE).any()):
+            # Of one prefix no more than K words can count, but for ties.
+            best = scores.topk(min(self.count, scores.size(1)), dim=1).values
+            least = torch.maximum(least, best[:, -1])
+        good = (scores >= least[:, None]) & (scores > _IMPOSSIBLE)
+        row, column = good.nonzero(as_tuple=True)
         cells = self.table.flatten(prefix)[row] * scores.size(1) + column
         text = torch.cat([self._text, text[row]])
         word = torch.cat([self._word, self.table.words[cells]])
@@ -177,44 +196,55 @@ def top_words(
     scores = component_log_probs(softmax, context, prefix)
     best = _Best(table, len(text), min(count, table.num_words), scores)
     expanded = torch.zeros_like(text)
-    levels = [_Level() for _ in table.shape[1:]]
-
-    def expand(context: Context, prefix: Tensor, text: Tensor, scores: Tensor) -> None:
-        if prefix.size(1) < len(levels):
-            levels[prefix.size(1)].add(context, prefix, text, scores)
-        else:
-            best.add(text, prefix, scores)
-
-    expand(context, prefix, text, scores)
+    levels: list[_Level] = []
+    if table.num_components > 1:
+        levels.append(_Level(context, prefix, text, scores))
+    else:
+        best.add(text, prefix, scores)
     width = _FIRST_ROUND
-    while any(level.open is not None and len(level.open.text) for level in levels):
-        for component, picked in enumerate(_pick(levels, best.worst, width)):
-            expanded += torch.bincount(picked.text, minlength=len(expanded))
-            for some in torch.arange(len(picked.text), device=text.device).split(_EXPANSIONS):
-                pick = picked.where(some)
-                known, known_prefix = levels[component].expanded  # type: ignore[misc]
-                longer = composition.extend(known.select(pick.node), component, pick.value)
-                prefix = torch.cat([known_prefix[pick.node], pick.value[:, None]], dim=1)
-                scores = component_log_probs(softmax, longer, prefix) + pick.bound[:, None]
-                expand(longer, prefix, pick.text, scores)
+    while picked := _pick(levels, best.worst, width):
+        for component, pick in picked:
+            expanded += torch.bincount(pick.text, minlength=len(expanded))
+            for some in torch.arange(len(pick.text), device=text.device).split(_EXPANSIONS):
+                deeper = _expand(composition, softmax, levels[component], pick.where(some))
+                if component + 2 == table.num_components:
+                    best.add(deeper.text, deeper.prefix, deeper.bounds)
+                elif component + 1 == len(levels):
+                    levels.append(deeper)
+                else:
+                    levels[component + 1] = levels[component + 1].join(deeper)
         width = min(2 * width, _LAST_ROUND)
     return TopWords(*best.result(), expanded)
 
 
-def _pick(levels: list[_Level], worst: Tensor, width: int) -> list[_Open]:
-    """Takes from the open prefixes those that a round expands: the best ``width`` of each text.
+def _expand(
+    composition: Prediction, softmax: ComponentSoftmax, level: _Level, pick: _Pick
+) -> _Level:
+    """Conditions contexts on prefixes of a level that are longer by a value."""
+    component = level.prefix.size(1)
+    context = composition.extend(level.context.select(pick.node), component, pick.value)
+    prefix = torch.cat([level.prefix[pick.node], pick.value[:, None]], dim=1)
+    bounds = component_log_probs(softmax, context, prefix) + pick.bound[:, None]
+    return _Level(context, prefix, pick.text, bounds)
 
-    Prefixes that cannot hold a word of the top K are dropped. Returns those of each level.
+
+def _pick(levels: list[_Level], worst: Tensor, width: int) -> list[tuple[int, _Pick]]:
+    """Takes the best ``width`` prefixes of each text that may hold a word of the top K.
+
+    Returns those of each level that has any, with its number.
     """
-    opened = [level.open for level in levels if level.open is not None]
-    sizes = [len(part.text) for part in opened]
-    every = _Open(*map(torch.cat, zip(*opened, strict=True)))
-    level = torch.arange(len(opened), device=worst.device)
-    level = level.repeat_interleave(torch.tensor(sizes, device=worst.device))
-    good = every.bound >= worst[every.text]
-    every, level = every.where(good), level[good]
-    order, rank = _rank(every.text, every.bound, len(worst))
-    every, level = every.where(order), level[order]
-    for number in range(len(opened)):
-        levels[number].open = every.where((rank >= width) & (level == number))
-    return [every.where((rank < width) & (level == number)) for number in range(len(opened))]
+    candidates = [level.candidates(worst, width) for level in levels]
+    every = _Pick(*map(torch.cat, zip(*candidates, strict=True))) if levels else None
+    if every is None or not len(every.text):
+        return []
+    rank = torch.empty_like(every.text)
+    order, ranks = _rank(every.text, every.bound, len(worst))
+    rank[order] = ranks
+    picked = []
+    sizes = [len(some.text) for some in candidates]
+    for number, (some, of_level) in enumerate(zip(candidates, rank.split(sizes), strict=True)):
+        pick = some.where(of_level < width)
+        levels[number].bounds[pick.node, pick.value] = _IMPOSSIBLE
+        if len(pick.text):
+            picked.append((number, pick))
+    return picked
