@@ -6,17 +6,18 @@ LightRNN (the paper's composition, the gated one, and that with a bias and resid
 beside fairseq's ``lstm_lm`` with full and with adaptive softmax, all of one width. Measured are
 
 - ``score``: words a second through fairseq's ``SequenceScorer``, as ``fairseq-eval-lm`` scores;
-- ``greedy``, ``beam5``, ``sample``: words a second through fairseq's ``SequenceGenerator``;
+- ``greedy``, ``beam5``, ``sample``: words a second through fairseq's ``SequenceGenerator``, as the
+  commands have it: LightRNN's tasks ask a model for the most probable words only if it searches;
 - ``sample2``: words a second by two-stage sampling, which LightRNN alone has;
 - ``next10``: milliseconds for the ten most probable next words, with their probabilities;
 
 each in a process of its own, with the memory that the process held before (``model``: program and
 model) and what the measurement took on top at its peak (``work``).
 
-Weights are random: the time of all of these but ``next10`` does not depend on them. The search for
-the most probable words does depend on how sharp the predictions are, so it is measured twice: with
-random weights, whose flat predictions are the worst case (``next10 flat``), and with biases that
-make the perplexity of each component that of ``--component-perplexity`` (``next10``).
+Weights are random. The search for the most probable words depends on how sharp the predictions are,
+so what needs it (``greedy``, ``beam5``, ``next10``) is measured twice: with random weights, whose
+flat predictions are the worst case (``beam5 flat`` …), and with biases that make the perplexity of
+each component that of ``--component-perplexity``. No other time depends on weights.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ from pathlib import Path
 from typing import Any
 
 MODELS = ("lightrnn", "gated", "gated+words", "full", "adaptive")
-MEASURES = ("score", "greedy", "beam5", "sample", "sample2", "next10", "next10 flat")
+SEARCHES = ("greedy", "beam5", "next10")
+FLAT = tuple(f"{measure} flat" for measure in SEARCHES)
+MEASURES = ("score", "sample", "sample2", *SEARCHES, *FLAT)
 OURS = ("lightrnn", "gated", "gated+words")
-ONLY_OURS = ("sample2", "next10 flat")
+ONLY_OURS = ("sample2", *FLAT)
 # Cutoffs of fairseq's adaptive softmax; those beyond the vocabulary are left out.
 CUTOFFS = (10_000, 50_000, 200_000)
 RESIDUALS = (16, 8)
@@ -135,6 +138,8 @@ def work(name: str, measure: str, model: Any, args: argparse.Namespace) -> Calla
     from fairseq.sequence_generator import SequenceGenerator
     from fairseq.sequence_scorer import SequenceScorer
 
+    from fairseq_lightrnn.tasks._generator import generator_class
+
     dictionary = model.decoder.dictionary
     num_words, eos = len(dictionary), dictionary.eos()
     if measure == "score":
@@ -149,8 +154,12 @@ def work(name: str, measure: str, model: Any, args: argparse.Namespace) -> Calla
         # As many positions at a time as keep a full softmax within 512 MiB.
         scorer = SequenceScorer(dictionary, softmax_batch=max(1, 2**27 // num_words))
         return lambda: len(scorer.generate([model], sample)) * args.length
+    if name in OURS and measure in SEARCHES:
+        sharpen(model.decoder, args.component_perplexity)
+    measure = measure.removesuffix(" flat")
     if measure in ("greedy", "beam5", "sample"):
-        generator = SequenceGenerator(
+        kind = generator_class(None)[0] if name in OURS else SequenceGenerator
+        generator = kind(
             [model], dictionary, beam_size=5 if measure == "beam5" else 1,
             max_len_b=args.generated, min_len=args.generated,
             search_strategy=Sampling(dictionary) if measure == "sample" else None,
@@ -182,9 +191,6 @@ def query(name: str, measure: str, model: Any, args: argparse.Namespace) -> Call
 
         return dense
     from fairseq_lightrnn.distribution import sample_words, top_words
-
-    if measure == "next10":
-        sharpen(decoder, args.component_perplexity)
 
     def top() -> int:
         context = decoder.composition.read(decoder.table(words))
