@@ -43,6 +43,7 @@ from benchmark_allocation import load as load_instance
 from language_model_report import summarise
 from side_by_side import (
     PLUGIN,
+    append_line,
     call,
     count_parameters,
     is_tested,
@@ -166,12 +167,12 @@ def train(system: str, seed: int, data: Path, folder: Path, args: argparse.Names
         first = min(args.authors_round, args.epochs)
         train_in_steps(folder, flags, first, args.step, args.seconds)
         if read_lines(folder / "steps.jsonl")[-1]["epoch"] == args.authors_round:
-            reallocate_as_the_authors(folder, data)
+            reallocate_as_the_authors(folder, data, args.authors_round)
     train_in_steps(folder, flags, args.epochs, args.step, args.seconds)
 
 
-def reallocate_as_the_authors(folder: Path, data: Path) -> None:
-    """Re-seats the words of the last checkpoint greedily, once."""
+def reallocate_as_the_authors(folder: Path, data: Path, epoch: int) -> None:
+    """Re-seats the words of the last checkpoint, that of an epoch, greedily and once."""
     checkpoint = folder / "checkpoint_last.pt"
     state = torch.load(checkpoint, map_location="cpu", weights_only=False)
     if state["model"]["decoder.reallocation_round"] > 0:
@@ -189,6 +190,7 @@ def reallocate_as_the_authors(folder: Path, data: Path) -> None:
         reallocate([str(checkpoint), str(data), "--table", str(greedy), "--output", str(new)])
         shutil.copy(new, folder / "new.pt")
         os.replace(folder / "new.pt", checkpoint)
+    append_line(folder / "reallocations.jsonl", {"epoch": epoch})
 
 
 def test(system: str, data: Path, folder: Path, args: argparse.Namespace) -> None:

@@ -55,7 +55,10 @@ def markdown(systems: dict[str, dict[str, dict[str, Any]]], tokens: int) -> str:
 
 
 def draw(systems: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
-    """Draws validation perplexity against epochs and CPU seconds, and test against parameters."""
+    """Draws validation perplexity against epochs and CPU seconds, and test against parameters.
+
+    Triangles mark reallocations.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -69,6 +72,10 @@ def draw(systems: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
             seconds = [epoch * run["cpu_seconds_per_epoch"] for epoch in epochs]
             by_epoch.plot(epochs, run["valid_ppls"].values(), color=colour, label=system)
             by_second.plot(seconds, run["valid_ppls"].values(), color=colour)
+            for epoch in run["reallocated_after"]:
+                second, ppl = epoch * run["cpu_seconds_per_epoch"], run["valid_ppls"][epoch]
+                by_epoch.plot(epoch, ppl, "v", color=colour, markersize=9)
+                by_second.plot(second, ppl, "v", color=colour, markersize=9)
             by_size.scatter(run["parameters"], run["test_ppl"], color=colour)
             system = "_nolegend_"
     by_epoch.set_xlabel("epochs")

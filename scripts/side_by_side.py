@@ -22,6 +22,7 @@ from typing import Any
 
 __all__ = [
     "PLUGIN",
+    "append_line",
     "call",
     "count_parameters",
     "is_tested",
@@ -151,6 +152,9 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         "best_epoch": best["epoch"],
         "epochs": steps[-1]["epoch"],
         "valid_ppls": {record["epoch"]: record["valid_ppl"] for record in epochs},
+        "reallocated_after": [
+            record["epoch"] for record in read_lines(folder / "reallocations.jsonl")
+        ],
         # Starts of the processes and validations are part of it.
         "cpu_seconds_per_epoch": round(_seconds_per_epoch(steps), 1),
         "peak_mib": round(max(step["peak_mib"] for step in steps)),
