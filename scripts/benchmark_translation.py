@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -85,7 +86,8 @@ def parse() -> argparse.Namespace:
     add("--transformer-layers", type=int, default=3, help="(default: %(default)s)")
     add("--dropout", type=float, default=0.3, help="(default: %(default)s)")
     add("--label-smoothing", type=float, default=0.1, help="(default: %(default)s)")
-    add("--lr", type=float, default=0.002, help="highest of Adam (default: %(default)s)")
+    add("--lr", type=float, default=0.002,
+        help="of Adam in the first epoch, from which it falls (default: %(default)s)")  # fmt: skip
     add("--max-tokens", type=int, default=2000, help="of a batch (default: %(default)s)")
     add("--shared", type=int, default=36, metavar="N",
         help="numbers of each word's own in lightrnn-shared (default: %(default)s)")  # fmt: skip
@@ -175,13 +177,19 @@ def model_flags(system: str, args: argparse.Namespace) -> list[Any]:
     return [*ours, "--arch", "lightrnn_translation", *sizes, *OWN[system], *own]
 
 
+def learning_rates(highest: float, epochs: int) -> str:
+    """Returns those of the epochs, falling along half a cosine: the last epochs settle."""
+    shares = ((1 + math.cos(math.pi * epoch / epochs)) / 2 for epoch in range(epochs))
+    return ",".join(f"{highest * share:.2g}" for share in shares)
+
+
 def train(system: str, data: Path, folder: Path, args: argparse.Namespace) -> None:
     """Trains one system."""
     flags = [
         data, *model_flags(system, args), "--source-lang", args.source, "--target-lang",
         args.target, "--dropout", args.dropout, "--max-tokens", args.max_tokens,
-        "--optimizer", "adam", "--lr", args.lr, "--lr-scheduler", "inverse_sqrt",
-        "--warmup-updates", 400, "--clip-norm", 1, "--seed", args.seed,
+        "--optimizer", "adam", "--lr", learning_rates(args.lr, args.epochs), "--lr-scheduler",
+        "fixed", "--warmup-updates", 400, "--clip-norm", 1, "--seed", args.seed,
         "--best-checkpoint-metric", "nll_loss",
     ]  # fmt: skip
     train_in_steps(folder, flags, args.epochs, args.step)
