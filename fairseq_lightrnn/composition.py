@@ -8,7 +8,7 @@ text to look at, as in translation, :mod:`fairseq_lightrnn.attentive`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,13 +57,12 @@ class Context(NamedTuple):
         """Puts the texts of another batch, of which as much is known, behind those of this one."""
 
         def both(one: Tensor | None, two: Tensor | None) -> Tensor | None:
-            return None if one is None or two is None else torch.cat([one, two])
+            return None if one is None else torch.cat([one, cast(Tensor, two)])
 
         state = None
-        if self.state is not None and other.state is not None:
-            hidden, cell = (
-                torch.cat(pair, 1) for pair in zip(self.state, other.state, strict=True)
-            )
+        if self.state is not None:
+            pairs = zip(self.state, cast(State, other.state), strict=True)
+            hidden, cell = (torch.cat(pair, dim=1) for pair in pairs)
             state = hidden, cell
         return Context(
             torch.cat([self.output, other.output]),
@@ -75,21 +74,23 @@ class Context(NamedTuple):
 
 
 class FeedForward(nn.Module):
-    """A feed-forward layer with a connection around it: ``h + B relu(A h)``.
+    """A feed-forward layer with a connection around it: ``h + B dropout(relu(A h))``.
 
     Args:
         dim: d, the width of inputs and outputs.
         inner_dim: the number of its units.
+        dropout: of these units.
     """
 
-    def __init__(self, dim: int, inner_dim: int) -> None:
+    def __init__(self, dim: int, inner_dim: int, dropout: nn.Module) -> None:
         super().__init__()
         self.inner = nn.Linear(dim, inner_dim)
+        self.dropout = dropout
         self.outer = nn.Linear(inner_dim, dim)
 
     def forward(self, outputs: Tensor) -> Tensor:
         """Returns outputs of shape (…, d) in the same shape."""
-        return outputs + self.outer(F.relu(self.inner(outputs)))
+        return outputs + self.outer(self.dropout(F.relu(self.inner(outputs))))
 
 
 class Prediction(nn.Module):
@@ -97,7 +98,7 @@ class Prediction(nn.Module):
 
     Attributes:
         reads_components: whether a component changes the recurrent state.
-        dropout_out: dropout on what predicts a component.
+        dropout_out: dropout on what predicts a component, or is transformed to do so.
         query: projects outputs to what the words' output residuals are multiplied with, or None.
         ffn: what outputs pass before they predict anything, or None. An ordinary softmax sums over
             words in every row's place; logits of rows that are linear in h say less than that.
@@ -159,7 +160,7 @@ class Composition(Prediction):
         num_layers: the layers of the LSTM.
         dropout_in: dropout on the input vectors.
         dropout_between: dropout between the layers.
-        dropout_out: dropout on the outputs.
+        dropout_out: dropout on the outputs, and within the feed-forward layer.
         residual_dim: e, the width of the words' output residuals; 0 for none.
         locked_dropout: each of these dropouts has one mask for a text, shared over time.
         weight_dropout: dropout on the recurrent matrices of the LSTM.
@@ -193,7 +194,7 @@ class Composition(Prediction):
             weight_dropout,
         )
         self.query = nn.Linear(hidden_size, residual_dim, bias=False) if residual_dim else None
-        self.ffn = FeedForward(hidden_size, ffn_dim) if ffn_dim else None
+        self.ffn = FeedForward(hidden_size, ffn_dim, dropout(dropout_out)) if ffn_dim else None
 
     @property
     def num_components(self) -> int:

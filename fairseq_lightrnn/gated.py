@@ -103,7 +103,7 @@ class GatedPrediction(Prediction):
     def _project(self, base: Tensor) -> list[Tensor]:
         """Returns h and, for every component but the first, W_i h + u_i."""
         base = self._feed_forward(base)
-        return [base, *(transform(base) for transform in self.transforms)]
+        return [base, *(transform(self.dropout_out(base)) for transform in self.transforms)]
 
     def _output(self, projections: Sequence[Tensor], prefix: Tensor) -> Tensor:
         """Returns what predicts the component after a prefix (…, i): (…, d)."""

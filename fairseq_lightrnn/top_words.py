@@ -8,7 +8,7 @@ texts of a batch are searched at once, some of the best prefixes of each in a ro
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ __all__ = ["TopWords", "component_log_probs", "top_words"]
 # Prefixes of a text expanded in the first round; each round takes twice as many as that before.
 _FIRST_ROUND = 4
 _LAST_ROUND = 256
-# Prefixes of all texts expanded at once; bounds the memory of their contexts and words.
+# Prefixes of all texts expanded at once; bounds the memory of their words.
 _EXPANSIONS = 4096
 _IMPOSSIBLE = float("-inf")
 
@@ -154,7 +154,15 @@ class _Best:
         self.worst[self._text[last]] = self._score[last]
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Returns words and log-probabilities, both (B, K); to be called when all are found."""
+        """Returns words and log-probabilities, both (B, K); to be called when all are found.
+
+        Raises:
+            FloatingPointError: if some are not to be found.
+        """
+        if len(self._word) != len(self.worst) * self.count:
+            raise FloatingPointError(
+                "the model's predictions are no numbers: its parameters are nan or infinite"
+            )
         return self._word.view(-1, self.count), self._score.view(-1, self.count)
 
 
@@ -171,9 +179,25 @@ def _rank(text: Tensor, score: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     return order, torch.arange(len(text), device=text.device) - before[text[order]]
 
 
+@overload
 def top_words(
     composition: Prediction, softmax: ComponentSoftmax, context: Context, count: int
-) -> TopWords:
+) -> TopWords: ...
+
+
+@overload
+def top_words(
+    composition: Prediction, softmax: ComponentSoftmax, context: Context, count: int, budget: int
+) -> TopWords | None: ...
+
+
+def top_words(
+    composition: Prediction,
+    softmax: ComponentSoftmax,
+    context: Context,
+    count: int,
+    budget: int | None = None,
+) -> TopWords | None:
     """Finds the K most probable next words, exactly.
 
     Args:
@@ -181,9 +205,14 @@ def top_words(
         softmax: predicts components.
         context: of B texts, as ``composition.read`` returned it.
         count: K; of a smaller vocabulary all words are returned.
+        budget: give up once more than so many prefixes of a text, on average, would be expanded.
+
+    Returns:
+        The words, or None if the search was given up.
 
     Raises:
         ValueError: if ``count`` is below 1.
+        FloatingPointError: if a prediction is not a number.
     """
     if count < 1:
         raise ValueError(f"count {count}: at least 1 word must be asked for")
@@ -203,6 +232,9 @@ def top_words(
         best.add(text, prefix, scores)
     width = _FIRST_ROUND
     while picked := _pick(levels, best.worst, width):
+        total = int(expanded.sum()) + sum(len(pick.text) for _, pick in picked)
+        if budget is not None and total > budget * len(text):
+            return None
         for component, pick in picked:
             expanded += torch.bincount(pick.text, minlength=len(expanded))
             for some in torch.arange(len(pick.text), device=text.device).split(_EXPANSIONS):

@@ -138,7 +138,7 @@ def work(name: str, measure: str, model: Any, args: argparse.Namespace) -> Calla
     from fairseq.sequence_generator import SequenceGenerator
     from fairseq.sequence_scorer import SequenceScorer
 
-    from fairseq_lightrnn.tasks._generator import generator_class
+    from fairseq_lightrnn.tasks._generator import TopWordsGenerator
 
     dictionary = model.decoder.dictionary
     num_words, eos = len(dictionary), dictionary.eos()
@@ -158,7 +158,7 @@ def work(name: str, measure: str, model: Any, args: argparse.Namespace) -> Calla
         sharpen(model.decoder, args.component_perplexity)
     measure = measure.removesuffix(" flat")
     if measure in ("greedy", "beam5", "sample"):
-        kind = generator_class(None)[0] if name in OURS else SequenceGenerator
+        kind = TopWordsGenerator if name in OURS else SequenceGenerator
         generator = kind(
             [model], dictionary, beam_size=5 if measure == "beam5" else 1,
             max_len_b=args.generated, min_len=args.generated,

@@ -186,9 +186,31 @@ def test_expansions_do_not_exceed_the_rows() -> None:
 def test_rows_are_expanded_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(RecurrentComposition, 20, (3, 3, 3))
     context = model.context(5)
-    whole = next_word_log_probs(*model, context)
-    monkeypatch.setattr("fairseq_lightrnn.distribution._EXPANSIONS", 2)
+    whole, top = next_word_log_probs(*model, context), top_words(*model, context, 4)
+    for module in ("distribution", "top_words"):
+        monkeypatch.setattr(f"fairseq_lightrnn.{module}._EXPANSIONS", 2)
     torch.testing.assert_close(next_word_log_probs(*model, context), whole)
+    found = top_words(*model, context, 4)
+    assert torch.equal(found.words, top.words)
+    torch.testing.assert_close(found.log_probs, top.log_probs)
+
+
+def test_a_search_is_given_up_where_predictions_are_flat() -> None:
+    model = build(GatedComposition, 100, (10, 10), scale=0.01)
+    context = model.context(3)
+    assert top_words(*model, context, 5, 9) is None
+    found = top_words(*model, context, 5, 10)
+    assert found is not None
+    assert torch.equal(found.words, top_words(*model, context, 5).words)
+
+
+@pytest.mark.parametrize("texts", [[0], [0, 1, 2]])
+def test_predictions_that_are_no_numbers(texts: list[int]) -> None:
+    model = build(GatedComposition, 100, (10, 10))
+    context = model.context(3)
+    context.output[texts] = torch.nan
+    with pytest.raises(FloatingPointError, match="parameters are nan or infinite"):
+        top_words(*model, context, 5)
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from fairseq.search import BeamSearch, DiverseBeamSearch, DiverseSiblingsSearch
-from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithAlignment
+from fairseq.search import DiverseBeamSearch, DiverseSiblingsSearch
+from fairseq.sequence_generator import SequenceGenerator
 from tiny_translation import DECODERS, batch, build
 
 from fairseq_lightrnn.models import _seated
-from fairseq_lightrnn.models._seated import Wanted
-from fairseq_lightrnn.tasks._generator import generator_class
+from fairseq_lightrnn.models._seated import WANTED, Wanted
+from fairseq_lightrnn.tasks._generator import TopWordsGenerator
 
 EOS, PAD, UNK = 2, 1, 3
 TABLES = [(30, (5, 6)), (46, (7, 7)), (58, (3, 4, 5))]
@@ -55,12 +55,14 @@ class Calls:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Tables are so small that a search may look at all of their rows."""
+    monkeypatch.setattr(_seated, "_SEARCHED_SHARE", 2.0)
     return Calls(monkeypatch)
 
 
 def translate(
     kind: Any, models: list[Any], prefix: list[list[int]] | None = None, **options: Any
-) -> list[list[tuple[list[int], float]]]:
+) -> list[list[dict[str, Any]]]:
     """Translates three texts."""
     dictionary = models[0].decoder.dictionary
     options = {"beam_size": 3, "max_len_b": 6, **options}
@@ -70,15 +72,15 @@ def translate(
     generator = kind(models, dictionary, **options)
     tokens = None if prefix is None else torch.tensor(prefix)
     found = generator.generate(models, {"net_input": batch(3)}, prefix_tokens=tokens)
-    return [[(text["tokens"].tolist(), float(text["score"])) for text in texts] for texts in found]
+    return found  # type: ignore[no-any-return]
 
 
 def assert_same(found: Any, expected: Any) -> None:
     for texts, others in zip(found, expected, strict=True):
-        assert [words for words, _ in texts] == [words for words, _ in others]
-        assert [score for _, score in texts] == pytest.approx(
-            [score for _, score in others], abs=1e-5
-        )
+        for text, other in zip(texts, others, strict=True):
+            assert text["tokens"].tolist() == other["tokens"].tolist()
+            for name in ("score", "positional_scores", "attention"):
+                torch.testing.assert_close(text[name], other[name], atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -93,11 +95,10 @@ def test_beam_search_needs_the_most_probable_words_only(
     assert calls.whole > 0
     assert calls.few == 0
     calls.whole = 0
-    found = translate(generator_class(None)[0], [model], **options)
+    found = translate(TopWordsGenerator, [model], **options)
     assert_same(found, expected)
     assert calls.whole == 0
     assert calls.few > 0
-    assert model.decoder.wanted is None
 
 
 @torch.no_grad()
@@ -106,48 +107,90 @@ def test_beam_search_needs_the_most_probable_words_only(
 def test_other_searches_see_all_words(decoder: str, options: dict[str, Any], calls: Calls) -> None:
     model = build(decoder, 46, (7, 7))
     expected = translate(SequenceGenerator, [model], **options)
-    assert_same(translate(generator_class(None)[0], [model], **options), expected)
+    assert_same(translate(TopWordsGenerator, [model], **options), expected)
     assert calls.few == 0
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_given_words_may_be_any(decoder: str, calls: Calls) -> None:
-    """Until the longest prefix ends; here fairseq's padding ends one."""
-    model = build(decoder, 46, (7, 7))
-    prefix = [[40, 41, 5], [9, 9, 9], [22, PAD, PAD]]
+@pytest.mark.parametrize(("words", "shape"), TABLES[1:])
+def test_given_words_may_be_any(decoder: str, words: int, shape: Any, calls: Calls) -> None:
+    """Until the longest prefix ends; padding or the end of the text ends the others."""
+    model = build(decoder, words, shape)
+    prefix = [[40, 41, 5], [9, EOS, PAD], [22, PAD, PAD]]
     expected = translate(SequenceGenerator, [model], prefix)
     calls.whole = 0
-    found = translate(generator_class(None)[0], [model], prefix)
+    found = translate(TopWordsGenerator, [model], prefix)
     assert_same(found, expected)
     assert calls.whole == 3
     assert calls.few > 0
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_texts_that_end_early_leave_the_batch(decoder: str, calls: Calls) -> None:
+    model = build(decoder, 46, (7, 7))
+    for component, value in enumerate(model.decoder.table(torch.tensor(EOS)).tolist()):
+        model.decoder.softmax.vectors(component)[1][value] += 4
+    expected = translate(SequenceGenerator, [model], max_len_b=12)
+    assert_same(translate(TopWordsGenerator, [model], max_len_b=12), expected)
+    assert 0 < calls.few < 13
+
+
+@torch.no_grad()
 def test_ensembles_see_all_words(calls: Calls) -> None:
     models = [build("gated", 46, shape) for shape in ((7, 7), (6, 8))]
     expected = translate(SequenceGenerator, models)
-    assert_same(translate(generator_class(None)[0], models), expected)
+    assert_same(translate(TopWordsGenerator, models), expected)
     assert calls.few == 0
 
 
 @torch.no_grad()
 def test_a_vocabulary_of_few_words_is_seen_whole(calls: Calls) -> None:
     model = build("gated", 30, (5, 6))
-    translate(generator_class(None)[0], [model], beam_size=14)  # 31 words are wanted
+    translate(TopWordsGenerator, [model], beam_size=14)  # 31 words are wanted
     assert calls.few == 0
+
+
+@torch.no_grad()
+def test_flat_predictions_are_seen_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch)
+    model = build("gated", 46, (7, 7))  # two of whose rows may be searched
+    for parameter in model.parameters():
+        parameter.mul_(0.01)
+    expected = translate(SequenceGenerator, [model])
+    whole = calls.whole
+    assert_same(translate(TopWordsGenerator, [model]), expected)
+    assert calls.few > 0
+    assert calls.whole == 2 * whole
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_half_precision(decoder: str, calls: Calls) -> None:
+    """Rounding makes ties, which may be broken either way: scores agree, words need not."""
+    model = build(decoder, 46, (7, 7)).half()
+    expected = translate(SequenceGenerator, [model], beam_size=2)
+    found = translate(TopWordsGenerator, [model], beam_size=2)
+    assert calls.few > 0
+    for texts, others in zip(found, expected, strict=True):
+        scores = [torch.stack([text["score"] for text in some]) for some in (texts, others)]
+        torch.testing.assert_close(*scores, atol=2e-2, rtol=1e-2)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize(("words", "shape"), TABLES)
-def test_what_is_wanted_is_exact(decoder: str, words: int, shape: Any) -> None:
+def test_what_is_wanted_is_exact(
+    decoder: str, words: int, shape: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_seated, "_SEARCHED_SHARE", 2.0)
     model, past = build(decoder, words, shape), torch.tensor([[EOS, 9], [EOS, 4], [EOS, 21]])
     encoded = model.encoder.forward_torchscript(batch(3))
     every = model.get_normalized_probs(model.decoder(past, encoder_out=encoded), True)[:, 0]
-    model.decoder.wanted = Wanted(4, (EOS, UNK), given=1)
-    output = model.decoder(past, encoder_out=encoded)
+    states = {WANTED: Wanted(4, (EOS, UNK), given=1)}
+    model.decoder(past[:, :1], encoder_out=encoded, incremental_state=states)
+    output = model.decoder(past, encoder_out=encoded, incremental_state=states)
     found = model.get_normalized_probs(output, True)[:, 0]
     torch.testing.assert_close(model.get_normalized_probs(output, False)[:, 0], found.exp())
     assert found.shape == every.shape
@@ -155,23 +198,3 @@ def test_what_is_wanted_is_exact(decoder: str, words: int, shape: Any) -> None:
     wanted[:, [EOS, UNK]] = True
     torch.testing.assert_close(found[wanted].float(), every[wanted].float())
     assert (found[~wanted] == -torch.inf).all()
-
-
-def test_alignments_have_a_generator_of_their_own() -> None:
-    kind, more = generator_class("hard")
-    assert issubclass(kind, SequenceGeneratorWithAlignment)
-    assert more == {"print_alignment": "hard"}
-    assert not issubclass(generator_class(None)[0], SequenceGeneratorWithAlignment)
-
-
-@torch.no_grad()
-def test_a_search_that_breaks_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("gated", 46, (7, 7))
-
-    def broken(*_: Any) -> None:
-        raise RuntimeError("broken")
-
-    monkeypatch.setattr(BeamSearch, "step", broken)
-    with pytest.raises(RuntimeError, match="broken"):
-        translate(generator_class(None)[0], [model])
-    assert model.decoder.wanted is None

@@ -212,7 +212,7 @@ def test_locked_dropout_of_compositions(
     for dropout in (model.dropout_in, model.dropout_out):
         dropout.register_forward_hook(lambda _, given, out: calls.append((out, given[0])))
     state = model(texts(shape))[1] if carried else None
-    assert len(calls) == carried * (2 if kind is COMPOSITIONS[0] else 1 + len(shape))
+    assert len(calls) == carried * (2 if kind is COMPOSITIONS[0] else 2 * len(shape))
     model(texts(shape), state)
     masks = [mask_of(*call) for call in calls]
     for mask in masks:
@@ -220,6 +220,26 @@ def test_locked_dropout_of_compositions(
         assert len(mask[:, 0].unique(dim=0)) > 1  # one for each text
     if carried:  # one for each block
         assert not torch.equal(masks[0][:, 0], masks[len(masks) // 2][:, 0])
+
+
+@pytest.mark.parametrize("locked", [False, True])
+@pytest.mark.parametrize("kind", COMPOSITIONS)
+def test_dropout_within_the_feed_forward_layer(kind: type[Composition], locked: bool) -> None:
+    model = composition(kind, (3, 4), dropout_out=RATE, ffn_dim=8, locked_dropout=locked)
+    ffn = model.ffn
+    assert ffn is not None
+    calls: list[tuple[Tensor, Tensor]] = []
+    ffn.dropout.register_forward_hook(lambda _, given, out: calls.append((out, given[0])))
+    inputs = torch.randn(2, 50, 6, dtype=torch.float64)
+    outputs = ffn(inputs)
+    ((dropped, units),) = calls
+    assert torch.equal(units, torch.relu(ffn.inner(inputs)))
+    torch.testing.assert_close(outputs, inputs + ffn.outer(dropped))
+    kept = dropped.ne(0) | units.eq(0)
+    torch.testing.assert_close(dropped, units * kept * SCALE)
+    assert 0 < kept.double().mean() < 1
+    ever = (dropped.ne(0).any(dim=1) & (units.gt(0) & ~kept).any(dim=1)).any()
+    assert bool(ever) is not locked  # a unit is dropped at all steps of a text or at none
 
 
 @pytest.mark.parametrize("shape", SHAPES)

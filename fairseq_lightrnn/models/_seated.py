@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,13 @@ from fairseq_lightrnn.distribution import coordinate_log_probs, next_word_log_pr
 from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.table_lookup import TableLookup
 
-__all__ = ["SeatedDecoder", "SeatedTranslation", "SourceEncoder", "Wanted"]
+__all__ = ["WANTED", "SeatedDecoder", "SeatedTranslation", "SourceEncoder", "Wanted"]
+
+WANTED = "wanted words"
+"""Under this name fairseq's store of a generation's states may hold a :class:`Wanted`."""
+# A search for the most probable words costs more a prefix than a look at all. Predictions that are
+# flat beyond this share of the prefixes are looked at whole.
+_SEARCHED_SHARE = 0.25
 
 
 class Wanted(NamedTuple):
@@ -29,6 +36,14 @@ class Wanted(NamedTuple):
     words: tuple[int, ...]
     given: int
 
+    def are_few(self, num_read: int, table: TableLookup) -> bool:
+        """Tells whether a search beats a look at all words, after so many words of a text."""
+        return (
+            num_read > self.given
+            and self.most_probable < table.num_words
+            and table.num_components > 1
+        )
+
 
 class SeatedDecoder:
     """Scores words by the features that predict their components; to be mixed into a decoder.
@@ -39,7 +54,6 @@ class SeatedDecoder:
         reallocation_round: int64 scalar buffer; how often the words were reallocated, -1 before
             the initial table is seated. A buffer, since fairseq restores no state of tasks.
         reallocation_epoch: int64 scalar buffer; the last epoch after which they were.
-        wanted: what a search can make use of, if that is not the whole distribution.
     """
 
     dictionary: Any
@@ -47,7 +61,6 @@ class SeatedDecoder:
     softmax: ComponentSoftmax
     reallocation_round: Tensor
     reallocation_epoch: Tensor
-    wanted: Wanted | None = None
 
     def _register_reallocation(self) -> None:
         self.register_buffer("reallocation_round", torch.tensor(-1))  # type: ignore[attr-defined]
@@ -80,8 +93,12 @@ class SeatedDecoder:
         """Returns k and d, the sizes of the statistics that a reallocation needs of each word."""
         return self.table.num_components, self.softmax.weight.size(1)
 
-    def next_word_log_probs(
-        self, prediction: Prediction, context: Context, num_read: int
+    def predict_next(
+        self,
+        prediction: Prediction,
+        context: Context,
+        num_read: int,
+        incremental_state: dict[str, Any] | None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Predicts the next words of B texts.
 
@@ -89,24 +106,37 @@ class SeatedDecoder:
             prediction: conditions a context on components of the next word.
             context: of the texts.
             num_read: how many words of each were read, the one that begins all texts included.
+            incremental_state: fairseq's store of a generation's states.
 
         Returns:
-            Log-probabilities in nats, (B, 1, V), -inf for words that are not ``wanted``; and what
-            :meth:`get_normalized_probs` has to know of them.
+            Log-probabilities in nats, (B, 1, V), -inf for words that the generation does not want;
+            and what :meth:`get_normalized_probs` has to know of them.
         """
-        wanted, num_words = self.wanted, self.table.num_words
-        few = wanted is not None and num_read > wanted.given and wanted.most_probable < num_words
-        if wanted is None or not few or self.table.num_components == 1:
-            every = next_word_log_probs(prediction, self.softmax, context)
-            return every[:, None], {"features": False}
-        found = top_words(prediction, self.softmax, context, wanted.most_probable)
-        log_probs = found.log_probs.new_full((len(found.words), num_words), float("-inf"))
+        wanted: Wanted | None = (incremental_state or {}).get(WANTED)
+        if wanted is not None and wanted.are_few(num_read, self.table):
+            log_probs = self._log_probs_of(wanted, prediction, context)
+            if log_probs is not None:
+                return log_probs[:, None], {"features": False, "normalised": True}
+        every = next_word_log_probs(prediction, self.softmax, context)
+        return every[:, None], {"features": False}
+
+    def _log_probs_of(
+        self, wanted: Wanted, prediction: Prediction, context: Context
+    ) -> Tensor | None:
+        """Returns log-probabilities (B, V), -inf for others, or None if these are hard to find."""
+        prefixes = math.prod(self.table.shape[:-1])
+        budget = max(1, round(_SEARCHED_SHARE * prefixes))
+        found = top_words(prediction, self.softmax, context, wanted.most_probable, budget)
+        if found is None:
+            return None
+        shape = len(context.output), self.table.num_words
+        log_probs = found.log_probs.new_full(shape, float("-inf"))
         log_probs.scatter_(1, found.words, found.log_probs)
         for word in wanted.words:
             words = found.words.new_full((len(log_probs),), word)
             scores = coordinate_log_probs(prediction, self.softmax, context, words)
             log_probs[:, word] = scores.sum(1)
-        return log_probs[:, None], {"features": False, "normalised": True}
+        return log_probs
 
     def get_normalized_probs(
         self,
@@ -118,11 +148,13 @@ class SeatedDecoder:
 
         After scoring, every entry of the last axis is the target's: a view that takes no memory,
         from which fairseq gathers the target. After generation, all words' own, normalised again
-        since fairseq has divided them by the temperature.
+        since fairseq has divided them by the temperature; those of wanted words only as they are,
+        since they are not asked for at temperatures other than 1.
         """
         extra = net_output[1] or {}
         if extra.get("normalised"):
-            return net_output[0] if log_probs else net_output[0].exp()
+            scores = net_output[0].float()
+            return scores if log_probs else scores.exp()
         if not extra.get("features"):
             normalise = torch.log_softmax if log_probs else torch.softmax
             return normalise(net_output[0].float(), -1)

@@ -103,7 +103,8 @@ class LightRNNLanguageModelConfig(TableConfig):
         default=0,
         metadata={
             "help": "units of a feed-forward layer that outputs pass before they predict anything, "
-            "with a connection around it (four times --hidden-size is a good size); 0 for none"
+            "with a connection around it (four times --hidden-size is a good size), dropped by "
+            "--dropout-out; 0 for none"
         },
     )
     share_component_vectors: bool = field(
@@ -252,7 +253,7 @@ class LightRNNDecoder(SeatedDecoder, FairseqIncrementalDecoder):
         incremental_state = {} if incremental_state is None else incremental_state
         context = self._read(prev_output_tokens, incremental_state)
         num_read = prev_output_tokens.size(1)
-        log_probs, extra = self.next_word_log_probs(self.composition, context, num_read)
+        log_probs, extra = self.predict_next(self.composition, context, num_read, incremental_state)
         return log_probs, {"attn": None, **extra}
 
     def extract_features(  # type: ignore[override]

@@ -132,7 +132,7 @@ class LightRNNTransformerDecoder(SeatedDecoder, TransformerDecoderBase):
             return features.flatten(2), {**extra, "features": True}
         context = self.prediction.context(outputs[:, -1])
         num_read = prev_output_tokens.size(1)
-        log_probs, more = self.next_word_log_probs(self.prediction, context, num_read)
+        log_probs, more = self.predict_next(self.prediction, context, num_read, incremental_state)
         return log_probs, {**extra, **more}
 
 

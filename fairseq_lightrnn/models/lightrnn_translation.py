@@ -189,7 +189,7 @@ class LightRNNTranslationDecoder(SeatedDecoder, FairseqIncrementalDecoder):
         coordinates = self.table(prev_output_tokens)
         context, weights = self.composition.read_beside(coordinates, state, memory)
         self._store(incremental_state, context.state)
-        log_probs, extra = self.next_word_log_probs(self.composition, context, num_read)
+        log_probs, extra = self.predict_next(self.composition, context, num_read, incremental_state)
         return log_probs, {"attn": weights, **extra}
 
     def _first_state(self, hidden: Tensor, cell: Tensor) -> State:

@@ -1,76 +1,63 @@
-"""fairseq's generators, which ask a model for no more words than a beam search can choose."""
+"""fairseq's generator, which asks a model for no more words than a beam search can choose."""
 
-from collections.abc import Callable
 from typing import Any
 
 from fairseq.search import BeamSearch
-from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithAlignment
+from fairseq.sequence_generator import EnsembleModel, SequenceGenerator
 from torch import Tensor
 
-from fairseq_lightrnn.models._seated import SeatedDecoder, Wanted
+from fairseq_lightrnn.models._seated import WANTED, SeatedDecoder, Wanted
 
-__all__ = ["generator_class"]
+__all__ = ["TopWordsGenerator"]
 
 
-class _TopWordsMixin:
-    """Tells the decoder which words matter, wherever the search is a beam search and no more.
+class _AskingModel(EnsembleModel):
+    """Tells the decoder at each step which words matter.
+
+    It does so in the states of a generation, so that generations that share a model, in threads
+    say, do not share the request.
+    """
+
+    wanted: Wanted | None = None
+
+    def forward_decoder(
+        self, tokens: Tensor, encoder_outs: Any, incremental_states: Any, temperature: float = 1.0
+    ) -> Any:
+        if self.wanted is not None:
+            incremental_states[0][WANTED] = self.wanted
+        return super().forward_decoder(tokens, encoder_outs, incremental_states, temperature)
+
+
+class TopWordsGenerator(SequenceGenerator):
+    """Finds what fairseq's generator finds, from the words that can be chosen.
 
     A beam search of width b takes its 2·b candidates from the 2·b most probable words after each
     hypothesis. Three more make up for words that fairseq may rule out: padding, the end of the
-    text, and the unknown word. The end and the unknown word are wanted in any case, since the
-    longest text has to end and ``--unkpen`` may favour the unknown word.
+    text, and the unknown word. The end is wanted in any case, since the longest text has to end,
+    and so is the unknown word where a negative ``--unkpen`` favours it. All other searches, and
+    ensembles, which average whole distributions, see all words.
     """
 
-    model: Any
-    search: Any
-    lm_model: Any
-    repeat_ngram_blocker: Any
-    token_indices_to_suppress: Any
-    temperature: float
-    beam_size: int
-    eos: int
-    unk: int
+    def __init__(self, models: list[Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(_AskingModel(models), *args, **kwargs)
 
     def _generate(
         self, sample: dict[str, Any], prefix_tokens: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        generate: Callable[..., Any] = super()._generate  # type: ignore[misc]
-        decoder = self._decoder() if self._chooses_top_words() else None
-        if decoder is None:
-            return generate(sample, prefix_tokens=prefix_tokens, **kwargs)
-        given = 0 if prefix_tokens is None else prefix_tokens.size(1)
-        decoder.wanted = Wanted(2 * self.beam_size + 3, (self.eos, self.unk), given)
-        try:
-            return generate(sample, prefix_tokens=prefix_tokens, **kwargs)
-        finally:
-            decoder.wanted = None
+        self.model.wanted = None
+        if self._chooses_top_words():
+            always = (self.eos, self.unk) if self.unk_penalty < 0 else (self.eos,)
+            given = 0 if prefix_tokens is None else prefix_tokens.size(1)
+            self.model.wanted = Wanted(2 * self.beam_size + 3, always, given)
+        return super()._generate(sample, prefix_tokens=prefix_tokens, **kwargs)
 
     def _chooses_top_words(self) -> bool:
+        decoders = [getattr(model, "decoder", None) for model in self.model.models]
         others = (self.lm_model, self.repeat_ngram_blocker, self.token_indices_to_suppress)
         return (
-            type(self.search) is BeamSearch
+            len(decoders) == 1
+            and isinstance(decoders[0], SeatedDecoder)
+            and type(self.search) is BeamSearch
             and self.temperature == 1
             and all(other is None for other in others)
         )
-
-    def _decoder(self) -> SeatedDecoder | None:
-        """Returns the decoder, if there is one only: ensembles average whole distributions."""
-        decoders = [getattr(model, "decoder", None) for model in self.model.models]
-        return (
-            decoders[0] if len(decoders) == 1 and isinstance(decoders[0], SeatedDecoder) else None
-        )
-
-
-class TopWordsGenerator(_TopWordsMixin, SequenceGenerator):
-    """fairseq's generator."""
-
-
-class TopWordsGeneratorWithAlignment(_TopWordsMixin, SequenceGeneratorWithAlignment):
-    """fairseq's generator for ``--print-alignment``."""
-
-
-def generator_class(print_alignment: str | None) -> tuple[type[SequenceGenerator], dict[str, Any]]:
-    """Returns the generator that ``--print-alignment`` asks for, and its further arguments."""
-    if print_alignment:
-        return TopWordsGeneratorWithAlignment, {"print_alignment": print_alignment}
-    return TopWordsGenerator, {}

@@ -25,7 +25,7 @@ from fairseq_lightrnn.allocation.initial_table import INITIAL_TABLES, initial_ta
 from fairseq_lightrnn.allocation.reallocation import Reallocation, reallocate
 from fairseq_lightrnn.allocation.statistics import AllocationStatistics
 from fairseq_lightrnn.errors import UsageError, usage_errors
-from fairseq_lightrnn.tasks._generator import generator_class
+from fairseq_lightrnn.tasks._generator import TopWordsGenerator
 from fairseq_lightrnn.tasks._reallocation import (
     broadcast_table,
     log_reallocation,
@@ -168,19 +168,13 @@ class SeatingMixin:
         return model
 
     def build_generator(
-        self,
-        models: Any,
-        args: Any,
-        seq_gen_cls: Any = None,
-        extra_gen_cls_kwargs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, models: Any, args: Any, seq_gen_cls: Any = None, *more: Any, **kwargs: Any
     ) -> Any:
         """Builds fairseq's generator, which asks for no more words than it can choose."""
-        if seq_gen_cls is None:
-            seq_gen_cls, more = generator_class(getattr(args, "print_alignment", None))
-            extra_gen_cls_kwargs = {**(extra_gen_cls_kwargs or {}), **more}
+        if seq_gen_cls is None and not getattr(args, "print_alignment", None):
+            seq_gen_cls = TopWordsGenerator
         return super().build_generator(  # type: ignore[misc]
-            models, args, seq_gen_cls, extra_gen_cls_kwargs, **kwargs
+            models, args, seq_gen_cls, *more, **kwargs
         )
 
     def _read_table_files(self, cfg: Any) -> None:
