@@ -62,13 +62,15 @@ CUTOFFS = (2_000, 10_000, 50_000, 200_000)
 TEST_BLOCK = 2048
 VOCABULARY = ("embedding", "softmax", "gates", "embed_tokens", "fc_out")
 
+# Input and output have the same vectors and numbers of words.
+SHARED = ("--share-residuals", "--share-component-vectors")
 # name: flags of the model
 OURS: dict[str, list[str]] = {
     "gated-full": ["--composition", "gated", *words_own(16, 8)],
     "gated-frequent": ["--composition", "gated", *words_own(16, 8), "--frequent-words", "1000"],
     "gated-wide": ["--composition", "gated", *words_own(64, 64)],
-    "gated-shared": ["--composition", "gated", *words_own(64, 64), "--share-residuals"],
-    "gated-linear": ["--composition", "gated", *words_own(64, 64), "--share-residuals"],
+    "gated-shared": ["--composition", "gated", *words_own(64, 64), *SHARED],
+    "gated-linear": ["--composition", "gated", *words_own(64, 64), *SHARED],
     "gated-bias": ["--composition", "gated", "--word-bias"],
     "gated": ["--composition", "gated"],
     "recurrent": [],

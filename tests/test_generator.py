@@ -131,7 +131,7 @@ def test_given_words_may_be_any(decoder: str, words: int, shape: Any, calls: Cal
 def test_texts_that_end_early_leave_the_batch(decoder: str, calls: Calls) -> None:
     model = build(decoder, 46, (7, 7))
     for component, value in enumerate(model.decoder.table(torch.tensor(EOS)).tolist()):
-        model.decoder.softmax.vectors(component)[1][value] += 4
+        model.decoder.softmax.vectors(component)[1][value] += 30
     expected = translate(SequenceGenerator, [model], max_len_b=12)
     assert_same(translate(TopWordsGenerator, [model], max_len_b=12), expected)
     assert 0 < calls.few < 13
