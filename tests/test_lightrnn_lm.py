@@ -57,9 +57,15 @@ def test_flags_overrule_presets() -> None:
     assert (cfg.hidden_size, cfg.embed_dim, cfg.num_layers) == (64, 1500, 2)
 
 
-def test_recommended_architecture_has_a_feed_forward_layer() -> None:
-    assert config("lightrnn_lm_gated", hidden_size=10).output_ffn_dim == 40
-    assert config("lightrnn_lm_gated", output_ffn_dim=0).output_ffn_dim == 0
+@pytest.mark.parametrize("architecture", ["lightrnn_lm_gated", "lightrnn_translation_gated"])
+def test_recommended_architectures(architecture: str) -> None:
+    cfg = config(architecture, hidden_size=10)
+    assert (str(cfg.composition), cfg.output_ffn_dim) == ("gated", 40)
+    assert config(architecture, output_ffn_dim=0).output_ffn_dim == 0
+    assert config(architecture).output_ffn_dim == 4 * config(architecture).hidden_size
+
+
+def test_a_feed_forward_layer() -> None:
     cfg = config("lightrnn_lm_gated", output_ffn_dim=7)
     assert LightRNNDecoder(cfg, Words(100)).composition.ffn.inner.weight.shape == (7, 200)
     assert LightRNNDecoder(config("lightrnn_lm"), Words(100)).composition.ffn is None

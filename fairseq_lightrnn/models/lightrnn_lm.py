@@ -47,6 +47,7 @@ __all__ = [
     "build_embedding",
     "build_softmax",
     "check_config",
+    "gated_architecture",
 ]
 
 COMPOSITIONS: Mapping[str, type[Composition]] = {
@@ -351,7 +352,7 @@ _preset("lightrnn_lm_wikitext2", embed_dim=400, hidden_size=400, num_layers=1, d
 
 
 @register_model_architecture("lightrnn_lm", "lightrnn_lm_gated")
-def _gated(args: Namespace) -> None:
+def gated_architecture(args: Namespace) -> None:
     """The recommended composition; biases and residuals are flags of their own."""
     args.composition = getattr(args, "composition", "gated")
     hidden_size = getattr(args, "hidden_size", LightRNNLanguageModelConfig.hidden_size)

@@ -2,7 +2,6 @@
 
 # ruff: noqa: UP045  (fairseq reads flags from Optional[...], not from X | None)
 
-from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -40,6 +39,7 @@ from fairseq_lightrnn.models.lightrnn_lm import (
     build_embedding,
     build_softmax,
     check_config,
+    gated_architecture,
 )
 from fairseq_lightrnn.table_lookup import TableLookup
 
@@ -266,6 +266,6 @@ def _encoder_numbers(cfg: LightRNNTranslationModelConfig) -> tuple[int, int, flo
     )
 
 
-@register_model_architecture("lightrnn_translation", "lightrnn_translation_gated")
-def _gated(args: Namespace) -> None:
-    args.composition = getattr(args, "composition", "gated")
+register_model_architecture("lightrnn_translation", "lightrnn_translation_gated")(
+    gated_architecture
+)
