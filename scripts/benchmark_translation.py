@@ -211,15 +211,24 @@ def test(system: str, data: Path, folder: Path, args: argparse.Namespace) -> Non
         if args.pieces is not None:
             flags += ["--post-process", "sentencepiece"]
         output = call("generate", data, *flags, log=folder / f"{name}.generate.log")
-        found = {int(key): text for key, text in re.findall(r"^D-(\d+)\t\S+\t(.*)$", output, re.M)}
-        hypotheses = [found.get(line, "") for line in range(max(found) + 1)]
-        references = Path(f"{prefix}.{args.target}").read_text(encoding="utf-8").splitlines()
-        scores[name] = score(hypotheses, references, args)
+        scores[name] = score(read_translations(folder, name), references(prefix, args), args)
         speed = re.search(r"([0-9.]+) tokens/s", output)
         scores[name]["tokens_per_second"] = float(speed[1]) if speed else None
     epoch = read_lines(folder / "steps.jsonl")[-1]["epoch"]
     result = {"epoch": epoch, "scores": scores, **count_parameters(folder, VOCABULARY)}
     (folder / "test.json").write_text(json.dumps(result) + "\n")
+
+
+def read_translations(folder: Path, test: str) -> list[str]:
+    """Returns what a run made of a test, line by line."""
+    output = (folder / f"{test}.generate.log").read_text(encoding="utf-8")
+    found = {int(key): text for key, text in re.findall(r"^D-(\d+)\t\S+\t(.*)$", output, re.M)}
+    return [found.get(line, "") for line in range(max(found) + 1)]
+
+
+def references(prefix: str, args: argparse.Namespace) -> list[str]:
+    """Returns the target side of a text."""
+    return Path(f"{prefix}.{args.target}").read_text(encoding="utf-8").splitlines()
 
 
 def score(hypotheses: list[str], references: list[str], args: argparse.Namespace) -> dict[str, Any]:
@@ -233,17 +242,51 @@ def score(hypotheses: list[str], references: list[str], args: argparse.Namespace
             "exact match": round(100 * exact / len(references), 2),
             "token F1": round(100 * common / len(references), 2),
         }
+    metrics = metrics_of(args, references)
+    found = {
+        name: round(metric.corpus_score(hypotheses, None).score, 2)
+        for name, metric in metrics.items()
+    }
+    signatures = {name: str(metric.get_signature()) for name, metric in metrics.items()}
+    return {**found, "signatures": signatures}
+
+
+def metrics_of(args: argparse.Namespace, references: list[str]) -> dict[str, Any]:
+    """Returns sacrebleu's metrics against these references."""
     from sacrebleu.metrics import BLEU, CHRF
 
     # Words that were split beforehand are compared as they are.
-    bleu = BLEU(tokenize="13a" if args.pieces is not None else "none", force=True)
-    chrf = CHRF()
-    found = {
-        "BLEU": round(bleu.corpus_score(hypotheses, [references]).score, 2),
-        "chrF": round(chrf.corpus_score(hypotheses, [references]).score, 2),
+    tokenizer = "13a" if args.pieces is not None else "none"
+    return {
+        "BLEU": BLEU(tokenize=tokenizer, force=True, references=[references]),
+        "chrF": CHRF(references=[references]),
     }
-    signatures = {"BLEU": str(bleu.get_signature()), "chrF": str(chrf.get_signature())}
-    return {**found, "signatures": signatures}
+
+
+def add_significance(runs: dict[str, Any], args: argparse.Namespace) -> None:
+    """Adds to every run's scores sacrebleu's paired bootstrap against fairseq's own model.
+
+    ``interval`` is half the width of the 95 % interval of a score, ``p`` the probability that a
+    difference as large as that to fairseq's model comes about by the choice of sentences alone.
+    """
+    from sacrebleu.significance import PairedTest
+
+    for stock in ("lstm", "transformer"):
+        peers = [name for name in runs if ("transformer" in name) == (stock == "transformer")]
+        if stock not in peers or len(peers) < 2:
+            continue
+        peers.sort(key=lambda name: name != stock)
+        for name, prefix in (test.split("=", 1) for test in args.test):
+            texts = [(system, read_translations(args.out / system, name)) for system in peers]
+            metrics = metrics_of(args, references(prefix, args))
+            _, found = PairedTest(texts, metrics, None, test_type="bs", n_samples=1000)()
+            del found["System"]  # the other columns are those of the metrics
+            for key, results in zip(metrics, found.values(), strict=True):
+                for system, result in zip(peers, results, strict=True):
+                    figures = {"interval": round(float(result.ci), 2)}
+                    if result.p_value is not None:
+                        figures["p"] = round(float(result.p_value), 4)
+                    runs[system]["scores"][name].setdefault("bootstrap", {})[key] = figures
 
 
 def token_f1(hypothesis: str, reference: str) -> float:
@@ -259,6 +302,8 @@ def summarise(args: argparse.Namespace) -> None:
     words = len(target.split()) + target.count("\n")
     found = {system: read_run(args.out / system) for system in SYSTEMS}
     runs = {system: run for system, run in found.items() if run is not None}
+    if args.metrics == "translations":
+        add_significance(runs, args)
     ignored = ("out", "train", "valid", "test")
     settings = {name: value for name, value in vars(args).items() if name not in ignored}
     report = {"settings": settings, "target_words": words, **machine(), "systems": runs}
