@@ -13,10 +13,10 @@ reallocated once as by the authors' program, greedily (``authors``), and on a co
 (``recurrent``); the gated composition with a feed-forward layer of four times the width, bare
 (``gated``), with a bias for each word (``gated-bias``), with 25 numbers of each word's own
 (``gated-full``), with further 128 for each of 1,000 frequent words (``gated-frequent``), with 129
-for every word (``gated-wide``), with 65 of which 64 serve input and output alike
-(``gated-shared``), these without that layer (``gated-linear``); the same program with one
-component, an ordinary softmax LSTM (``softmax``), and that with the layer (``softmax-ffn``);
-fairseq's ``lstm_lm`` with full (``lstm_lm``) and with adaptive softmax (``lstm_lm-adaptive``). The
+for every word (``gated-wide``), with 65 of which 64 serve input and output alike, as the vectors of
+rows and columns then do too (``gated-shared``), these without that layer (``gated-linear``); the
+same program with one component, an ordinary softmax LSTM (``softmax``), and that with the layer
+(``softmax-ffn``); fairseq's ``lstm_lm`` with full (``lstm_lm``) and with adaptive softmax (``lstm_lm-adaptive``). The
 last two know no carried state: they are trained on blocks, and tested on blocks long enough that
 the start does not matter.
 

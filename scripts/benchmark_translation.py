@@ -15,8 +15,10 @@ numbers of each word's own (``lightrnn-gated``), with 128 more for each of 1,500
 (``lightrnn-wide``), or 36 for both (``lightrnn-shared``, ``--shared``), these also with a
 feed-forward layer of four times the width (``lightrnn-ffn``); ``lightrnn_transformer`` with the 25
 or the 37 (``lightrnn-transformer-wide``).
-All are trained alike, and tested with the checkpoint of the best validation perplexity. Question
-answering is translation here: ``--metrics answers`` counts exact matches and common words.
+All are trained alike, with a learning rate that falls to nothing, and tested with the checkpoint of
+the best validation perplexity. ``results.json`` has sacrebleu's paired bootstrap of every system
+against fairseq's own. Question answering is translation here: ``--metrics answers`` counts exact
+matches and common words.
 
 Training speed is target words per CPU second of the training processes, their start and validation
 included; decoding speed is what fairseq-generate reports, so measure it on an idle machine.
