@@ -16,9 +16,9 @@ reallocated once as by the authors' program, greedily (``authors``), and on a co
 for every word (``gated-wide``), with 65 of which 64 serve input and output alike, as the vectors of
 rows and columns then do too (``gated-shared``), these without that layer (``gated-linear``); the
 same program with one component, an ordinary softmax LSTM (``softmax``), and that with the layer
-(``softmax-ffn``); fairseq's ``lstm_lm`` with full (``lstm_lm``) and with adaptive softmax (``lstm_lm-adaptive``). The
-last two know no carried state: they are trained on blocks, and tested on blocks long enough that
-the start does not matter.
+(``softmax-ffn``); fairseq's ``lstm_lm`` with full (``lstm_lm``) and with adaptive softmax
+(``lstm_lm-adaptive``). The last two know no carried state: they are trained on blocks, and tested
+on blocks long enough that the start does not matter.
 
 Seconds are those that the CPU worked for a training process, start and validation included, so
 that other work on the machine changes them little. Perplexities are those of the checkpoint with
