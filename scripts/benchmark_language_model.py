@@ -108,7 +108,9 @@ def parse() -> argparse.Namespace:
         metavar="N",
         help="epochs before the reallocation of authors (default: %(default)s)",
     )
-    add("--step", type=int, default=5, help="epochs of a process (default: %(default)s)")
+    add("--step", type=int, default=5,
+        help="epochs of a process; the next one does not lower the learning rate for what the last "
+        "validation of this one said (default: %(default)s)")  # fmt: skip
     add("--report", action="store_true", help="train nothing, sum up what there is")
     return parser.parse_args()
 
