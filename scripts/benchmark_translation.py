@@ -27,6 +27,7 @@ included; decoding speed is what fairseq-generate reports, so measure it on an i
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import re
@@ -308,10 +309,23 @@ def summarise(args: argparse.Namespace) -> None:
         add_significance(runs, args)
     ignored = ("out", "train", "valid", "test")
     settings = {name: value for name, value in vars(args).items() if name not in ignored}
-    report = {"settings": settings, "target_words": words, **machine(), "systems": runs}
+    report = {
+        "settings": settings,
+        "sha256": checksums(args),
+        "target_words": words,
+        **machine(),
+        "systems": runs,
+    }
     (args.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
     (args.out / "results.md").write_text(markdown(runs, words))
     print(markdown(runs, words), flush=True)
+
+
+def checksums(args: argparse.Namespace) -> dict[str, str]:
+    """Returns what tells the texts, by their names."""
+    prefixes = [args.train, args.valid, *(test.split("=", 1)[1] for test in args.test)]
+    paths = [Path(f"{prefix}.{side}") for prefix in prefixes for side in (args.source, args.target)]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths}
 
 
 def markdown(runs: dict[str, Any], words: int) -> str:
