@@ -138,6 +138,10 @@ class Prediction(nn.Module):
         values = torch.arange(size, device=device).repeat(batch)
         return self.extend(context.select(texts), component, values)
 
+    def to_extend(self, context: Context) -> Context:
+        """Drops from a context what extending it does not need, or every prefix would copy it."""
+        return context if self.reads_components else context._replace(state=None, source=None)
+
     def _feed_forward(self, outputs: Tensor) -> Tensor:
         return outputs if self.ffn is None else self.ffn(outputs)
 

@@ -75,9 +75,7 @@ def _blocks(
 
     ``own`` is what :meth:`ComponentSoftmax.own_logits_of_all` says of the contexts, if known.
     """
-    if not composition.reads_components:
-        # Or they would be copied for every prefix.
-        context = context._replace(state=None, source=None)
+    context = composition.to_extend(context)
     batch, device = len(context.output), context.output.device
     dtype = at_least_float32(context.output).dtype
     log_probs = torch.zeros(batch, dtype=dtype, device=device)

@@ -216,9 +216,7 @@ def top_words(
     """
     if count < 1:
         raise ValueError(f"count {count}: at least 1 word must be asked for")
-    if not composition.reads_components:
-        # Or they would be copied for every prefix.
-        context = context._replace(state=None, source=None)
+    context = composition.to_extend(context)
     table = softmax.table
     text = torch.arange(len(context.output), device=context.output.device)
     prefix = text.new_empty(len(text), 0)
