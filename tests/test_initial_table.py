@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fairseq_lightrnn.allocation.cooccurrence import (
+    CoOccurrence,
     neighbour_counts,
     positive_information,
     word_vectors,
@@ -70,12 +71,55 @@ def test_neighbour_counts_by_hand():
     assert occurrences.tolist() == [2, 3, 1, 0]
 
 
-def test_pieces_cut_anywhere_inside_the_counter_give_the_same_counts(monkeypatch):
+@pytest.mark.parametrize("sides", ["both", "left", "right"])
+def test_far_neighbours_count_less_and_sides_can_be_left_out(sides: str):
+    """Against a loop over all pairs of words."""
+    text, others = np.random.default_rng(3).integers(4, size=(2, 30))
+    expected = np.zeros((4, 8))
+    for piece in (text, others):
+        for here, word in enumerate(piece):
+            for distance in (1, 2, 3):
+                if here + distance < len(piece) and sides != "left":
+                    expected[word, piece[here + distance]] += 1 / distance
+                if here >= distance and sides != "right":
+                    expected[word, 4 + piece[here - distance]] += 1 / distance
+    counts, _ = neighbour_counts([text, others], 4, 4, window=3, sides=sides)
+    assert counts.toarray() == pytest.approx(expected)
+
+
+def test_what_a_cooccurrence_table_counts_makes_a_difference():
+    text = [grammar(6, 6, 3000, 0)]
+    tables = [
+        initial_table("cooccurrence", 36, (6, 6), tokens=text, how=how)
+        for how in (CoOccurrence(), CoOccurrence(window=4), CoOccurrence(sides="right"))
+    ]
+    assert tables[0] == initial_table("cooccurrence", 36, (6, 6), tokens=text)
+    assert len({table.digest() for table in tables}) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"dim": 0}, "dim must be at least 1, got 0"),
+        ({"num_contexts": -1}, "num_contexts must be at least 1, got -1"),
+        ({"sides": "up"}, "sides must be one of both, left, right, got 'up'"),
+        ({"weight_power": -0.5}, "weight_power must not be negative, got -0.5"),
+        ({"weight_power": float("nan")}, "weight_power must not be negative, got nan"),
+    ],
+)
+def test_ways_to_count_that_have_no_meaning_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CoOccurrence(**arguments)
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_pieces_cut_anywhere_inside_the_counter_give_the_same_counts(monkeypatch, window: int):
     text = np.random.default_rng(1).integers(5, size=300)
-    whole, _ = neighbour_counts([text], 5, 5)
+    whole, _ = neighbour_counts([text], 5, 5, window)
     monkeypatch.setattr("fairseq_lightrnn.allocation.cooccurrence._CHUNK", 7)
-    cut, _ = neighbour_counts([text], 5, 5)
-    assert np.array_equal(whole.toarray(), cut.toarray())
+    cut, _ = neighbour_counts([text], 5, 5, window)
+    assert cut.toarray() == pytest.approx(whole.toarray())
 
 
 def test_only_the_most_frequent_words_are_contexts():

@@ -26,6 +26,8 @@ from fairseq_run import (
     write_text,
 )
 
+from fairseq_lightrnn.allocation import reallocate
+from fairseq_lightrnn.tasks._statistics import gather_statistics
 from fairseq_lightrnn.word_table import WordTable
 
 
@@ -43,6 +45,14 @@ def load(path: Path) -> dict[str, Any]:
 
 def table_of(state: dict[str, Any], shape: tuple[int, ...]) -> WordTable:
     return WordTable(state["model"]["decoder.table.coordinates"].numpy(), shape)
+
+
+def text_counts(data: Path) -> list[int]:
+    """Returns how often each word is predicted in the training text, which fairseq's dictionary
+    counts but for the ends of the lines."""
+    lines = (data.parent / "train.txt").read_text().splitlines()
+    words = [word for line in lines for word in (*line.split(), "</s>")]
+    return [words.count(word) for word in symbols(data)]
 
 
 def assert_same_training(first: Path, second: Path) -> None:
@@ -153,6 +163,69 @@ class TestTraining:
         record = json.loads((tmp_path / "reallocations.jsonl").read_text())
         # About 1.9 nats of rows, thrice, and of columns: perplexities of 7 each.
         assert 6.5 < record["cost_after"] < record["cost_before"] < 8.5
+
+    def test_a_margin_keeps_words_where_they_are(
+        self, data: Path, trained: Path, tmp_path: Path
+    ) -> None:
+        flags = {"max_epoch": 2, "reallocate_epochs": 1, "initial_table": "random"}
+        moved = []
+        for margin in (0.0, 0.1, 100.0):
+            folder = tmp_path / str(margin)
+            train(data, folder, reallocation_margin=margin, **flags)
+            moved.append(json.loads((folder / "reallocations.jsonl").read_text())["moved"])
+        assert moved[0] > moved[1] > moved[2] == 0
+
+    @pytest.mark.parametrize("composition", ["recurrent", "gated"])
+    def test_rows_and_columns_take_the_mean_vectors_of_their_new_words(
+        self, data: Path, tmp_path: Path, composition: str
+    ) -> None:
+        """Nothing is trained after the reallocation, so that it alone changes parameters."""
+        records = train(
+            data, tmp_path, "--reallocation-mean-inputs", reallocate_epochs=1, max_epoch=2,
+            lr="0.01,0", lr_scheduler="fixed", initial_table="random", composition=composition,
+        )  # fmt: skip
+        before, after = (load(tmp_path / f"checkpoint{epoch}.pt") for epoch in (1, 2))
+        old, new = table_of(before, (7, 7)), table_of(after, (7, 7))
+        name = "decoder.composition.embedding.weight"
+        vectors, counts = before["model"][name].double(), text_counts(data)
+        for component, start in enumerate((0, 7)):
+            for value in range(7):
+                words = [w for w in range(48) if new.coordinates[w, component] == value]
+                places = [start + int(old.coordinates[w, component]) for w in words]
+                weights = torch.tensor([counts[w] + 1e-3 for w in words], dtype=torch.double)
+                expected = (weights[:, None] * vectors[places]).sum(0) / weights.sum()
+                found = after["model"][name][start + value].double()
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+        for key, value in before["model"].items():
+            if key != name and "realloc" not in key and "coordinates" not in key:
+                assert torch.equal(value, after["model"][key]), key
+        assert all(map(math.isfinite, valid_losses(records)))
+
+    @pytest.mark.parametrize(("components", "shape"), [(2, (7, 7)), (3, (4, 4, 3))])
+    def test_later_components_from_statistics_gathered_again(
+        self, data: Path, tmp_path: Path, components: int, shape: tuple[int, ...]
+    ) -> None:
+        """As if the command had re-seated the words of the checkpoint, component by component."""
+        flags = {"num_components": components, "table_shape": "x".join(map(str, shape))}
+        train(
+            data, tmp_path, "--reallocation-regather", reallocate_epochs=1, max_epoch=2,
+            initial_table="random", **flags,
+        )  # fmt: skip
+        path = tmp_path / "checkpoint1.pt"
+        model, task = checkpoint_utils.load_model_ensemble_and_task(
+            [str(path)], {"data": str(data), "reallocate_epochs": None}
+        )[::2]
+        task.load_dataset("train")
+        decoder = model[0].decoder
+        for component in range(components):
+            gathered = gather_statistics(model[0], task.training_batches())
+            found = reallocate(
+                decoder.table.table(), gathered.statistics,
+                *zip(*(decoder.softmax.vectors(i) for i in range(components)), strict=True),
+                fixed_components=component,
+            )  # fmt: skip
+            decoder.table.seat(found.table)
+        assert table_of(load(tmp_path / "checkpoint2.pt"), shape) == found.table
 
     def test_without_a_schedule_the_table_stays(self, data: Path, tmp_path: Path) -> None:
         train(data, tmp_path, initial_table="random")
@@ -457,6 +530,7 @@ class TestBadInput:
             ({"reallocation_words": 0}, "--reallocation-words 0: must be above 0"),
             ({"reallocation_memory": -1}, "--reallocation-memory -1.0: must be above 0"),
             ({"reallocation_row_weight": 2}, "belongs to --reallocation-objective joint"),
+            ({"reallocation_margin": -1}, "--reallocation-margin -1.0: must not be negative"),
             ({"output_residual_dim": -1}, "--output-residual-dim -1: must not be negative"),
             ({"output_ffn_dim": -1}, "--output-ffn-dim -1: must not be negative"),
             ({"frequent_words": 49}, "--frequent-words 49: the dictionary has 48 words"),
@@ -470,6 +544,18 @@ class TestBadInput:
     )
     def test_flags(self, data: Path, tmp_path: Path, values: dict[str, Any], message: str) -> None:
         self.refused(message, data, tmp_path, **values)
+
+    def test_reallocations_that_contradict_other_flags(self, data: Path, tmp_path: Path) -> None:
+        means = "--reallocation-mean-inputs"
+        self.refused(
+            "input and output have the same vectors", data, tmp_path, means,
+            "--share-component-vectors",
+        )  # fmt: skip
+        self.refused("use --memory-efficient-fp16", data, tmp_path, means, "--fp16")
+        self.refused(
+            "--reallocation-regather belongs to --reallocation-objective row-first", data, tmp_path,
+            "--reallocation-regather", reallocation_objective="joint",
+        )  # fmt: skip
 
     def test_shared_vectors_of_two_widths(self, data: Path, tmp_path: Path) -> None:
         self.refused(

@@ -49,6 +49,11 @@ def test_the_same_table_as_in_training(data: Path, trained: Path, tmp_path: Path
     ]  # fmt: skip
 
 
+def test_a_margin(data: Path, trained: Path, tmp_path: Path) -> None:
+    report = reallocate(trained / "checkpoint1.pt", data, tmp_path / "new.pt", "--margin", 100)
+    assert report["moved"] == 0
+
+
 def test_the_same_table_with_carried_state(data: Path, tmp_path: Path) -> None:
     """Statistics of a model that carries its state are those of its lanes."""
     train(

@@ -1,6 +1,7 @@
 """Allocation: which word has which cell of the table, before training and between rounds of it."""
 
 from fairseq_lightrnn.allocation.balanced_assignment import BalancedAssignment, balanced_assignment
+from fairseq_lightrnn.allocation.cooccurrence import CoOccurrence
 from fairseq_lightrnn.allocation.costs import DenseCosts, LowRankCosts
 from fairseq_lightrnn.allocation.initial_table import INITIAL_TABLES, initial_table
 from fairseq_lightrnn.allocation.joint_assignment import JointAssignment, joint_assignment
@@ -12,6 +13,7 @@ __all__ = [
     "OBJECTIVES",
     "AllocationStatistics",
     "BalancedAssignment",
+    "CoOccurrence",
     "DenseCosts",
     "JointAssignment",
     "LowRankCosts",

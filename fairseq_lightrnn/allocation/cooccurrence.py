@@ -2,19 +2,21 @@
 SVD.
 
 The vectors of Bullinaria and Levy ("Extracting semantic representations from word co-occurrence
-statistics", 2007) with
-a window of one word on either side, left and right kept apart: words that can stand in the same
-  place are alike.
+statistics", 2007), left and right neighbours kept apart: words that can stand in the same place are
+alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
 
-__all__ = ["neighbour_counts", "positive_information", "word_vectors"]
+__all__ = ["SIDES", "CoOccurrence", "neighbour_counts", "positive_information", "word_vectors"]
+
+SIDES = ("both", "left", "right")
 
 _CHUNK = 1 << 22  # tokens that are counted at once
 _CONTEXT_POWER = 0.75  # flattens the context distribution, so that rare contexts do not dominate
@@ -22,19 +24,56 @@ _POWER_ITERATIONS = 4
 _OVERSAMPLING = 16
 
 
+@dataclass(frozen=True)
+class CoOccurrence:
+    """How a co-occurrence table is made; what the defaults are worth is in examples/tables.
+
+    Attributes:
+      window: neighbours up to this distance count, one at distance n as 1/n.
+      sides: ``both``, or neighbours on the ``left`` or on the ``right`` alone.
+      weight_power: a word weighs its count to this power; frequent words matter more to a row.
+      num_contexts: only so many of the most frequent words count as neighbours; bounds the memory.
+      dim: of the word vectors.
+
+    Raises:
+      ValueError: a value is out of range.
+    """
+
+    window: int = 1
+    sides: str = "both"
+    weight_power: float = 0.75
+    num_contexts: int = 20_000
+    dim: int = 100
+
+    def __post_init__(self) -> None:
+        if self.sides not in SIDES:
+            raise ValueError(f"sides must be one of {', '.join(SIDES)}, got {self.sides!r}")
+        for name in ("window", "num_contexts", "dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.weight_power < np.inf:
+            raise ValueError(f"weight_power must not be negative, got {self.weight_power}")
+
+
 def neighbour_counts(
-    tokens: Iterable[np.ndarray], num_words: int, num_contexts: int
+    tokens: Iterable[np.ndarray],
+    num_words: int,
+    num_contexts: int,
+    window: int = 1,
+    sides: str = "both",
 ) -> tuple[sparse.csr_array, np.ndarray]:
     """Counts how often each word has each other word on its left and on its right.
 
     Args:
       tokens: pieces of consecutive text, 1-D arrays of word ids; nothing is counted across pieces.
       num_words: V, size of the dictionary.
-      num_contexts: only the most frequent words count as neighbours; bounds the memory.
+      num_contexts: see `CoOccurrence`, as for the others.
+      window: see there.
+      sides: see there.
 
     Returns:
-      Counts (V, 2 M), right neighbours first, over the M <= ``num_contexts`` most frequent words;
-      and the occurrences of each word, (V,).
+      Counts (V, 2 M), right neighbours first, over the M <= ``num_contexts`` most frequent words,
+      0 on a side that does not count; and the occurrences of each word, (V,).
 
     Raises:
       ValueError: a word id is out of range.
@@ -48,12 +87,16 @@ def neighbour_counts(
     column = np.full(num_words, -1, np.int64)
     column[order] = np.arange(len(order))
     total = sparse.csr_array((num_words, 2 * len(order)), dtype=np.float64)
-    for left, right in _pairs(pieces):
-        for centre, neighbour, offset in ((left, right, 0), (right, left, len(order))):
-            known = column[neighbour] >= 0
-            places = (centre[known], column[neighbour[known]] + offset)
-            values = np.ones(int(known.sum()))
-            total = total + sparse.coo_array((values, places), shape=total.shape).tocsr()
+    for distance in range(1, window + 1):
+        for left, right in _pairs(pieces, distance):
+            directions = {"right": (left, right, 0), "left": (right, left, len(order))}
+            for side, (centre, neighbour, offset) in directions.items():
+                if sides not in ("both", side):
+                    continue
+                known = column[neighbour] >= 0
+                places = (centre[known], column[neighbour[known]] + offset)
+                values = np.full(int(known.sum()), 1 / distance)
+                total = total + sparse.coo_array((values, places), shape=total.shape).tocsr()
     return sparse.csr_array(total), counts
 
 
@@ -67,17 +110,17 @@ def _piece(piece: np.ndarray, num_words: int) -> np.ndarray:
     return piece
 
 
-def _pairs(pieces: Iterable[np.ndarray]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """Yields neighbouring words as two arrays, several pieces at once."""
+def _pairs(pieces: Iterable[np.ndarray], distance: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Yields words at a distance from each other as two arrays, several pieces at once."""
     left: list[np.ndarray] = []
     right: list[np.ndarray] = []
     held = 0
     for piece in pieces:
-        for start in range(0, max(0, len(piece) - 1), _CHUNK):
-            part = piece[start : start + _CHUNK + 1]
-            left.append(part[:-1])
-            right.append(part[1:])
-            held += len(part) - 1
+        for start in range(0, max(0, len(piece) - distance), _CHUNK):
+            part = piece[start : start + _CHUNK + distance]
+            left.append(part[:-distance])
+            right.append(part[distance:])
+            held += len(part) - distance
             if held >= _CHUNK:
                 yield np.concatenate(left), np.concatenate(right)
                 left, right, held = [], [], 0

@@ -13,6 +13,7 @@ import torch
 
 from fairseq_lightrnn.allocation.balanced_assignment import balanced_assignment
 from fairseq_lightrnn.allocation.cooccurrence import (
+    CoOccurrence,
     neighbour_counts,
     positive_information,
     word_vectors,
@@ -26,9 +27,6 @@ logger = logging.getLogger(__name__)
 
 INITIAL_TABLES = ("random", "frequency", "cooccurrence")
 
-_VECTOR_DIM = 100
-_NUM_CONTEXTS = 20_000
-_WEIGHT_POWER = 0.75  # frequent words matter more to a row, but not in proportion
 _ROUNDS = 12
 _TOLERANCE = 1e-4
 _GAP = 1e-4
@@ -42,14 +40,15 @@ def initial_table(
     seed: int = 1,
     counts: np.ndarray | None = None,
     tokens: Iterable[np.ndarray] | None = None,
+    how: CoOccurrence | None = None,
     num_threads: int | None = None,
 ) -> WordTable:
     """Builds a word table before any training.
 
     ``random`` permutes the words, as in arXiv 1610.09893. ``frequency`` fills the table row by row
     from the most frequent word to the rarest. ``cooccurrence`` puts words with similar neighbours
-    into a row, and within the rows words that differ
-    from their row in the same way into a column: balanced k-means on word vectors.
+    into a row, and within the rows words that differ from their row in the same way into a column:
+    balanced k-means on word vectors.
 
     Args:
       kind: one of `INITIAL_TABLES`.
@@ -58,6 +57,7 @@ def initial_table(
       seed: of the permutation, or of the k-means.
       counts: (V,) occurrences, needed by ``frequency`` unless there are ``tokens``.
       tokens: the training text as 1-D arrays of word ids, needed by ``cooccurrence``.
+      how: what ``cooccurrence`` counts and weighs.
       num_threads: threads; the table does not depend on it.
 
     Returns:
@@ -80,7 +80,9 @@ def initial_table(
     else:
         if tokens is None:
             raise ValueError("a co-occurrence table needs the training text; give tokens")
-        return _cooccurrence_table(tokens, num_words, shape, seed, num_threads)
+        return _cooccurrence_table(
+            tokens, num_words, shape, how or CoOccurrence(), seed, num_threads
+        )
     return WordTable.from_cells(cells[order], shape)
 
 
@@ -144,15 +146,18 @@ def _cooccurrence_table(
     tokens: Iterable[np.ndarray],
     num_words: int,
     shape: tuple[int, ...],
+    how: CoOccurrence,
     seed: int,
     num_threads: int | None,
 ) -> WordTable:
     """Clusters the words by vectors of their neighbours in the text."""
     started = time.monotonic()
-    co_occurrences, counts = neighbour_counts(tokens, num_words, _NUM_CONTEXTS)
-    vectors = word_vectors(positive_information(co_occurrences), _VECTOR_DIM, seed)
+    co_occurrences, counts = neighbour_counts(
+        tokens, num_words, how.num_contexts, how.window, how.sides
+    )
+    vectors = word_vectors(positive_information(co_occurrences), how.dim, seed)
     logger.info("word vectors of %d words took %.1f s", num_words, time.monotonic() - started)
-    weights = counts.astype(np.float64) ** _WEIGHT_POWER
+    weights = counts.astype(np.float64) ** how.weight_power
     table = table_of_vectors(vectors, weights, shape, seed=seed, num_threads=num_threads)
     logger.info("co-occurrence table took %.1f s", time.monotonic() - started)
     return table

@@ -1,4 +1,4 @@
-"""Moving a trained model's words to a table of another shape."""
+"""Vectors of a table's rows and columns, made from those of another table of the same words."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def table_of_statistics(
 
 
 def _sources(old: WordTable, new: WordTable) -> list[int]:
-    """Returns which old component each new one inherits from: the first, or else the last."""
+    """Returns which old component each new one inherits from: its own, or the first or last."""
+    if old.num_components == new.num_components:
+        return list(range(new.num_components))
     last = old.num_components - 1
     return [0 if component == 0 else last for component in range(new.num_components)]
 

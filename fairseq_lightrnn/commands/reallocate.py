@@ -57,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
         "or the sum of both")  # fmt: skip
     add("--row-weight", type=float, default=1.0, metavar="X",
         help="weight of the rows' loss in --objective joint (default: 1)")  # fmt: skip
+    add("--margin", type=float, default=0.0, metavar="X",
+        help="nats that a word must gain, each time it occurs, to change its row, and again its "
+        "column (default: 0)")  # fmt: skip
     add("--table-shape", metavar="RxC",
         help="seat the words in a table of this shape, such as 100x100 or 30x30x30; its vectors "
         "are means of the old ones, so the model must be trained further")  # fmt: skip
@@ -152,6 +155,9 @@ def _load(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         "train_subset": args.split,
         "reallocation_objective": args.objective,
         "reallocation_row_weight": args.row_weight,
+        "reallocation_margin": args.margin,
+        "reallocation_regather": False,
+        "reallocation_mean_inputs": False,
         "reallocation_words": args.words,
         "reallocation_memory": args.memory,
         "initial_table": "random",

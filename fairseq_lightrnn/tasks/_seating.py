@@ -29,6 +29,7 @@ from fairseq_lightrnn.tasks._generator import TopWordsGenerator
 from fairseq_lightrnn.tasks._reallocation import (
     broadcast_table,
     log_reallocation,
+    move_input_vectors,
     reallocation_report,
 )
 from fairseq_lightrnn.tasks._schedule import reallocation_epochs
@@ -83,6 +84,27 @@ class SeatingConfig(FairseqDataclass):
             "row-first"
         },
     )
+    reallocation_margin: float = field(
+        default=0.0,
+        metadata={
+            "help": "nats that a word must gain, each time it occurs, to change its row (and again "
+            "its column): the larger, the fewer words move"
+        },
+    )
+    reallocation_regather: bool = field(
+        default=False,
+        metadata={
+            "help": "gather statistics again once words have their new rows, before they choose "
+            "columns there (row-first only); one more pass over the text for each further component"
+        },
+    )
+    reallocation_mean_inputs: bool = field(
+        default=False,
+        metadata={
+            "help": "give each row and column the mean of the input vectors that its new words "
+            "had, so that words which moved are read much as before"
+        },
+    )
     reallocation_words: Optional[int] = field(
         default=None,
         metadata={
@@ -102,6 +124,8 @@ class SeatingConfig(FairseqDataclass):
     max_tokens: Optional[int] = II("dataset.max_tokens")
     batch_size: Optional[int] = II("dataset.batch_size")
     seed: int = II("common.seed")
+    fp16: bool = II("common.fp16")
+    memory_efficient_fp16: bool = II("common.memory_efficient_fp16")
     train_subset: str = II("dataset.train_subset")
     num_workers: int = II("dataset.num_workers")
     save_dir: str = II("checkpoint.save_dir")
@@ -165,6 +189,13 @@ class SeatingMixin:
                 f"--arch {' or '.join(self.architectures)} with this task, or --task "
                 f"{self.stock_task} with that model"
             )
+        if self.args.reallocation_mean_inputs:
+            decoder: Any = model.decoder
+            if decoder.input_vectors.weight is decoder.softmax.weight:
+                raise UsageError(
+                    "--reallocation-mean-inputs: input and output have the same vectors, which "
+                    "must stay as they are for the output; leave the flag out"
+                )
         return model
 
     def build_generator(
@@ -292,48 +323,62 @@ class SeatingMixin:
     def _reallocate(self, epoch: int, model: nn.Module) -> None:
         decoder: Any = model.decoder
         start = time.monotonic()
-        logger.info(f"reallocation after epoch {epoch}: gathering statistics")
         folder = tempfile.gettempdir() if self.args.no_save else self.args.save_dir
         size = decoder.table.num_words, *decoder.statistics_shape()
+        old, report, solving = decoder.table.table(), {}, 0.0
+        passes = decoder.table.num_components if self.args.reallocation_regather else 1
         with statistics_storage(self.args.reallocation_memory, size, folder) as storage:
-            gathered = gather_statistics(model, self.training_batches(), storage.arguments)
-            solving = time.monotonic()
-            result = None
-            if rank() == 0:
-                logger.info(f"reallocation after epoch {epoch}: solving")
-                result = self.solve_reallocation(
-                    decoder, gathered.statistics, storage.solver_memory
-                )
-            table = broadcast_table(result.table if result else None, decoder.table)
-        decoder.table.seat(table)
+            for fixed in range(passes):
+                what = f"reallocation after epoch {epoch}"
+                what += f", component {fixed + 1}" if passes > 1 else ""
+                logger.info(f"{what}: gathering statistics")
+                gathered = gather_statistics(model, self.training_batches(), storage.arguments)
+                begun, result = time.monotonic(), None
+                if rank() == 0:
+                    logger.info(f"{what}: solving")
+                    result = self.solve_reallocation(
+                        decoder, gathered.statistics, storage.solver_memory, fixed
+                    )
+                    if not report:
+                        objective = str(self.args.reallocation_objective)
+                        weight = self.args.reallocation_row_weight
+                        report = reallocation_report(result, gathered, objective, weight)
+                table = broadcast_table(result.table if result else None, decoder.table)
+                if self.args.reallocation_mean_inputs:
+                    move_input_vectors(
+                        decoder.input_vectors, decoder.table.table(), table, gathered.statistics
+                    )
+                decoder.table.seat(table)
+                solving += time.monotonic() - begun
         decoder.reallocation_round += 1
         decoder.reallocation_epoch.fill_(epoch)
         end = time.monotonic()
         self._reallocation_seconds += end - start
-        if result is not None:
-            seconds = {"statistics": solving - start, "solve": end - solving, "total": end - start}
+        if rank() == 0:
+            total = end - start
+            seconds = {"statistics": total - solving, "solve": solving, "total": total}
             share = self._reallocation_seconds / (end - (self._started or start))
-            report = reallocation_report(
-                result,
-                gathered,
-                self.args.reallocation_objective,
-                self.args.reallocation_row_weight,
-            )
             report |= {
+                "moved": int((table.cells != old.cells).sum()),
+                "table": table.digest(),
                 "epoch": epoch,
                 "round": int(decoder.reallocation_round),
                 "seconds": {name: round(value, 3) for name, value in seconds.items()},
                 "share_of_training": round(share, 5),
             }
-            log_reallocation(f"reallocation after epoch {epoch}", report, result.table)
+            log_reallocation(f"reallocation after epoch {epoch}", report, table)
             dictionary = self.target_dictionary  # type: ignore[attr-defined]
-            self._save_table(result.table, epoch, dictionary, "word_table")
+            self._save_table(table, epoch, dictionary, "word_table")
             if not self.args.no_save:
                 with open(Path(self.args.save_dir) / "reallocations.jsonl", "a") as file:
                     file.write(json.dumps(report) + "\n")
 
     def solve_reallocation(
-        self, decoder: Any, statistics: AllocationStatistics, memory: dict[str, int]
+        self,
+        decoder: Any,
+        statistics: AllocationStatistics,
+        memory: dict[str, int],
+        fixed_components: int = 0,
     ) -> Reallocation:
         """Finds the words' new cells, as the flags ask for."""
         components = range(decoder.table.num_components)
@@ -345,6 +390,8 @@ class SeatingMixin:
             [bias.detach() for bias in biases],
             objective=str(self.args.reallocation_objective),
             row_weight=self.args.reallocation_row_weight,
+            fixed_components=fixed_components,
+            stay_margin=self.args.reallocation_margin,
             symbols=self.target_dictionary.symbols,  # type: ignore[attr-defined]
             **memory,
         )
@@ -412,6 +459,18 @@ def _check(args: Any) -> None:
         raise UsageError(
             f"--reallocation-row-weight {args.reallocation_row_weight} belongs to "
             "--reallocation-objective joint; row-first heeds rows alone"
+        )
+    if not 0 <= args.reallocation_margin < float("inf"):
+        raise UsageError(f"--reallocation-margin {args.reallocation_margin}: must not be negative")
+    if args.reallocation_regather and str(args.reallocation_objective) == "joint":
+        raise UsageError(
+            "--reallocation-regather belongs to --reallocation-objective row-first; joint chooses "
+            "rows and columns at once"
+        )
+    if args.reallocation_mean_inputs and args.fp16 and not args.memory_efficient_fp16:
+        raise UsageError(
+            "--reallocation-mean-inputs changes the model's vectors, which --fp16 would overwrite "
+            "with its copy: use --memory-efficient-fp16"
         )
 
 

@@ -1,0 +1,166 @@
+"""Compares word tables by perplexity: how they are made, shaped and reallocated.
+
+    python scripts/benchmark_tables.py FOLDER OUTPUT --seeds 1 2
+
+FOLDER holds text as for ``benchmark_language_model.py``, and OUTPUT receives the same: a folder for
+each run, ``results.json``, ``results.md`` and curves. Finished runs are kept.
+
+One model, small enough for many runs: one LSTM layer of 128, the gated composition with a bias for
+each word, carried state in 64 lanes, Adam at a constant rate. A seed is one of the model and of the
+table. ``--tables`` names what is compared:
+
+* ``random``, ``frequency``, ``cooccurrence``: the initial tables of the task, never reallocated;
+* ``power-0.5``, ``power-1``, ``window-2``, ``window-5``, ``left``, ``right``, ``dim-300``: what a
+  co-occurrence table counts and weighs, one thing changed at a time;
+* ``50x201``, ``201x50``, ``22x22x22``: other shapes, and three components;
+* ``tied``: input and output share component vectors;
+* ``…-row-first``, ``…-joint``: a random or a co-occurrence table, reallocated once
+  (``--reallocate-after``); ``-margin``: only words that gain half a nat move; ``-regather``:
+  columns from statistics gathered again; ``-means``: rows and columns take the mean input vectors
+  of their new words; ``-all``: the three together. They go on from the same epochs before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from benchmark_language_model import binarise, describe, test
+from fairseq.data import Dictionary, data_utils
+from language_model_report import summarise
+from side_by_side import PLUGIN, train_in_steps
+
+from fairseq_lightrnn.allocation import CoOccurrence, initial_table
+from fairseq_lightrnn.word_table import default_shape
+
+MARGIN = ("--reallocation-margin", "0.5")
+REGATHER = ("--reallocation-regather",)
+MEANS = ("--reallocation-mean-inputs",)
+
+
+@dataclass(frozen=True)
+class Table:
+    """One way to seat words.
+
+    Attributes:
+        kind: of the initial table.
+        how: what a co-occurrence table is made of.
+        shape: of the table; nearly square if None.
+        flags: of the model.
+        reallocation: flags of a reallocation, or None without one.
+    """
+
+    kind: str = "cooccurrence"
+    how: CoOccurrence = field(default_factory=CoOccurrence)
+    shape: tuple[int, ...] | None = None
+    flags: tuple[str, ...] = ()
+    reallocation: tuple[str, ...] | None = None
+
+
+TABLES = {
+    "random": Table("random"),
+    "frequency": Table("frequency"),
+    "cooccurrence": Table(),
+    "power-0.5": Table(how=CoOccurrence(weight_power=0.5)),
+    "power-1": Table(how=CoOccurrence(weight_power=1.0)),
+    "window-2": Table(how=CoOccurrence(window=2)),
+    "window-5": Table(how=CoOccurrence(window=5)),
+    "left": Table(how=CoOccurrence(sides="left")),
+    "right": Table(how=CoOccurrence(sides="right")),
+    "dim-300": Table(how=CoOccurrence(dim=300)),
+    "50x201": Table(shape=(50, 201)),
+    "201x50": Table(shape=(201, 50)),
+    "22x22x22": Table(shape=(22, 22, 22)),
+    "tied": Table(flags=("--share-component-vectors",)),
+    "random-row-first": Table("random", reallocation=()),
+    "random-joint": Table("random", reallocation=("--reallocation-objective", "joint")),
+    "random-all": Table("random", reallocation=MARGIN + REGATHER + MEANS),
+    "cooccurrence-row-first": Table(reallocation=()),
+    "cooccurrence-joint": Table(reallocation=("--reallocation-objective", "joint")),
+    "cooccurrence-margin": Table(reallocation=MARGIN),
+    "cooccurrence-regather": Table(reallocation=REGATHER),
+    "cooccurrence-means": Table(reallocation=MEANS),
+    "cooccurrence-all": Table(reallocation=MARGIN + REGATHER + MEANS),
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("text", type=Path, metavar="FOLDER", help="of the text files")
+    add("out", type=Path, metavar="OUTPUT", help="folder to write to")
+    add("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    add("--seeds", type=int, nargs="+", default=[1, 2])
+    add("--epochs", type=int, default=8, help="of training (default: %(default)s)")
+    add("--reallocate-after", type=int, default=3, metavar="N",
+        help="epochs before a reallocation (default: %(default)s)")  # fmt: skip
+    add("--width", type=int, default=128, help="of vectors and LSTM (default: %(default)s)")
+    add("--layers", type=int, default=1, help="of the LSTM (default: %(default)s)")
+    add("--dropout", type=float, default=0.2, help="(default: %(default)s)")
+    add("--lr", type=float, default=0.002, help="of Adam (default: %(default)s)")
+    add("--batch-size", type=int, default=64, help="lanes (default: %(default)s)")
+    add("--block", type=int, default=35, help="words of a block (default: %(default)s)")
+    return parser.parse_args()
+
+
+def make_table(table: Table, data: Path, path: Path, seed: int) -> None:
+    """Writes the file of an initial table, unless it is there."""
+    if path.exists():
+        return
+    dictionary = Dictionary.load(str(data / "dict.txt"))
+    text = data_utils.load_indexed_dataset(str(data / "train"), dictionary)
+    initial_table(
+        table.kind,
+        len(dictionary),
+        table.shape or default_shape(len(dictionary)),
+        seed=seed,
+        counts=np.array(dictionary.count),
+        tokens=[np.concatenate([piece.numpy() for piece in text])],
+        how=table.how,
+    ).save(path, dictionary.symbols)
+
+
+def train(name: str, seed: int, data: Path, args: argparse.Namespace) -> Path:
+    """Trains a model on a table and returns its folder."""
+    table, folder = TABLES[name], args.out / f"{name}-{seed}"
+    file = args.out / f"{name}.{seed}.table.txt"
+    make_table(table, data, file, seed)
+    flags: list[Any] = [
+        data, "--user-dir", PLUGIN, "--task", "lightrnn_language_modeling", "--carry-hidden-state",
+        "--arch", "lightrnn_lm_gated", "--criterion", "two_component_cross_entropy", "--word-bias",
+        "--embed-dim", args.width, "--hidden-size", args.width, "--num-layers", args.layers,
+        "--output-ffn-dim", 0, "--initial-table", file, *table.flags, "--dropout", args.dropout,
+        "--tokens-per-sample", args.block, "--batch-size", args.batch_size, "--optimizer", "adam",
+        "--lr", args.lr, "--clip-norm", 1, "--seed", seed,
+    ]  # fmt: skip
+    if table.reallocation is None:
+        train_in_steps(folder, flags, args.epochs, args.epochs)
+        return folder
+    start = args.out / f"start-{table.kind}-{seed}"
+    train_in_steps(start, flags, args.reallocate_after, args.reallocate_after)
+    if not folder.exists():
+        shutil.copytree(start, folder)
+    flags += ["--reallocate-epochs", args.reallocate_after, *table.reallocation]
+    train_in_steps(folder, flags, args.epochs, args.epochs)
+    return folder
+
+
+def main() -> None:
+    args = parse()
+    args.out.mkdir(parents=True, exist_ok=True)
+    data = binarise(args.text, args.out)
+    for seed in args.seeds:
+        for name in args.tables:
+            folder = train(name, seed, data, args)
+            test("gated", data, folder, args)
+            summarise(args.out, describe(args))
+
+
+if __name__ == "__main__":
+    main()
