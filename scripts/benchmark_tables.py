@@ -15,9 +15,8 @@ table. ``--tables`` names what is compared:
 * ``50x201``, ``201x50``, ``22x22x22``: other shapes, and three components;
 * ``tied``: input and output share component vectors;
 * ``…-row-first``, ``…-joint``: a random or a co-occurrence table, reallocated once
-  (``--reallocate-after``); ``-margin``: only words that gain half a nat move; ``-regather``:
-  columns from statistics gathered again; ``-means``: rows and columns take the mean input vectors
-  of their new words; ``-all``: the three together. They go on from the same epochs before.
+  (``--reallocate-after``); ``-regather``: columns from statistics gathered again; ``-margin-…``:
+  only words that gain so many nats each time move. They go on from the same epochs before.
 """
 
 from __future__ import annotations
@@ -37,9 +36,10 @@ from side_by_side import PLUGIN, train_in_steps
 from fairseq_lightrnn.allocation import CoOccurrence, initial_table
 from fairseq_lightrnn.word_table import default_shape
 
-MARGIN = ("--reallocation-margin", "0.5")
+JOINT = ("--reallocation-objective", "joint")
 REGATHER = ("--reallocation-regather",)
-MEANS = ("--reallocation-mean-inputs",)
+MARGIN = ("--reallocation-margin", "0.5")
+WIDE_MARGIN = ("--reallocation-margin", "2")
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,14 @@ TABLES = {
     "22x22x22": Table(shape=(22, 22, 22)),
     "tied": Table(flags=("--share-component-vectors",)),
     "random-row-first": Table("random", reallocation=()),
-    "random-joint": Table("random", reallocation=("--reallocation-objective", "joint")),
-    "random-all": Table("random", reallocation=MARGIN + REGATHER + MEANS),
+    "random-joint": Table("random", reallocation=JOINT),
+    "random-regather": Table("random", reallocation=REGATHER),
+    "random-margin-0.5": Table("random", reallocation=MARGIN),
     "cooccurrence-row-first": Table(reallocation=()),
-    "cooccurrence-joint": Table(reallocation=("--reallocation-objective", "joint")),
-    "cooccurrence-margin": Table(reallocation=MARGIN),
+    "cooccurrence-joint": Table(reallocation=JOINT),
     "cooccurrence-regather": Table(reallocation=REGATHER),
-    "cooccurrence-means": Table(reallocation=MEANS),
-    "cooccurrence-all": Table(reallocation=MARGIN + REGATHER + MEANS),
+    "cooccurrence-margin-0.5": Table(reallocation=MARGIN),
+    "cooccurrence-margin-2": Table(reallocation=WIDE_MARGIN),
 }
 
 

@@ -47,14 +47,6 @@ def table_of(state: dict[str, Any], shape: tuple[int, ...]) -> WordTable:
     return WordTable(state["model"]["decoder.table.coordinates"].numpy(), shape)
 
 
-def text_counts(data: Path) -> list[int]:
-    """Returns how often each word is predicted in the training text, which fairseq's dictionary
-    counts but for the ends of the lines."""
-    lines = (data.parent / "train.txt").read_text().splitlines()
-    words = [word for line in lines for word in (*line.split(), "</s>")]
-    return [words.count(word) for word in symbols(data)]
-
-
 def assert_same_training(first: Path, second: Path) -> None:
     """Parameters, buffers (the table among them) and optimiser state are equal bit for bit."""
     one, two = load(first), load(second)
@@ -174,32 +166,6 @@ class TestTraining:
             train(data, folder, reallocation_margin=margin, **flags)
             moved.append(json.loads((folder / "reallocations.jsonl").read_text())["moved"])
         assert moved[0] > moved[1] > moved[2] == 0
-
-    @pytest.mark.parametrize("composition", ["recurrent", "gated"])
-    def test_rows_and_columns_take_the_mean_vectors_of_their_new_words(
-        self, data: Path, tmp_path: Path, composition: str
-    ) -> None:
-        """Nothing is trained after the reallocation, so that it alone changes parameters."""
-        records = train(
-            data, tmp_path, "--reallocation-mean-inputs", reallocate_epochs=1, max_epoch=2,
-            lr="0.01,0", lr_scheduler="fixed", initial_table="random", composition=composition,
-        )  # fmt: skip
-        before, after = (load(tmp_path / f"checkpoint{epoch}.pt") for epoch in (1, 2))
-        old, new = table_of(before, (7, 7)), table_of(after, (7, 7))
-        name = "decoder.composition.embedding.weight"
-        vectors, counts = before["model"][name].double(), text_counts(data)
-        for component, start in enumerate((0, 7)):
-            for value in range(7):
-                words = [w for w in range(48) if new.coordinates[w, component] == value]
-                places = [start + int(old.coordinates[w, component]) for w in words]
-                weights = torch.tensor([counts[w] + 1e-3 for w in words], dtype=torch.double)
-                expected = (weights[:, None] * vectors[places]).sum(0) / weights.sum()
-                found = after["model"][name][start + value].double()
-                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
-        for key, value in before["model"].items():
-            if key != name and "realloc" not in key and "coordinates" not in key:
-                assert torch.equal(value, after["model"][key]), key
-        assert all(map(math.isfinite, valid_losses(records)))
 
     @pytest.mark.parametrize(("components", "shape"), [(2, (7, 7)), (3, (4, 4, 3))])
     def test_later_components_from_statistics_gathered_again(
@@ -545,13 +511,7 @@ class TestBadInput:
     def test_flags(self, data: Path, tmp_path: Path, values: dict[str, Any], message: str) -> None:
         self.refused(message, data, tmp_path, **values)
 
-    def test_reallocations_that_contradict_other_flags(self, data: Path, tmp_path: Path) -> None:
-        means = "--reallocation-mean-inputs"
-        self.refused(
-            "input and output have the same vectors", data, tmp_path, means,
-            "--share-component-vectors",
-        )  # fmt: skip
-        self.refused("use --memory-efficient-fp16", data, tmp_path, means, "--fp16")
+    def test_columns_gathered_again_without_rows_first(self, data: Path, tmp_path: Path) -> None:
         self.refused(
             "--reallocation-regather belongs to --reallocation-objective row-first", data, tmp_path,
             "--reallocation-regather", reallocation_objective="joint",

@@ -24,7 +24,7 @@ def flags(save_dir: Path, **values: Any) -> list[str]:
         "reallocate-epochs": 1, "initial-table": "cooccurrence",
     }  # fmt: skip
     defaults.update({name.replace("_", "-"): value for name, value in values.items()})
-    switches = ["--cpu", "--reallocation-regather", "--reallocation-mean-inputs"]
+    switches = ["--cpu", "--reallocation-regather"]
     return [*switches, *TASK, *(str(p) for n, v in defaults.items() for p in (f"--{n}", v))]
 
 
@@ -119,7 +119,6 @@ task:
   tokens_per_sample: 12
   reallocate_epochs: "1"
   reallocation_regather: true
-  reallocation_mean_inputs: true
 model: {{_name: lightrnn_lm, embed_dim: 8, hidden_size: 8, dropout: 0.0}}
 criterion: {{_name: two_component_cross_entropy}}
 optimizer: {{_name: adam}}

@@ -157,7 +157,6 @@ def _load(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         "reallocation_row_weight": args.row_weight,
         "reallocation_margin": args.margin,
         "reallocation_regather": False,
-        "reallocation_mean_inputs": False,
         "reallocation_words": args.words,
         "reallocation_memory": args.memory,
         "initial_table": "random",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax
+from fairseq_lightrnn.components import ComponentSoftmax
 from fairseq_lightrnn.composition import Context, Prediction
 from fairseq_lightrnn.distribution import coordinate_log_probs, next_word_log_probs, top_words
 from fairseq_lightrnn.errors import UsageError
@@ -61,12 +61,6 @@ class SeatedDecoder:
     softmax: ComponentSoftmax
     reallocation_round: Tensor
     reallocation_epoch: Tensor
-
-    @property
-    def input_vectors(self) -> ComponentEmbedding:
-        """The vectors with which rows and columns are read."""
-        vectors: ComponentEmbedding = self.composition.embedding  # type: ignore[attr-defined]
-        return vectors
 
     def _register_reallocation(self) -> None:
         self.register_buffer("reallocation_round", torch.tensor(-1))  # type: ignore[attr-defined]

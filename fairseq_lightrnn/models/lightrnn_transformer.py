@@ -90,12 +90,6 @@ class LightRNNTransformerDecoder(SeatedDecoder, TransformerDecoderBase):
             nn.init.normal_(self.softmax.weight, std=self.output_embed_dim**-0.5)
         self._register_reallocation()
 
-    @property
-    def input_vectors(self) -> ComponentEmbedding:
-        """The vectors with which rows and columns are read."""
-        vectors: ComponentEmbedding = self.embed_tokens.embedding
-        return vectors
-
     def build_output_projection(self, cfg: Any, dictionary: Any, embed_tokens: Any) -> None:
         """Builds nothing as wide as the vocabulary."""
 

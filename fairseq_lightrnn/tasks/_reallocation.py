@@ -10,13 +10,10 @@ import torch
 import torch.distributed
 
 from fairseq_lightrnn.allocation.reallocation import Reallocation
-from fairseq_lightrnn.allocation.reshaping import reshape_vectors
-from fairseq_lightrnn.allocation.statistics import AllocationStatistics
-from fairseq_lightrnn.components import ComponentEmbedding
-from fairseq_lightrnn.tasks._statistics import Gathered, rank, world_size
+from fairseq_lightrnn.tasks._statistics import Gathered, world_size
 from fairseq_lightrnn.word_table import WordTable
 
-__all__ = ["broadcast_table", "log_reallocation", "move_input_vectors", "reallocation_report"]
+__all__ = ["broadcast_table", "log_reallocation", "reallocation_report"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,29 +29,6 @@ def broadcast_table(table: WordTable | None, lookup: Any) -> WordTable:
         cells.copy_(torch.from_numpy(np.array(table.cells)))
     torch.distributed.broadcast(cells, 0)
     return WordTable.from_cells(cells.cpu().numpy(), lookup.shape)
-
-
-@torch.no_grad()
-def move_input_vectors(
-    embedding: ComponentEmbedding,
-    old: WordTable,
-    new: WordTable,
-    statistics: AllocationStatistics,
-) -> None:
-    """Gives rows and columns the mean of the input vectors that their words had, on all workers.
-
-    Args:
-        embedding: of the old table's rows and columns.
-        old: the table in force.
-        new: the one that is to be, of the same shape.
-        statistics: knows how often each word occurs, on the first worker.
-    """
-    weight = embedding.weight.data
-    if rank() == 0:
-        counts = statistics.counts.cpu().numpy()
-        weight.copy_(reshape_vectors(weight.cpu(), old, new, counts))
-    if world_size() > 1:
-        torch.distributed.broadcast(weight, 0)
 
 
 def reallocation_report(

@@ -1,24 +1,18 @@
 """What every LightRNN task shares: seating words in the table, at first and between epochs."""
 
-# ruff: noqa: UP045  (fairseq reads flags from Optional[...], not from X | None)
-
 import itertools
 import json
 import logging
 import os
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
-from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.logging import progress_bar
 from fairseq.utils import resolve_max_positions
-from omegaconf import II
 from torch import nn
 
 from fairseq_lightrnn.allocation.initial_table import INITIAL_TABLES, initial_table
@@ -29,10 +23,14 @@ from fairseq_lightrnn.tasks._generator import TopWordsGenerator
 from fairseq_lightrnn.tasks._reallocation import (
     broadcast_table,
     log_reallocation,
-    move_input_vectors,
     reallocation_report,
 )
 from fairseq_lightrnn.tasks._schedule import reallocation_epochs
+from fairseq_lightrnn.tasks._seating_config import (
+    check_checkpoints,
+    check_initial_table,
+    check_seating,
+)
 from fairseq_lightrnn.tasks._statistics import (
     gather_statistics,
     rank,
@@ -42,98 +40,11 @@ from fairseq_lightrnn.tasks._statistics import (
 )
 from fairseq_lightrnn.word_table import WordTable
 
-__all__ = ["SeatingConfig", "SeatingMixin", "check_initial_table"]
+__all__ = ["SeatingMixin"]
 
 logger = logging.getLogger(__name__)
 
 CRITERION = "two_component_cross_entropy"
-
-
-@dataclass
-class SeatingConfig(FairseqDataclass):
-    initial_table: str = field(
-        default="cooccurrence",
-        metadata={
-            "help": "how words are seated before training: random, frequency (frequent words "
-            "share rows), cooccurrence (words used alike share rows and columns), or a word "
-            "table file that this plugin wrote"
-        },
-    )
-    table_seed: int = field(default=1, metadata={"help": "seed of the initial table"})
-    reallocate_epochs: Optional[str] = field(
-        default=None,
-        metadata={
-            "help": "re-seat the words after these epochs, such as 3,6 (default: the table stays)"
-        },
-    )
-    reallocate_interval: Optional[int] = field(
-        default=None,
-        metadata={"help": "re-seat the words after every N epochs, but not after the last"},
-    )
-    reallocation_objective: ChoiceEnum(["row-first", "joint"]) = field(  # type: ignore[valid-type]
-        default="row-first",
-        metadata={
-            "help": "what a reallocation minimises: the loss of rows, then that of columns within "
-            "each row (row-first), or the sum of both as in the paper (joint)"
-        },
-    )
-    reallocation_row_weight: float = field(
-        default=1.0,
-        metadata={
-            "help": "weight of the rows' loss in the joint objective; the larger, the nearer to "
-            "row-first"
-        },
-    )
-    reallocation_margin: float = field(
-        default=0.0,
-        metadata={
-            "help": "nats that a word must gain, each time it occurs, to change its row (and again "
-            "its column): the larger, the fewer words move"
-        },
-    )
-    reallocation_regather: bool = field(
-        default=False,
-        metadata={
-            "help": "gather statistics again once words have their new rows, before they choose "
-            "columns there (row-first only); one more pass over the text for each further component"
-        },
-    )
-    reallocation_mean_inputs: bool = field(
-        default=False,
-        metadata={
-            "help": "give each row and column the mean of the input vectors that its new words "
-            "had, so that words which moved are read much as before"
-        },
-    )
-    reallocation_words: Optional[int] = field(
-        default=None,
-        metadata={
-            "help": "gather statistics over about this many words, spread evenly over the "
-            "training split (default: all)"
-        },
-    )
-    reallocation_memory: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": "GiB that a reallocation's statistics and costs may take, besides some 300 "
-            "bytes a word; statistics that do not fit go to a file in the save directory while "
-            "they are needed, costs are formed anew (default: 8 for costs, no bound for the rest)"
-        },
-    )
-    max_epoch: int = II("optimization.max_epoch")
-    max_tokens: Optional[int] = II("dataset.max_tokens")
-    batch_size: Optional[int] = II("dataset.batch_size")
-    seed: int = II("common.seed")
-    fp16: bool = II("common.fp16")
-    memory_efficient_fp16: bool = II("common.memory_efficient_fp16")
-    train_subset: str = II("dataset.train_subset")
-    num_workers: int = II("dataset.num_workers")
-    save_dir: str = II("checkpoint.save_dir")
-    restore_file: str = II("checkpoint.restore_file")
-    path: Optional[str] = II("common_eval.path")
-    no_save: bool = II("checkpoint.no_save")
-    log_format: Optional[str] = II("common.log_format")
-    log_interval: int = II("common.log_interval")
 
 
 class SeatingMixin:
@@ -163,9 +74,9 @@ class SeatingMixin:
     @classmethod
     def setup_task(cls, args: Any, **kwargs: Any) -> Any:
         """Sets the task up, after checking the flags and the dictionary."""
-        _check(args)
+        check_seating(args)
         check_initial_table("--initial-table", args.initial_table)
-        _check_checkpoints(
+        check_checkpoints(
             os.path.join(args.save_dir, args.restore_file), *(args.path or "").split(os.pathsep)
         )
         task = super().setup_task(args, **kwargs)  # type: ignore[misc]
@@ -189,13 +100,6 @@ class SeatingMixin:
                 f"--arch {' or '.join(self.architectures)} with this task, or --task "
                 f"{self.stock_task} with that model"
             )
-        if self.args.reallocation_mean_inputs:
-            decoder: Any = model.decoder
-            if decoder.input_vectors.weight is decoder.softmax.weight:
-                raise UsageError(
-                    "--reallocation-mean-inputs: input and output have the same vectors, which "
-                    "must stay as they are for the output; leave the flag out"
-                )
         return model
 
     def build_generator(
@@ -323,55 +227,59 @@ class SeatingMixin:
     def _reallocate(self, epoch: int, model: nn.Module) -> None:
         decoder: Any = model.decoder
         start = time.monotonic()
-        folder = tempfile.gettempdir() if self.args.no_save else self.args.save_dir
-        size = decoder.table.num_words, *decoder.statistics_shape()
-        old, report, solving = decoder.table.table(), {}, 0.0
-        passes = decoder.table.num_components if self.args.reallocation_regather else 1
-        with statistics_storage(self.args.reallocation_memory, size, folder) as storage:
-            for fixed in range(passes):
-                what = f"reallocation after epoch {epoch}"
-                what += f", component {fixed + 1}" if passes > 1 else ""
-                logger.info(f"{what}: gathering statistics")
-                gathered = gather_statistics(model, self.training_batches(), storage.arguments)
-                begun, result = time.monotonic(), None
-                if rank() == 0:
-                    logger.info(f"{what}: solving")
-                    result = self.solve_reallocation(
-                        decoder, gathered.statistics, storage.solver_memory, fixed
-                    )
-                    if not report:
-                        objective = str(self.args.reallocation_objective)
-                        weight = self.args.reallocation_row_weight
-                        report = reallocation_report(result, gathered, objective, weight)
-                table = broadcast_table(result.table if result else None, decoder.table)
-                if self.args.reallocation_mean_inputs:
-                    move_input_vectors(
-                        decoder.input_vectors, decoder.table.table(), table, gathered.statistics
-                    )
-                decoder.table.seat(table)
-                solving += time.monotonic() - begun
+        old = decoder.table.table()
+        report, solving = self._move_words(f"reallocation after epoch {epoch}", model)
         decoder.reallocation_round += 1
         decoder.reallocation_epoch.fill_(epoch)
         end = time.monotonic()
         self._reallocation_seconds += end - start
-        if rank() == 0:
-            total = end - start
-            seconds = {"statistics": total - solving, "solve": solving, "total": total}
-            share = self._reallocation_seconds / (end - (self._started or start))
-            report |= {
-                "moved": int((table.cells != old.cells).sum()),
-                "table": table.digest(),
-                "epoch": epoch,
-                "round": int(decoder.reallocation_round),
-                "seconds": {name: round(value, 3) for name, value in seconds.items()},
-                "share_of_training": round(share, 5),
-            }
-            log_reallocation(f"reallocation after epoch {epoch}", report, table)
-            dictionary = self.target_dictionary  # type: ignore[attr-defined]
-            self._save_table(table, epoch, dictionary, "word_table")
-            if not self.args.no_save:
-                with open(Path(self.args.save_dir) / "reallocations.jsonl", "a") as file:
-                    file.write(json.dumps(report) + "\n")
+        if report is None:
+            return
+        table, total = decoder.table.table(), end - start
+        seconds = {"statistics": total - solving, "solve": solving, "total": total}
+        share = self._reallocation_seconds / (end - (self._started or start))
+        report |= {
+            "moved": int((table.cells != old.cells).sum()),
+            "table": table.digest(),
+            "epoch": epoch,
+            "round": int(decoder.reallocation_round),
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "share_of_training": round(share, 5),
+        }
+        log_reallocation(f"reallocation after epoch {epoch}", report, table)
+        dictionary = self.target_dictionary  # type: ignore[attr-defined]
+        self._save_table(table, epoch, dictionary, "word_table")
+        if not self.args.no_save:
+            with open(Path(self.args.save_dir) / "reallocations.jsonl", "a") as file:
+                file.write(json.dumps(report) + "\n")
+
+    def _move_words(self, title: str, model: nn.Module) -> tuple[dict[str, Any] | None, float]:
+        """Puts a better table into force; returns a report, on the first worker, and seconds."""
+        decoder: Any = model.decoder
+        folder = tempfile.gettempdir() if self.args.no_save else self.args.save_dir
+        size = decoder.table.num_words, *decoder.statistics_shape()
+        passes = decoder.table.num_components if self.args.reallocation_regather else 1
+        report, solving = None, 0.0
+        with statistics_storage(self.args.reallocation_memory, size, folder) as storage:
+            for fixed in range(passes):
+                what = f"{title}, component {fixed + 1}" if passes > 1 else title
+                logger.info(f"{what}: gathering statistics")
+                gathered = gather_statistics(model, self.training_batches(), storage.arguments)
+                begun, table = time.monotonic(), None
+                if rank() == 0:
+                    logger.info(f"{what}: solving")
+                    found = self.solve_reallocation(
+                        decoder, gathered.statistics, storage.solver_memory, fixed
+                    )
+                    table = found.table
+                    if report is None:
+                        objective = str(self.args.reallocation_objective)
+                        weight = self.args.reallocation_row_weight
+                        report = reallocation_report(found, gathered, objective, weight)
+                decoder.table.seat(broadcast_table(table, decoder.table))
+                solving += time.monotonic() - begun
+                del gathered  # before the next ones take as much memory
+        return report, solving
 
     def solve_reallocation(
         self,
@@ -440,48 +348,3 @@ class SeatingMixin:
         directory.mkdir(parents=True, exist_ok=True)
         table.save(directory / f"{file_name}.epoch{epoch}.txt", dictionary.symbols)
         table.save(directory / f"{file_name}.txt", dictionary.symbols)
-
-
-def check_initial_table(flag: str, value: str) -> None:
-    """Refuses what is neither a kind of table nor a file."""
-    if value not in INITIAL_TABLES and not os.path.isfile(value):
-        raise UsageError(f"{flag} {value}: neither one of {', '.join(INITIAL_TABLES)} nor a file")
-
-
-def _check(args: Any) -> None:
-    """Refuses flags of reallocation that have no meaning."""
-    reallocation_epochs(args.reallocate_epochs, args.reallocate_interval, args.max_epoch)
-    for name in ("reallocation_row_weight", "reallocation_words", "reallocation_memory"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be above 0")
-    if args.reallocation_row_weight != 1 and str(args.reallocation_objective) != "joint":
-        raise UsageError(
-            f"--reallocation-row-weight {args.reallocation_row_weight} belongs to "
-            "--reallocation-objective joint; row-first heeds rows alone"
-        )
-    if not 0 <= args.reallocation_margin < float("inf"):
-        raise UsageError(f"--reallocation-margin {args.reallocation_margin}: must not be negative")
-    if args.reallocation_regather and str(args.reallocation_objective) == "joint":
-        raise UsageError(
-            "--reallocation-regather belongs to --reallocation-objective row-first; joint chooses "
-            "rows and columns at once"
-        )
-    if args.reallocation_mean_inputs and args.fp16 and not args.memory_efficient_fp16:
-        raise UsageError(
-            "--reallocation-mean-inputs changes the model's vectors, which --fp16 would overwrite "
-            "with its copy: use --memory-efficient-fp16"
-        )
-
-
-def _check_checkpoints(*paths: str) -> None:
-    """Refuses checkpoints that were cut short, which torch reports without their name."""
-    for path in paths:
-        if os.path.isfile(path):
-            with open(path, "rb") as file:
-                is_zip = file.read(2) == b"PK"
-            if os.path.getsize(path) == 0 or (is_zip and not zipfile.is_zipfile(path)):
-                raise UsageError(
-                    f"{path}: the checkpoint is truncated; remove it, or go on from another one "
-                    "with --restore-file"
-                )

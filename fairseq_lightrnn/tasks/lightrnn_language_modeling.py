@@ -15,7 +15,8 @@ from fairseq_lightrnn.criterions import two_component_cross_entropy  # noqa: F40
 from fairseq_lightrnn.data.lanes import SHORTEST_BLOCK, LaneDataset, LaneIterator
 from fairseq_lightrnn.data.target_input import TargetInputDataset, consecutive_text
 from fairseq_lightrnn.errors import UsageError
-from fairseq_lightrnn.tasks._seating import SeatingConfig, SeatingMixin
+from fairseq_lightrnn.tasks._seating import SeatingMixin
+from fairseq_lightrnn.tasks._seating_config import SeatingConfig
 from fairseq_lightrnn.tasks._statistics import world_size
 from fairseq_lightrnn.tasks._validation_losses import ValidationLossMixin
 

@@ -17,7 +17,8 @@ from torch import nn
 from fairseq_lightrnn.criterions import two_component_cross_entropy  # noqa: F401  (registers)
 from fairseq_lightrnn.data.target_input import TargetInputDataset, consecutive_text
 from fairseq_lightrnn.errors import UsageError
-from fairseq_lightrnn.tasks._seating import SeatingConfig, SeatingMixin, check_initial_table
+from fairseq_lightrnn.tasks._seating import SeatingMixin
+from fairseq_lightrnn.tasks._seating_config import SeatingConfig, check_initial_table
 from fairseq_lightrnn.word_table import WordTable
 
 __all__ = ["LightRNNTranslationConfig", "LightRNNTranslationTask"]
