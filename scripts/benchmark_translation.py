@@ -80,6 +80,8 @@ def parse() -> argparse.Namespace:
     add("--test", required=True, nargs="+", metavar="NAME=PREFIX")
     add("--pieces", type=int, metavar="N", help="split words into pieces, N of them")
     add("--metrics", choices=["translations", "answers"], default="translations")
+    add("--table-text", choices=["target", "both"], default="target",
+        help="text whose neighbours make LightRNN's tables (default: %(default)s)")  # fmt: skip
     add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     add("--seed", type=int, default=1)
     add("--epochs", type=int, default=12, help="(default: %(default)s)")
@@ -146,6 +148,7 @@ def model_flags(system: str, args: argparse.Namespace) -> list[Any]:
     ours = [
         "--user-dir", PLUGIN, "--task", "lightrnn_translation",
         "--criterion", "two_component_cross_entropy", "--label-smoothing", args.label_smoothing,
+        "--table-text", args.table_text,
     ]  # fmt: skip
     stock = ["--task", "translation", "--criterion", "label_smoothed_cross_entropy",
              "--label-smoothing", args.label_smoothing]  # fmt: skip

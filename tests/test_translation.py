@@ -26,6 +26,7 @@ from fairseq_run import (
     write_pairs,
 )
 
+from fairseq_lightrnn.allocation import initial_table
 from fairseq_lightrnn.commands.reallocate import main as reallocate
 from fairseq_lightrnn.commands.table import main as table_command
 from fairseq_lightrnn.language_model import LanguageModel
@@ -424,6 +425,27 @@ class TestSourceTables:
         assert "--source-table shared: reallocation heeds" in caplog.text
         found, _ = translate(capsys, data, tmp_path / "out" / "checkpoint2.pt", "--beam", 2)
         assert len(found["H"]) == 12
+
+    def test_a_table_from_the_text_of_both_sides(self, tmp_path: Path) -> None:
+        """As from the source side written with the target's words, unknown words and all."""
+        for seed, split in enumerate(("train", "valid", "test")):
+            write_pairs(tmp_path, split, 60, seed)
+            source = tmp_path / f"{split}.src"
+            # Half of the source's words are those of the target.
+            source.write_text(re.sub("s([0-9]*[02468])\\b", r"t\1", source.read_text()))
+        binarise_pairs(tmp_path)
+        train_translation(tmp_path / "bin", tmp_path / "out", max_epoch=1, table_text="both")
+        words = symbols(tmp_path / "bin", "tgt")
+        text = []
+        for side in ("tgt", "src"):
+            lines = (tmp_path / f"train.{side}").read_text().splitlines()
+            known = [
+                w if w in words else "<unk>" for line in lines for w in (*line.split(), "</s>")
+            ]
+            text.append(np.array([words.index(word) for word in known]))
+        expected = initial_table("cooccurrence", len(words), (7, 6), tokens=text)
+        assert WordTable.load(tmp_path / "out" / "word_table.txt", words) == expected
+        assert expected != initial_table("cooccurrence", len(words), (7, 6), tokens=text[:1])
 
     def test_resumes_bit_for_bit(self, pairs: Path, tmp_path: Path) -> None:
         flags = {"source_table": "own", "reallocate_epochs": 1, "max_epoch": 2}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from fairseq import utils
 from fairseq.data import data_utils
+from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from torch import nn
@@ -30,6 +31,14 @@ _MADE = "cooccurrence"
 
 @dataclass
 class LightRNNTranslationConfig(SeatingConfig, TranslationConfig):
+    table_text: ChoiceEnum(["target", "both"]) = field(  # type: ignore[valid-type]
+        default="target",
+        metadata={
+            "help": "text that tells which words --initial-table cooccurrence puts together: the "
+            "target's, or both sides, for questions and answers and other texts in one language; "
+            "source words that the target lacks count as unknown there"
+        },
+    )
     initial_source_table: str = field(
         default=_MADE,
         metadata={
@@ -116,12 +125,14 @@ class LightRNNTranslationTask(SeatingMixin, TranslationTask):
     def training_text(self) -> Iterator[np.ndarray]:
         """Yields the target side of the training split as arrays of consecutive text.
 
-        And the source side too, where its words share the table.
+        And the source side too, where its words share the table or ``--table-text`` asks for it.
         """
         text = self._side(self.args.target_lang)
-        if self._source_table == "shared":
-            return chain(text, self._side(self.args.source_lang))
-        return text
+        if self._source_table != "shared" and str(self.args.table_text) == "target":
+            return text
+        source, target = self.source_dictionary, self.target_dictionary
+        in_target = np.array([target.index(word) for word in source.symbols])
+        return chain(text, (in_target[piece] for piece in self._side(self.args.source_lang)))
 
     def _side(self, language: str) -> Iterator[np.ndarray]:
         at_target = language == self.args.target_lang
