@@ -41,16 +41,19 @@ class ComponentEmbedding(nn.Module):
     Args:
         shape: the k sizes of the table.
         dim: the width of a vector.
-        table: the word table in force; needed for residuals only.
+        table: the word table in force; needed for residuals and an input table only.
         residual_dim: numbers of every word's own, projected to ``dim`` and added to the vector of
             its last component; 0 for none. They start at zero.
         dropout: the probability that training drops a whole vector, for all of its occurrences in a
             batch; the others are scaled. Words' residuals are vectors of their own: dropped word by
             word, whatever becomes of the words' components (arXiv 1708.02182, section 4.3).
         frequent: further numbers that frequent words have, added likewise.
+        own_table: words have the vectors of their cells in a table of the input's own, which is the
+            word table in force at first. Whole words only can be looked up then.
 
     Attributes:
         weight: parameter of shape (ΣR_i, dim).
+        input_table: the input's own table, or None.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class ComponentEmbedding(nn.Module):
         residual_dim: int = 0,
         dropout: float = 0.0,
         frequent: FrequentSize | None = None,
+        own_table: bool = False,
     ) -> None:
         super().__init__()
         self.shape = tuple(shape)
@@ -72,11 +76,15 @@ class ComponentEmbedding(nn.Module):
         nn.init.uniform_(self.weight, -_INIT_RANGE, _INIT_RANGE)
         self.residual: nn.Embedding | None = None
         self.frequent: FrequentInput | None = None
-        if not residual_dim and frequent is None:
+        self.input_table: TableLookup | None = None
+        if not residual_dim and frequent is None and not own_table:
             return
         if table is None:
-            raise ValueError("residuals belong to words: give the table in force")
+            raise ValueError("residuals and an input table need words: give the table in force")
         self._table = (table,)
+        if own_table:
+            self.input_table = TableLookup(table.num_words, table.shape)
+            self.input_table.seat(table.table())
         if residual_dim:
             self.residual = nn.Embedding(table.num_words, residual_dim)
             nn.init.zeros_(self.residual.weight)
@@ -89,7 +97,8 @@ class ComponentEmbedding(nn.Module):
         """Looks vectors up.
 
         Args:
-            coordinates: integers of shape (..., j): the values of j consecutive components.
+            coordinates: integers of shape (..., j): the values of j consecutive components in the
+                word table in force.
             first_component: the first of them.
 
         Returns:
@@ -97,11 +106,16 @@ class ComponentEmbedding(nn.Module):
         """
         size = coordinates.size(-1)
         offsets = self.offsets[first_component : first_component + size]
-        vectors = self._look_up(coordinates + offsets, self.weight)
-        if size < len(self.shape) or (self.residual is None and self.frequent is None):
-            return vectors
+        whole = (self.residual, self.frequent, self.input_table) != (None, None, None)
+        if size < len(self.shape) or not whole:
+            return self._look_up(coordinates + offsets, self.weight)
         (table,) = self._table
         words = table.words[table.flatten(coordinates)]
+        if self.input_table is not None:
+            coordinates = self.input_table(words)
+        vectors = self._look_up(coordinates + offsets, self.weight)
+        if self.residual is None and self.frequent is None:
+            return vectors
         last = vectors[..., -1, :]
         if self.residual is not None:
             last = last + self.projection(self._look_up(words, self.residual.weight))

@@ -16,7 +16,10 @@ table. ``--tables`` names what is compared:
 * ``tied``: input and output share component vectors;
 * ``…-row-first``, ``…-joint``: a random or a co-occurrence table, reallocated once
   (``--reallocate-after``); ``-regather``: columns from statistics gathered again; ``-margin-…``:
-  only words that gain so many nats each time move. They go on from the same epochs before.
+  only words that gain so many nats each time move; ``-kept``: words are read by the initial table
+  for good, and only the table that predicts them changes (with ``-regather``, but for
+  ``cooccurrence-kept``); ``-often``: after every epoch from then on. They go on from the same epochs
+  before.
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ JOINT = ("--reallocation-objective", "joint")
 REGATHER = ("--reallocation-regather",)
 MARGIN = ("--reallocation-margin", "0.5")
 WIDE_MARGIN = ("--reallocation-margin", "2")
+OFTEN = ("--reallocate-interval", "1")
+KEPT = ("--keep-input-table",)
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,10 @@ TABLES = {
     "cooccurrence-regather": Table(reallocation=REGATHER),
     "cooccurrence-margin-0.5": Table(reallocation=MARGIN),
     "cooccurrence-margin-2": Table(reallocation=WIDE_MARGIN),
+    "random-kept": Table("random", flags=KEPT, reallocation=REGATHER),
+    "cooccurrence-kept": Table(flags=KEPT, reallocation=()),
+    "cooccurrence-kept-regather": Table(flags=KEPT, reallocation=REGATHER),
+    "cooccurrence-kept-often": Table(flags=KEPT, reallocation=REGATHER + OFTEN),
 }
 
 
@@ -146,7 +155,9 @@ def train(name: str, seed: int, data: Path, args: argparse.Namespace) -> Path:
     train_in_steps(start, flags, args.reallocate_after, args.reallocate_after)
     if not folder.exists():
         shutil.copytree(start, folder)
-    flags += ["--reallocate-epochs", args.reallocate_after, *table.reallocation]
+    flags += table.reallocation
+    if "--reallocate-interval" not in table.reallocation:
+        flags += ["--reallocate-epochs", args.reallocate_after]
     train_in_steps(folder, flags, args.epochs, args.epochs)
     return folder
 

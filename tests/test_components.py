@@ -129,6 +129,27 @@ def test_means_are_over_the_words_that_share_a_prefix(words: int, shape: tuple[i
             torch.testing.assert_close(means[word, component], log_probs.mean())
 
 
+@pytest.mark.parametrize("residual_dim", [0, 2])
+@pytest.mark.parametrize("shape", [(12,), (3, 4), (2, 2, 3)])
+def test_an_input_table_keeps_what_words_are_read_as(
+    shape: tuple[int, ...], residual_dim: int
+) -> None:
+    table, words = TableLookup(11, shape), torch.arange(11).view(1, 11)
+    embedding = ComponentEmbedding(shape, 5, table, residual_dim, own_table=True)
+    if embedding.residual is not None:
+        nn.init.normal_(embedding.residual.weight)
+    before = embedding(table(words))
+    with_one_table = ComponentEmbedding(shape, 5, table, residual_dim)
+    state = embedding.state_dict()
+    assert state.pop("input_table.coordinates").tolist() == table(words)[0].tolist()
+    with_one_table.load_state_dict(state)
+    torch.testing.assert_close(with_one_table(table(words)), before)
+    cells = np.random.default_rng(1).permutation(table.table().cells)
+    table.seat(WordTable.from_cells(cells, shape))
+    torch.testing.assert_close(embedding(table(words)), before)
+    assert not torch.allclose(with_one_table(table(words)), before)
+
+
 def test_words_are_embedded_as_sums() -> None:
     table = TableLookup(10, (3, 4))
     embedding = ComponentEmbedding((3, 4), 5, table, residual_dim=2)

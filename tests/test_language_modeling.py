@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq_run import (
     TASK,
+    preprocess,
     read_log,
     run,
     symbols,
@@ -166,6 +168,37 @@ class TestTraining:
             train(data, folder, reallocation_margin=margin, **flags)
             moved.append(json.loads((folder / "reallocations.jsonl").read_text())["moved"])
         assert moved[0] > moved[1] > moved[2] == 0
+
+    def test_a_kept_input_table_makes_predicted_losses_true(self, tmp_path: Path) -> None:
+        """Nothing is trained after the reallocation: the rows' loss is then what it foretold."""
+        data, out = preprocess(tmp_path / "data"), tmp_path / "out"
+        for suffix in ("bin", "idx"):
+            shutil.copy(data / f"train.{suffix}", data / f"valid.{suffix}")
+        records = train(
+            data, out, "--keep-input-table", "--reallocation-regather", arch="lightrnn_lm_gated",
+            reallocate_epochs=1, max_epoch=2, lr="0.01,0", lr_scheduler="fixed",
+            initial_table="random",
+        )  # fmt: skip
+        record = json.loads((out / "reallocations.jsonl").read_text())
+        name = "decoder.composition.embedding.input_table.coordinates"
+        before, after = (load(out / f"checkpoint{epoch}.pt")["model"] for epoch in (1, 2))
+        assert torch.equal(before[name], before["decoder.table.coordinates"])
+        assert torch.equal(after[name], before[name])
+        assert not torch.equal(after["decoder.table.coordinates"], before[name])
+        losses = [float(r["valid_row_loss"]) * math.log(2) for r in valid_records(records)]
+        assert [record["cost_before"], record["cost_after"]] == pytest.approx(losses, abs=1e-4)
+        assert losses[1] < losses[0] - 0.02
+
+    def test_a_kept_input_table_can_be_asked_for_later(self, data: Path, tmp_path: Path) -> None:
+        flags = {"arch": "lightrnn_lm_gated", "reallocate_epochs": 1}
+        train(data, tmp_path / "a", max_epoch=2, **flags)
+        train(
+            data, tmp_path / "b", "--keep-input-table", max_epoch=3,
+            restore_file=tmp_path / "a" / "checkpoint2.pt", **flags,
+        )  # fmt: skip
+        state = load(tmp_path / "b" / "checkpoint3.pt")["model"]
+        name = "decoder.composition.embedding.input_table.coordinates"
+        assert torch.equal(state[name], state["decoder.table.coordinates"])
 
     @pytest.mark.parametrize(("components", "shape"), [(2, (7, 7)), (3, (4, 4, 3))])
     def test_later_components_from_statistics_gathered_again(
@@ -510,6 +543,12 @@ class TestBadInput:
     )
     def test_flags(self, data: Path, tmp_path: Path, values: dict[str, Any], message: str) -> None:
         self.refused(message, data, tmp_path, **values)
+
+    def test_an_input_table_of_the_papers_composition(self, data: Path, tmp_path: Path) -> None:
+        self.refused(
+            "--keep-input-table: --composition recurrent predicts", data, tmp_path,
+            "--keep-input-table",
+        )  # fmt: skip
 
     def test_columns_gathered_again_without_rows_first(self, data: Path, tmp_path: Path) -> None:
         self.refused(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fairseq_lightrnn.components import ComponentSoftmax
+from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax
 from fairseq_lightrnn.composition import Context, Prediction
 from fairseq_lightrnn.distribution import coordinate_log_probs, next_word_log_probs, top_words
 from fairseq_lightrnn.errors import UsageError
@@ -61,6 +61,12 @@ class SeatedDecoder:
     softmax: ComponentSoftmax
     reallocation_round: Tensor
     reallocation_epoch: Tensor
+
+    @property
+    def input_vectors(self) -> ComponentEmbedding:
+        """The vectors with which words are read."""
+        vectors: ComponentEmbedding = self.composition.embedding  # type: ignore[attr-defined]
+        return vectors
 
     def _register_reallocation(self) -> None:
         self.register_buffer("reallocation_round", torch.tensor(-1))  # type: ignore[attr-defined]
@@ -168,8 +174,15 @@ class SeatedDecoder:
         return scores.expand(*sample["target"].shape, len(self.dictionary))
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
-        """Refuses the state of a model of another dictionary."""
-        _check_words(state_dict.get(f"{name}.table.coordinates"), self.dictionary, "model")
+        """Refuses the state of a model of another dictionary.
+
+        A model that had no input table of its own goes on with the word table that it had.
+        """
+        coordinates = state_dict.get(f"{name}.table.coordinates")
+        _check_words(coordinates, self.dictionary, "model")
+        for place, module in self.named_modules():  # type: ignore[attr-defined]
+            if coordinates is not None and module is self.input_vectors.input_table:
+                state_dict.setdefault(f"{name}.{place}.coordinates", coordinates)
         super().upgrade_state_dict_named(state_dict, name)  # type: ignore[misc]
         return state_dict
 

@@ -52,6 +52,13 @@ class TableConfig(FairseqDataclass):
     output_residual_dim: int = field(
         default=0, metadata={"help": "numbers of its own with which every word is predicted"}
     )
+    keep_input_table: bool = field(
+        default=False,
+        metadata={
+            "help": "read words by the initial table for good, so that reallocation moves them in "
+            "the table that predicts them alone and unsettles nothing that was learnt of reading"
+        },
+    )
     share_residuals: bool = field(
         default=False,
         metadata={

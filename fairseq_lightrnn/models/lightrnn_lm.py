@@ -141,7 +141,16 @@ def check_config(cfg: LightRNNLanguageModelConfig) -> None:
 
 
 def build_embedding(cfg: LightRNNLanguageModelConfig, table: TableLookup) -> ComponentEmbedding:
-    """Returns the input vectors that the flags ask for."""
+    """Returns the input vectors that the flags ask for.
+
+    Raises:
+        UsageError: if words cannot be read by a table of their own.
+    """
+    if cfg.keep_input_table and str(cfg.composition) == "recurrent":
+        raise UsageError(
+            "--keep-input-table: --composition recurrent predicts a column with the step that read "
+            "the row, so both need one table; use --composition gated"
+        )
     return ComponentEmbedding(
         table.shape,
         cfg.embed_dim,
@@ -149,6 +158,7 @@ def build_embedding(cfg: LightRNNLanguageModelConfig, table: TableLookup) -> Com
         cfg.input_residual_dim,
         cfg.component_dropout,
         frequent_size(cfg, table.num_words),
+        cfg.keep_input_table,
     )
 
 

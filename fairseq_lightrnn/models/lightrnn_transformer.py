@@ -66,7 +66,12 @@ class LightRNNTransformerDecoder(SeatedDecoder, TransformerDecoderBase):
         dim = cfg.decoder.embed_dim
         frequent = frequent_size(table_cfg, len(dictionary))
         embedding = ComponentEmbedding(
-            shape, dim, table, table_cfg.input_residual_dim, frequent=frequent
+            shape,
+            dim,
+            table,
+            table_cfg.input_residual_dim,
+            frequent=frequent,
+            own_table=table_cfg.keep_input_table,
         )
         # The sum of a word's vectors starts as the vectors of fairseq's transformer do.
         nn.init.normal_(embedding.weight, std=(dim * len(shape)) ** -0.5)
@@ -89,6 +94,12 @@ class LightRNNTransformerDecoder(SeatedDecoder, TransformerDecoderBase):
         if not shared:
             nn.init.normal_(self.softmax.weight, std=self.output_embed_dim**-0.5)
         self._register_reallocation()
+
+    @property
+    def input_vectors(self) -> ComponentEmbedding:
+        """The vectors with which words are read."""
+        vectors: ComponentEmbedding = self.embed_tokens.embedding
+        return vectors
 
     def build_output_projection(self, cfg: Any, dictionary: Any, embed_tokens: Any) -> None:
         """Builds nothing as wide as the vocabulary."""

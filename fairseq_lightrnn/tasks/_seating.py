@@ -186,6 +186,8 @@ class SeatingMixin:
         self.seat(
             decoder.table, kind, self._given_table, dictionary, self.training_text, "word_table"
         )
+        if decoder.input_vectors.input_table is not None:
+            decoder.input_vectors.input_table.seat(decoder.table.table())
         decoder.reallocation_round.fill_(0)
 
     def seat(
