@@ -18,8 +18,8 @@ table. ``--tables`` names what is compared:
   (``--reallocate-after``); ``-regather``: columns from statistics gathered again; ``-margin-…``:
   only words that gain so many nats each time move; ``-kept``: words are read by the initial table
   for good, and only the table that predicts them changes (with ``-regather``, but for
-  ``cooccurrence-kept``); ``-often``: after every epoch from then on. They go on from the same epochs
-  before.
+  ``cooccurrence-kept``); ``-often``: after every epoch from then on. All go on from the same
+  epochs before.
 """
 
 from __future__ import annotations

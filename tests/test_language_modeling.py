@@ -259,8 +259,9 @@ class TestTraining:
         components: int,
     ) -> None:
         """Biases and residuals train, are reallocated with their words and evaluate alike."""
+        keep = ["--keep-input-table"] * (architecture == "lightrnn_lm_gated")
         records = train(
-            data, tmp_path, "--word-bias", arch=architecture, num_components=components,
+            data, tmp_path, "--word-bias", *keep, arch=architecture, num_components=components,
             input_residual_dim=3, output_residual_dim=2, frequent_words=9,
             frequent_residual_dim=4, reallocate_epochs=1, max_epoch=2,
         )  # fmt: skip

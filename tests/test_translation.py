@@ -417,9 +417,10 @@ class TestSourceTables:
         caplog: pytest.LogCaptureFixture,
     ) -> None:  # fmt: skip
         data = preprocess_pairs(tmp_path / "data", "--joined-dictionary", sentences=60)
+        keep = ["--keep-input-table"] * (arch != "lightrnn_translation")
         with caplog.at_level(logging.WARNING):
             train_translation(
-                data, tmp_path / "out", arch=arch, source_table="shared", max_epoch=2,
+                data, tmp_path / "out", *keep, arch=arch, source_table="shared", max_epoch=2,
                 reallocate_epochs=1,
             )  # fmt: skip
         assert "--source-table shared: reallocation heeds" in caplog.text
@@ -447,12 +448,14 @@ class TestSourceTables:
         assert WordTable.load(tmp_path / "out" / "word_table.txt", words) == expected
         assert expected != initial_table("cooccurrence", len(words), (7, 6), tokens=text[:1])
 
-    def test_resumes_bit_for_bit(self, pairs: Path, tmp_path: Path) -> None:
-        flags = {"source_table": "own", "reallocate_epochs": 1, "max_epoch": 2}
-        train_translation(pairs, tmp_path / "a", **flags)
+    @pytest.mark.parametrize("arch", ARCHITECTURES)
+    def test_resumes_bit_for_bit(self, pairs: Path, tmp_path: Path, arch: str) -> None:
+        keep = ["--keep-input-table"] * (arch != "lightrnn_translation")
+        flags = {"arch": arch, "source_table": "own", "reallocate_epochs": 1, "max_epoch": 2}
+        train_translation(pairs, tmp_path / "a", *keep, **flags)
         train_translation(
-            pairs, tmp_path / "b", restore_file=tmp_path / "a" / "checkpoint1.pt", table_seed=5,
-            **flags,
+            pairs, tmp_path / "b", *keep, restore_file=tmp_path / "a" / "checkpoint1.pt",
+            table_seed=5, **flags,
         )  # fmt: skip
         assert_same_training(*(tmp_path / name / "checkpoint2.pt" for name in "ab"))
 
