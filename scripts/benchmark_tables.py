@@ -19,7 +19,7 @@ table. ``--tables`` names what is compared:
   only words that gain so many nats each time move; ``-kept``: words are read by the initial table
   for good, and only the table that predicts them changes (with ``-regather``, but for
   ``cooccurrence-kept``); ``-often``: after every epoch from then on. All go on from the same
-  epochs before.
+  epochs before, but for ``-early``: after epochs 1, 2 and 4.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ REGATHER = ("--reallocation-regather",)
 MARGIN = ("--reallocation-margin", "0.5")
 WIDE_MARGIN = ("--reallocation-margin", "2")
 OFTEN = ("--reallocate-interval", "1")
+EARLY = ("--reallocate-epochs", "1,2,4")
 KEPT = ("--keep-input-table",)
 
 
@@ -93,6 +94,7 @@ TABLES = {
     "random-kept": Table("random", flags=KEPT, reallocation=REGATHER),
     "cooccurrence-kept": Table(flags=KEPT, reallocation=()),
     "cooccurrence-kept-regather": Table(flags=KEPT, reallocation=REGATHER),
+    "cooccurrence-kept-early": Table(flags=KEPT, reallocation=REGATHER + EARLY),
     "cooccurrence-kept-often": Table(flags=KEPT, reallocation=REGATHER + OFTEN),
 }
 
@@ -148,8 +150,8 @@ def train(name: str, seed: int, data: Path, args: argparse.Namespace) -> Path:
         "--tokens-per-sample", args.block, "--batch-size", args.batch_size, "--optimizer", "adam",
         "--lr", args.lr, "--clip-norm", 1, "--seed", seed,
     ]  # fmt: skip
-    if table.reallocation is None:
-        train_in_steps(folder, flags, args.epochs, args.epochs)
+    if table.reallocation is None or "--reallocate-epochs" in table.reallocation:
+        train_in_steps(folder, flags + list(table.reallocation or ()), args.epochs, args.epochs)
         return folder
     start = args.out / f"start-{table.kind}-{seed}"
     train_in_steps(start, flags, args.reallocate_after, args.reallocate_after)
