@@ -14,11 +14,13 @@ reallocated once as by the authors' program, greedily (``authors``), and on a co
 (``gated``), with a bias for each word (``gated-bias``), with 25 numbers of each word's own
 (``gated-full``), with further 128 for each of 1,000 frequent words (``gated-frequent``), with 129
 for every word (``gated-wide``), with 65 of which 64 serve input and output alike, as the vectors of
-rows and columns then do too (``gated-shared``), these without that layer (``gated-linear``); the
-same program with one component, an ordinary softmax LSTM (``softmax``), and that with the layer
-(``softmax-ffn``); fairseq's ``lstm_lm`` with full (``lstm_lm``) and with adaptive softmax
-(``lstm_lm-adaptive``). The last two know no carried state: they are trained on blocks, and tested
-on blocks long enough that the start does not matter.
+rows and columns then do too (``gated-shared``), these without that layer (``gated-linear``), and
+``gated`` and ``gated-shared`` (with vectors of their own) with words reallocated after epochs 1, 2,
+4, 8 and 16 where they are predicted, but not where they are read (``gated-moved``,
+``gated-shared-moved``); the same program with one component, an ordinary softmax LSTM
+(``softmax``), and that with the layer (``softmax-ffn``); fairseq's ``lstm_lm`` with full
+(``lstm_lm``) and with adaptive softmax (``lstm_lm-adaptive``). The last two know no carried state:
+they are trained on blocks, and tested on blocks long enough that the start does not matter.
 
 Seconds are those that the CPU worked for a training process, start and validation included, so
 that other work on the machine changes them little. Perplexities are those of the checkpoint with
@@ -64,12 +66,17 @@ VOCABULARY = ("embedding", "softmax", "gates", "embed_tokens", "fc_out")
 
 # Input and output have the same vectors and numbers of words.
 SHARED = ("--share-residuals", "--share-component-vectors")
-# name: flags of the model
+# Words are read by the initial table for good, and moved where they are predicted.
+MOVED = ("--keep-input-table", "--reallocation-regather")
+MOVED_AFTER = (1, 2, 4, 8, 16)
+# name: flags of the model and the task
 OURS: dict[str, list[str]] = {
     "gated-full": ["--composition", "gated", *words_own(16, 8)],
     "gated-frequent": ["--composition", "gated", *words_own(16, 8), "--frequent-words", "1000"],
     "gated-wide": ["--composition", "gated", *words_own(64, 64)],
     "gated-shared": ["--composition", "gated", *words_own(64, 64), *SHARED],
+    "gated-shared-moved": ["--composition", "gated", *words_own(64, 64), SHARED[0], *MOVED],
+    "gated-moved": ["--composition", "gated", *MOVED],
     "gated-linear": ["--composition", "gated", *words_own(64, 64), *SHARED],
     "gated-bias": ["--composition", "gated", "--word-bias"],
     "gated": ["--composition", "gated"],
@@ -167,6 +174,13 @@ def train(system: str, seed: int, data: Path, folder: Path, args: argparse.Names
         "--lr", args.lr, "--lr-scheduler", "reduce_lr_on_plateau", "--lr-shrink", 0.5,
         "--clip-norm", 1, "--seed", seed,
     ]  # fmt: skip
+    if system.endswith("moved"):
+        for goal in range(args.step, args.epochs, args.step):
+            epochs = ",".join(str(epoch) for epoch in MOVED_AFTER if epoch < goal)
+            moving = [*flags, "--reallocate-epochs", epochs]
+            train_in_steps(folder, moving, goal, args.step, args.seconds)
+        epochs = ",".join(str(epoch) for epoch in MOVED_AFTER if epoch < args.epochs)
+        flags += ["--reallocate-epochs", epochs]
     if system == "authors":
         first = min(args.authors_round, args.epochs)
         train_in_steps(folder, flags, first, args.step, args.seconds)
