@@ -14,7 +14,7 @@ numbers of each word's own (``lightrnn-gated``), with 128 more for each of 1,500
 (``lightrnn-frequent``), or with 37 numbers of each word's own: 12 for input and 24 for output
 (``lightrnn-wide``), or 36 for both (``lightrnn-shared``, ``--shared``), these also with a
 feed-forward layer of four times the width (``lightrnn-ffn``); ``lightrnn_transformer`` with the 25
-or the 37 (``lightrnn-transformer-wide``).
+or the 37 (``lightrnn-transformer-wide``), or as ``lightrnn-ffn`` (``lightrnn-transformer-ffn``).
 All are trained alike, with a learning rate that falls to nothing, and tested with the checkpoint of
 the best validation perplexity. ``results.json`` has sacrebleu's paired bootstrap of every system
 against fairseq's own. Question answering is translation here: ``--metrics answers`` counts exact
@@ -50,6 +50,7 @@ from side_by_side import (
 SYSTEMS = (
     "lstm", "lightrnn", "lightrnn-gated", "lightrnn-frequent", "lightrnn-wide", "lightrnn-shared",
     "lightrnn-ffn", "transformer", "lightrnn-transformer", "lightrnn-transformer-wide",
+    "lightrnn-transformer-ffn",
 )  # fmt: skip
 # Composition, and what words have of their own.
 OWN: dict[str, list[str]] = {
@@ -95,7 +96,7 @@ def parse() -> argparse.Namespace:
         help="of Adam in the first epoch, from which it falls (default: %(default)s)")  # fmt: skip
     add("--max-tokens", type=int, default=2000, help="of a batch (default: %(default)s)")
     add("--shared", type=int, default=36, metavar="N",
-        help="numbers of each word's own in lightrnn-shared (default: %(default)s)")  # fmt: skip
+        help="numbers of a word's own where input and output share them (default: %(default)s)")  # fmt: skip
     add("--beam", type=int, default=5, help="(default: %(default)s)")
     return parser.parse_args()
 
@@ -167,6 +168,9 @@ def model_flags(system: str, args: argparse.Namespace) -> list[Any]:
         if system == "transformer":
             return [*stock, "--arch", "transformer", *sides]
         own = words_own(12, 24) if system.endswith("wide") else words_own(16, 8)
+        if system.endswith("ffn"):
+            own = [*words_own(args.shared, args.shared), "--share-residuals"]
+            own += ["--output-ffn-dim", str(4 * args.width)]
         return [*ours, "--arch", "lightrnn_transformer", *sides, *own]
     if system == "lstm":
         return [

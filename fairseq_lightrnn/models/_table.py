@@ -80,6 +80,13 @@ class TableConfig(FairseqDataclass):
             "output"
         },
     )
+    output_ffn_dim: int = field(
+        default=0,
+        metadata={
+            "help": "units of a feed-forward layer that outputs pass before they predict anything, "
+            "with a connection around it (four times their width is a good size); 0 for none"
+        },
+    )
 
 
 @dataclass
@@ -181,7 +188,7 @@ def check_numbers(cfg: Any, sizes: tuple[str, ...], dropouts: tuple[str, ...] = 
     for name in (*sizes, "frequent_residual_dim"):
         if getattr(cfg, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
-    for name in ("input_residual_dim", "output_residual_dim"):
+    for name in ("input_residual_dim", "output_residual_dim", "output_ffn_dim"):
         if getattr(cfg, name) < 0:
             raise UsageError(
                 f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative"

@@ -100,14 +100,6 @@ class LightRNNLanguageModelConfig(TableConfig):
         default=0.0,
         metadata={"help": "dropout on the recurrent matrices of the LSTM, one mask for each batch"},
     )
-    output_ffn_dim: int = field(
-        default=0,
-        metadata={
-            "help": "units of a feed-forward layer that outputs pass before they predict anything, "
-            "with a connection around it (four times --hidden-size is a good size), dropped by "
-            "--dropout-out; 0 for none"
-        },
-    )
     share_component_vectors: bool = field(
         default=False,
         metadata={
@@ -131,8 +123,6 @@ def check_config(cfg: LightRNNLanguageModelConfig) -> None:
             "weight_dropout",
         ),
     )
-    if cfg.output_ffn_dim < 0:
-        raise UsageError(f"--output-ffn-dim {cfg.output_ffn_dim}: must not be negative")
     if cfg.share_component_vectors and cfg.embed_dim != cfg.hidden_size:
         raise UsageError(
             f"--share-component-vectors needs --embed-dim ({cfg.embed_dim}) equal to "

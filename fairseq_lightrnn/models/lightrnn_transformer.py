@@ -79,7 +79,11 @@ class LightRNNTransformerDecoder(SeatedDecoder, TransformerDecoderBase):
         super().__init__(cfg, dictionary, words, no_encoder_attn=cfg.no_cross_attention)
         self.table = table
         self.prediction = GatedPredictor(
-            shape, self.output_embed_dim, residual_dim=query_dim(table_cfg)
+            shape,
+            self.output_embed_dim,
+            residual_dim=query_dim(table_cfg),
+            ffn_dim=table_cfg.output_ffn_dim,
+            ffn_dropout=cfg.dropout,
         )
         shared = cfg.share_decoder_input_output_embed
         self.softmax = ComponentSoftmax(
