@@ -199,27 +199,36 @@ def test_one_component_is_the_transformer_of_fairseq(shared: bool) -> None:
     torch.testing.assert_close(log_probs(model, source, target), expected)
 
 
+@pytest.mark.parametrize("ffn_dim", [0, 7])
 @pytest.mark.parametrize(("words", "shape"), TABLES)
-def test_gates_follow_their_equations(words: int, shape: tuple[int, ...]) -> None:
-    """g_i = tanh((W_i h + u_i) ⊙ 2σ(Σ_j gate_ij) + Σ_j shift_ij), for outputs of any network."""
+def test_gates_follow_their_equations(words: int, shape: tuple[int, ...], ffn_dim: int) -> None:
+    """g_i = tanh((W_i h + u_i) ⊙ 2σ(Σ_j gate_ij) + Σ_j shift_ij), for outputs of any network.
+
+    With a feed-forward layer of h + B relu(A h) in the place of h.
+    """
     torch.manual_seed(0)
-    predictor = GatedPredictor(shape, 4, residual_dim=2).double()
+    predictor = GatedPredictor(shape, 4, residual_dim=2, ffn_dim=ffn_dim).double()
     base = torch.randn(2, 3, 4, dtype=torch.float64)
     upcoming = torch.stack([torch.randint(size, (2, 3)) for size in shape], dim=-1)
     outputs = predictor.predict(base, upcoming)
     assert outputs.shape == (2, 3, len(shape), 6)
     context = predictor.context(base[1, 2, None])
+    hidden = base[1, 2]
+    if ffn_dim:
+        inner, outer = predictor.ffn.inner, predictor.ffn.outer
+        units = (inner.weight @ hidden + inner.bias).clamp(min=0)
+        hidden = hidden + outer.weight @ units + outer.bias
     for component in range(len(shape)):
-        expected = base[1, 2]
+        expected = hidden
         if component:
             both = sum(
                 predictor.gates[component - 1].weight[sum(shape[:j]) + upcoming[1, 2, j]]
                 for j in range(component)
             )
-            opened = predictor.transforms[component - 1](base[1, 2]) * 2 * torch.sigmoid(both[:4])
+            opened = predictor.transforms[component - 1](hidden) * 2 * torch.sigmoid(both[:4])
             expected = torch.tanh(opened + both[4:])
             context = predictor.extend(context, component - 1, upcoming[1:2, 2, component - 1])
-        expected = torch.cat([expected, predictor.query(base[1, 2])])
+        expected = torch.cat([expected, predictor.query(hidden)])
         torch.testing.assert_close(outputs[1, 2, component], expected)
         torch.testing.assert_close(context.output[0], expected)
 
@@ -247,7 +256,7 @@ class TestSourceTables:
     def test_shared(self, decoder: str) -> None:
         model = build(decoder, 12, (3, 4), source_table="shared", source=dictionary(12))
         words, decoder_table = model.encoder.embed_tokens, model.decoder.table
-        tables = [name for name in model.state_dict() if name.endswith("table.coordinates")]
+        tables = [name for name in model.state_dict() if name.endswith(".table.coordinates")]
         assert tables == ["decoder.table.coordinates"]
         embedding = (
             model.decoder.embed_tokens.embedding

@@ -41,14 +41,18 @@ def build(
     scale: float = 1.0,
     extras: bool = True,
 ) -> Model:
-    """A random model in double precision, with biases and residuals of words, and an FFN."""
+    """A random model in double precision, with biases and residuals of words, and an FFN.
+
+    And with an input table of its own, where the composition can have one.
+    """
     torch.manual_seed(seed)
     lookup = TableLookup(words, shape)
-    cells = np.random.default_rng(seed).permutation(lookup.table().cells)
-    lookup.seat(WordTable.from_cells(cells, shape))
     residual = 2 if extras else 0
     frequent = FrequentSize(max(1, words // 3), 3) if extras else None
-    embedding = ComponentEmbedding(shape, 5, lookup, residual, frequent=frequent)
+    own_table = extras and not kind.reads_components  # the words are seated elsewhere below
+    embedding = ComponentEmbedding(shape, 5, lookup, residual, 0.0, frequent, own_table)
+    cells = np.random.default_rng(seed).permutation(lookup.table().cells)
+    lookup.seat(WordTable.from_cells(cells, shape))
     query = residual + (3 if extras else 0)
     composition = kind(embedding, 6, 2, residual_dim=query, ffn_dim=7 if extras else 0)
     softmax = ComponentSoftmax(lookup, 6, None, extras, residual, frequent)

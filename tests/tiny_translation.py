@@ -60,6 +60,7 @@ def build(
         "num_components": len(shape), "table_shape": "x".join(map(str, shape)), "dropout": 0.0,
         "word_bias": extras, "input_residual_dim": 3 * extras, "output_residual_dim": 2 * extras,
         "frequent_words": words // 3 * extras, "frequent_residual_dim": 2,
+        "output_ffn_dim": 7 * extras, "keep_input_table": extras and decoder != "recurrent",
     }  # fmt: skip
     target = dictionary(words)
     job = task(source or dictionary(11, "s"), target)
@@ -70,7 +71,6 @@ def build(
         model: Any = LightRNNTransformerModel.build_model(args, job)
     else:
         lstm = {"embed_dim": 5, "hidden_size": 6, "num_layers": 2, "composition": decoder}
-        lstm["output_ffn_dim"] = 7 * extras
         cfg = LightRNNTranslationModelConfig(**{**common, **lstm, **flags})
         model = LightRNNTranslationModel.build_model(cfg, job)
     cells = np.random.default_rng(words).permutation(model.decoder.table.table().cells)
