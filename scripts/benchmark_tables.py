@@ -153,8 +153,10 @@ def train(name: str, seed: int, data: Path, args: argparse.Namespace) -> Path:
     if table.reallocation is None or "--reallocate-epochs" in table.reallocation:
         train_in_steps(folder, flags + list(table.reallocation or ()), args.epochs, args.epochs)
         return folder
-    start = args.out / f"start-{table.kind}-{seed}"
-    train_in_steps(start, flags, args.reallocate_after, args.reallocate_after)
+    # Before a reallocation there is nothing to keep: all tables of a kind start alike.
+    start = args.out / f"start-{table.kind}-{args.reallocate_after}-{seed}"
+    without = [flag for flag in flags if flag not in KEPT]
+    train_in_steps(start, without, args.reallocate_after, args.reallocate_after)
     if not folder.exists():
         shutil.copytree(start, folder)
     flags += table.reallocation
@@ -172,7 +174,7 @@ def main() -> None:
         for name in args.tables:
             folder = train(name, seed, data, args)
             test("gated", data, folder, args)
-            summarise(args.out, describe(args))
+            summarise(args.out, {**describe(args), "reallocate_after": args.reallocate_after})
 
 
 if __name__ == "__main__":

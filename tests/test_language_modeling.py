@@ -189,6 +189,33 @@ class TestTraining:
         assert [record["cost_before"], record["cost_after"]] == pytest.approx(losses, abs=1e-4)
         assert losses[1] < losses[0] - 0.02
 
+    @pytest.mark.parametrize("architecture", ["lightrnn_lm_ptb", "lightrnn_lm_gated"])
+    def test_checkpoints_older_than_a_flag_load(
+        self, data: Path, tmp_path: Path, architecture: str
+    ) -> None:
+        """fairseq gives presets no defaults of the flags that their checkpoints lack."""
+        train(data, tmp_path, arch=architecture, max_epoch=1, output_ffn_dim=0)
+        path = tmp_path / "checkpoint1.pt"
+        state = load(path)
+        for name in (
+            "keep_input_table",
+            "output_ffn_dim",
+            "frequent_words",
+            "frequent_residual_dim",
+        ):
+            del state["cfg"]["model"][name]
+        torch.save(state, path)
+        (model,), _ = checkpoint_utils.load_model_ensemble([str(path)], {"data": str(data)})
+        assert model.decoder.input_vectors.input_table is None
+        assert model.decoder.composition.ffn is None
+
+    def test_a_kept_input_table_stays_with_the_model(self, data: Path, tmp_path: Path) -> None:
+        flags = {"arch": "lightrnn_lm_gated", "max_epoch": 2}
+        train(data, tmp_path, "--keep-input-table", **flags)
+        with pytest.raises(Exception, match="Cannot load model parameters") as refusal:
+            train(data, tmp_path / "b", restore_file=tmp_path / "checkpoint1.pt", **flags)
+        assert "give --keep-input-table again" in str(refusal.value.__context__)
+
     def test_a_kept_input_table_can_be_asked_for_later(self, data: Path, tmp_path: Path) -> None:
         flags = {"arch": "lightrnn_lm_gated", "reallocate_epochs": 1}
         train(data, tmp_path / "a", max_epoch=2, **flags)
@@ -549,6 +576,18 @@ class TestBadInput:
         self.refused(
             "--keep-input-table: --composition recurrent predicts", data, tmp_path,
             "--keep-input-table",
+        )  # fmt: skip
+
+    def test_input_tables_of_shared_vectors(self, data: Path, tmp_path: Path) -> None:
+        self.refused(
+            "--keep-input-table and --share-component-vectors: give one", data, tmp_path,
+            "--keep-input-table", "--share-component-vectors", arch="lightrnn_lm_gated",
+        )  # fmt: skip
+
+    def test_a_margin_for_columns_gathered_again(self, data: Path, tmp_path: Path) -> None:
+        self.refused(
+            "--reallocation-margin and --reallocation-regather: give one", data, tmp_path,
+            "--reallocation-regather", reallocation_margin=1,
         )  # fmt: skip
 
     def test_columns_gathered_again_without_rows_first(self, data: Path, tmp_path: Path) -> None:

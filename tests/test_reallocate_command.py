@@ -52,6 +52,13 @@ def test_the_same_table_as_in_training(data: Path, trained: Path, tmp_path: Path
 def test_a_margin(data: Path, trained: Path, tmp_path: Path) -> None:
     report = reallocate(trained / "checkpoint1.pt", data, tmp_path / "new.pt", "--margin", 100)
     assert report["moved"] == 0
+    assert report["gap"] == pytest.approx(0, abs=1e-9)
+    for flags, message in (
+        (("--margin", -1), "--margin -1.0: must not be negative"),
+        (("--margin", 1, "--table-shape", "6x8"), "--margin: --table and --table-shape seat"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            reallocate(trained / "checkpoint1.pt", data, tmp_path / "new.pt", *flags)
 
 
 def test_the_same_table_with_carried_state(data: Path, tmp_path: Path) -> None:

@@ -423,9 +423,25 @@ class TestSourceTables:
                 data, tmp_path / "out", *keep, arch=arch, source_table="shared", max_epoch=2,
                 reallocate_epochs=1,
             )  # fmt: skip
-        assert "--source-table shared: reallocation heeds" in caplog.text
+        # Only if words are read by the table that changes.
+        assert ("--source-table shared: reallocation heeds" in caplog.text) == (not keep)
         found, _ = translate(capsys, data, tmp_path / "out" / "checkpoint2.pt", "--beam", 2)
         assert len(found["H"]) == 12
+
+    @pytest.mark.parametrize("arch", ARCHITECTURES[1:])
+    def test_an_input_table_can_be_kept_later(self, tmp_path: Path, arch: str) -> None:
+        data = preprocess_pairs(tmp_path / "data", "--joined-dictionary", sentences=60)
+        flags = {"arch": arch, "source_table": "shared", "reallocate_epochs": 1}
+        train_translation(data, tmp_path / "a", max_epoch=2, **flags)
+        train_translation(
+            data, tmp_path / "b", "--keep-input-table", max_epoch=3,
+            restore_file=tmp_path / "a" / "checkpoint2.pt", **flags,
+        )  # fmt: skip
+        state = torch.load(tmp_path / "b" / "checkpoint3.pt", weights_only=False)["model"]
+        places = [name for name in state if name.endswith("input_table.coordinates")]
+        assert len(places) == 2  # encoder and decoder read by the same one
+        for name in places:
+            assert torch.equal(state[name], state["decoder.table.coordinates"])
 
     def test_a_table_from_the_text_of_both_sides(self, tmp_path: Path) -> None:
         """As from the source side written with the target's words, unknown words and all."""
@@ -510,6 +526,10 @@ class TestBadInput:
             ({"table_shape": "5x5"}, "--table-shape 5x5: a table of shape 5x5 has 25 cells"),
             ({"source_table_shape": "9x9"}, "belongs to --source-table own"),
             ({"source_table": "shared"}, "preprocess with --joined-dictionary"),
+            (
+                {"table_text": "both", "initial_table": "random"},
+                "--table-text both: --initial-table random looks at no text",
+            ),
             ({"source_table": "own", "source_table_shape": "5"}, "--source-table-shape 5: a table"),
             ({"initial_source_table": "random"}, "belongs to --source-table own"),
             ({"initial_source_table": "sorted"}, "--initial-source-table sorted: neither one of"),

@@ -49,7 +49,8 @@ class Reallocation:
       cost_before: cost of the old table; of the first component that was assigned for
         ``row-first``, of all components (weighted) for ``joint``.
       cost_after: the same of the new table.
-      lower_bound: no table costs less than this by the same measure.
+      lower_bound: no table costs less than this by the same measure. With a ``stay_margin``, less
+        than ``cost_after`` by as much as the assignment may be off the best that the margin allows.
       component_costs_before: (k,) cost of each component before, never weighted.
       component_costs_after: the same after.
       seconds: time of the solve.
@@ -121,8 +122,7 @@ def reallocate(
       num_threads: threads; the table does not depend on it.
 
     Returns:
-      The new table, its costs and their lower bound. With a ``stay_margin`` the bound holds but is
-      looser.
+      The new table, its costs and their lower bound.
 
     Raises:
       ValueError: sizes do not fit together, an option is out of range, or a statistic is NaN or
@@ -176,6 +176,14 @@ def reallocate(
         measured = [1.0 if i == fixed_components else 0.0 for i in range(len(losses))]
     after = _component_costs(losses, new)
     cost_after = float(np.dot(measured, after))
+    if stay_margin:
+        # The bound is that of costs less the bonus of words that stay.
+        solved = [
+            float(source.chosen(torch.from_numpy(np.array(new.coordinates[:, i]))).sum())
+            for i, source in enumerate(costs)
+            if measured[i]
+        ]
+        bound = cost_after - max(0.0, sum(solved) - bound)
     return Reallocation(
         table=new,
         moved=int((new.cells != table.cells).sum()),

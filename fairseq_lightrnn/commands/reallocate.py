@@ -100,6 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for other in ("table_shape", "export"):
         if args.table and getattr(args, other):
             raise UsageError(f"--table and --{other.replace('_', '-')}: give one of them")
+    if args.margin and (args.table or args.table_shape):
+        raise UsageError("--margin: --table and --table-shape seat all words anew; leave it out")
+    if not 0 <= args.margin < float("inf"):
+        raise UsageError(f"--margin {args.margin}: must not be negative")
     started = time.monotonic()
     state, task = _load(args)
     model = task.build_model(state["cfg"].model, from_checkpoint=True)
@@ -174,6 +178,8 @@ def _load(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         overrides.update(max_tokens=None, batch_size=state["cfg"].dataset.batch_size)
     settings = OmegaConf.create(OmegaConf.to_container(state["cfg"].task))
     settings.update(overrides)
+    if "table_text" in settings:  # of a table that is not made here
+        settings.table_text = "target"
     return state, tasks.setup_task(settings)
 
 

@@ -180,9 +180,13 @@ class SeatedDecoder:
         """
         coordinates = state_dict.get(f"{name}.table.coordinates")
         _check_words(coordinates, self.dictionary, "model")
-        for place, module in self.named_modules():  # type: ignore[attr-defined]
-            if coordinates is not None and module is self.input_vectors.input_table:
-                state_dict.setdefault(f"{name}.{place}.coordinates", coordinates)
+        if self.input_vectors.input_table is None and any(
+            key.startswith(f"{name}.") and "input_table" in key for key in state_dict
+        ):
+            raise UsageError(
+                "the model reads words by a table of their own: give --keep-input-table again"
+            )
+        _add_input_tables(state_dict, name, self, coordinates)
         super().upgrade_state_dict_named(state_dict, name)  # type: ignore[misc]
         return state_dict
 
@@ -199,7 +203,8 @@ class SourceEncoder:
         )
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
-        """Refuses the state of a model of another dictionary."""
+        """Refuses the state of a model of another dictionary, as the decoder does."""
+        _add_input_tables(state_dict, name, self, state_dict.get("decoder.table.coordinates"))
         for key in ("weight", "table.coordinates"):
             words = state_dict.get(f"{name}.embed_tokens.{key}")
             _check_words(words, self.dictionary, "model's encoder")
@@ -226,6 +231,17 @@ class SeatedTranslation:
             prev_output_tokens, encoder_out=encoder_out, target_tokens=target_tokens
         )
         return predicted
+
+
+def _add_input_tables(
+    state_dict: dict[str, Any], name: str, part: Any, coordinates: Tensor | None
+) -> None:
+    """Completes the state of a model that had no input tables, which knows its word table."""
+    if coordinates is None:
+        return
+    for place, module in part.named_modules():
+        if isinstance(module, ComponentEmbedding) and module.input_table is not None:
+            state_dict.setdefault(f"{name}.{place}.input_table.coordinates", coordinates)
 
 
 def _check_words(words: Tensor | None, dictionary: Any, who: str) -> None:

@@ -16,6 +16,7 @@ from fairseq_lightrnn.word_table import check_shape, default_shape
 __all__ = [
     "SourceTableConfig",
     "TableConfig",
+    "check_input_table",
     "check_numbers",
     "check_task",
     "frequent_size",
@@ -197,6 +198,15 @@ def check_numbers(cfg: Any, sizes: tuple[str, ...], dropouts: tuple[str, ...] = 
         value = getattr(cfg, name)
         if value is not None and not 0 <= value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 0 and below 1")
+
+
+def check_input_table(cfg: Any, flag: str, shared: bool) -> None:
+    """Refuses a flag that has input and output share vectors of two tables."""
+    if cfg.keep_input_table and shared:
+        raise UsageError(
+            f"--keep-input-table and {flag}: give one of them; rows and columns of two tables are "
+            "of different words, and have nothing to share"
+        )
 
 
 def check_task(task: Any, architecture: str, name: str) -> None:

@@ -26,6 +26,7 @@ from fairseq_lightrnn.models._carried_state import CarriedState
 from fairseq_lightrnn.models._seated import SeatedDecoder
 from fairseq_lightrnn.models._table import (
     TableConfig,
+    check_input_table,
     check_numbers,
     check_task,
     frequent_size,
@@ -136,7 +137,8 @@ def build_embedding(cfg: LightRNNLanguageModelConfig, table: TableLookup) -> Com
     Raises:
         UsageError: if words cannot be read by a table of their own.
     """
-    if cfg.keep_input_table and str(cfg.composition) == "recurrent":
+    check_input_table(cfg, "--share-component-vectors", cfg.share_component_vectors)
+    if cfg.keep_input_table and str(cfg.composition) == "recurrent" and len(table.shape) > 1:
         raise UsageError(
             "--keep-input-table: --composition recurrent predicts a column with the step that read "
             "the row, so both need one table; use --composition gated"

@@ -22,6 +22,7 @@ from fairseq_lightrnn.gated import GatedPredictor
 from fairseq_lightrnn.models._seated import SeatedDecoder, SeatedTranslation, SourceEncoder
 from fairseq_lightrnn.models._table import (
     SourceTableConfig,
+    check_input_table,
     check_numbers,
     check_task,
     frequent_size,
@@ -86,6 +87,7 @@ class LightRNNTransformerDecoder(SeatedDecoder, TransformerDecoderBase):
             ffn_dropout=cfg.dropout,
         )
         shared = cfg.share_decoder_input_output_embed
+        check_input_table(table_cfg, "--share-decoder-input-output-embed", shared)
         self.softmax = ComponentSoftmax(
             table,
             self.output_embed_dim,

@@ -7,12 +7,15 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from fairseq.logging import progress_bar
+from fairseq.models import ARCH_MODEL_NAME_REGISTRY, MODEL_DATACLASS_REGISTRY
 from fairseq.utils import resolve_max_positions
+from omegaconf import DictConfig, open_dict
 from torch import nn
 
 from fairseq_lightrnn.allocation.initial_table import INITIAL_TABLES, initial_table
@@ -91,7 +94,9 @@ class SeatingMixin:
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> nn.Module:
         """Builds a model that seats words; the initial table is seated when training begins."""
-        if not from_checkpoint:
+        if from_checkpoint:
+            _add_new_flags(cfg)
+        else:
             self._read_table_files(cfg)
         model: nn.Module = super().build_model(cfg, from_checkpoint)  # type: ignore[misc]
         if not hasattr(getattr(model, "decoder", None), "reallocation_round"):
@@ -350,3 +355,18 @@ class SeatingMixin:
         directory.mkdir(parents=True, exist_ok=True)
         table.save(directory / f"{file_name}.epoch{epoch}.txt", dictionary.symbols)
         table.save(directory / f"{file_name}.txt", dictionary.symbols)
+
+
+def _add_new_flags(cfg: Any) -> None:
+    """Gives flags that are younger than a checkpoint their defaults.
+
+    fairseq does so for models, but not for the architectures that are presets of a model.
+    """
+    if not isinstance(cfg, DictConfig):
+        return
+    model = ARCH_MODEL_NAME_REGISTRY.get(cfg._name, cfg._name)
+    defaults = MODEL_DATACLASS_REGISTRY[model]()
+    with open_dict(cfg):
+        for flag in fields(defaults):
+            if flag.name not in cfg:
+                cfg[flag.name] = getattr(defaults, flag.name)

@@ -56,7 +56,7 @@ class SeatingConfig(FairseqDataclass):
         default=0.0,
         metadata={
             "help": "nats that a word must gain, each time it occurs, to change its row (and again "
-            "its column): the larger, the fewer words move"
+            "its column): the larger, the fewer words move; not with --reallocation-regather"
         },
     )
     reallocation_regather: bool = field(
@@ -119,6 +119,11 @@ def check_seating(args: Any) -> None:
         raise UsageError(
             "--reallocation-regather belongs to --reallocation-objective row-first; joint chooses "
             "rows and columns at once"
+        )
+    if args.reallocation_regather and args.reallocation_margin:
+        raise UsageError(
+            "--reallocation-margin and --reallocation-regather: give one of them; columns chosen "
+            "anew have no place to stay"
         )
 
 

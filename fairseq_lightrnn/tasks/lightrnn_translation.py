@@ -36,7 +36,8 @@ class LightRNNTranslationConfig(SeatingConfig, TranslationConfig):
         metadata={
             "help": "text that tells which words --initial-table cooccurrence puts together: the "
             "target's, or both sides, for questions and answers and other texts in one language; "
-            "source words that the target lacks count as unknown there"
+            "source words that the target lacks count as unknown there. --source-table shared "
+            "always takes both"
         },
     )
     initial_source_table: str = field(
@@ -56,6 +57,7 @@ class LightRNNTranslationTask(SeatingMixin, TranslationTask):
     stock_task = "translation"
     _given_source_table: WordTable | None = None
     _source_table = "none"
+    _keeps_input_table = False
 
     @property
     def args(self) -> Any:  # type: ignore[override]
@@ -71,12 +73,18 @@ class LightRNNTranslationTask(SeatingMixin, TranslationTask):
                 "leave the flag out"
             )
         check_initial_table("--initial-source-table", args.initial_source_table)
+        if str(args.table_text) == "both" and args.initial_table != _MADE:
+            raise UsageError(
+                f"--table-text both: --initial-table {args.initial_table} looks at no text; "
+                f"use --initial-table {_MADE}"
+            )
         _check_data(args)
         return super().setup_task(args, **kwargs)
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> nn.Module:
         """Builds a model; the initial tables are seated when training begins."""
         self._source_table = str(getattr(cfg, "source_table", "none"))
+        self._keeps_input_table = bool(getattr(cfg, "keep_input_table", False))
         return super().build_model(cfg, from_checkpoint)
 
     def _read_table_files(self, cfg: Any) -> None:
@@ -90,9 +98,8 @@ class LightRNNTranslationTask(SeatingMixin, TranslationTask):
                 f"--initial-source-table {self.args.initial_source_table} belongs to "
                 "--source-table own"
             )
-        if self._source_table == "shared" and (
-            self.args.reallocate_epochs or self.args.reallocate_interval
-        ):
+        moving = self.args.reallocate_epochs or self.args.reallocate_interval
+        if self._source_table == "shared" and moving and not self._keeps_input_table:
             logger.warning(
                 "--source-table shared: reallocation heeds the loss of target words alone and "
                 "moves words that occur in the source only wherever there is room"
