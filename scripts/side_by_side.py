@@ -60,19 +60,32 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 def call(module: str, *arguments: Any, log: Path | None = None) -> str:
     """Runs one of fairseq's commands with one thread and returns what it printed."""
+    return _call(module, *arguments, log=log)[0]
+
+
+def _call(
+    module: str, *arguments: Any, log: Path | None = None
+) -> tuple[str, resource.struct_rusage]:
+    """Returns what one of fairseq's commands printed, and what it used of the machine."""
     command = [sys.executable, "-m", f"fairseq_cli.{module}", *map(str, arguments)]
-    done = subprocess.run(
+    process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, **_KEEP_MEMORY, "OMP_NUM_THREADS": "1"},
     )
+    assert process.stdout is not None
+    with process.stdout:
+        output = process.stdout.read()
+    # Not RUSAGE_CHILDREN, whose peak is that of the largest process so far.
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
     if log is not None:
-        log.write_text(done.stdout)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}")
-    return done.stdout
+        log.write_text(output)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{output[-3000:]}")
+    return output, used
 
 
 def train_in_steps(
@@ -94,23 +107,21 @@ def train_in_steps(
         if done >= epochs or (seconds is not None and done * _seconds_per_epoch(steps) >= seconds):
             return
         goal = min(done + step, epochs)
-        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+        start = time.monotonic()
         arguments = [
             *flags, "--save-dir", folder, "--max-epoch", goal, "--cpu", "--num-workers", 0,
             "--no-epoch-checkpoints", "--log-format", "json", "--log-interval", 1000,
             "--log-file", folder / "train.log",
         ]  # fmt: skip
-        output = call("train", *arguments)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        output, used = _call("train", *arguments)
         _keep_epochs((folder / "train.log").read_text(), folder / "epochs.jsonl")
         record = {
             "epoch": goal,
             # Fewer than the step has, if an interrupted process left some behind.
             "trained": len(set(re.findall(_EPOCH, output))),
-            "cpu_seconds": round(used, 1),
+            "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
             "seconds": round(time.monotonic() - start, 1),
-            "peak_mib": round(after.ru_maxrss / 1024),
+            "peak_mib": round(used.ru_maxrss / 1024),
         }
         append_line(folder / "steps.jsonl", record)
 

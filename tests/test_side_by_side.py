@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,30 +29,21 @@ def books(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     module.trained = 0  # epochs that the checkpoint knows
     module.calls = []
-    clock = {"used": 0.0}
 
-    def call(command: str, *arguments: Any, log: Path | None = None) -> str:
+    def call(command: str, *arguments: Any, log: Path | None = None) -> tuple[str, Any]:
         flags = list(map(str, arguments))
         goal = int(flags[flags.index("--max-epoch") + 1])
         module.calls.append((command, goal))
-        lines = []
+        lines, used = [], 0.0
         for epoch in range(module.trained + 1, goal + 1):
-            clock["used"] += 10
+            used += 10
             lines.append(f'INFO | {{"epoch": {epoch}, "valid_loss": "{LOSSES[epoch - 1]}"}}')
         module.trained = goal
         with open(flags[flags.index("--log-file") + 1], "a") as file:
             file.writelines(line + "\n" for line in lines * 2)  # fairseq repeats itself
-        return "\n".join(lines)
+        return "\n".join(lines), SimpleNamespace(ru_utime=used, ru_stime=0.0, ru_maxrss=2048)
 
-    class Usage:
-        ru_stime = 0.0
-        ru_maxrss = 2048
-
-        def __init__(self) -> None:
-            self.ru_utime = clock["used"]
-
-    monkeypatch.setattr(module, "call", call)
-    monkeypatch.setattr(module.resource, "getrusage", lambda _: Usage())
+    monkeypatch.setattr(module, "_call", call)
     return module
 
 
@@ -113,3 +106,35 @@ def test_parameters_that_are_shared_count_once(books: ModuleType, tmp_path: Path
     torch.save({"model": model}, tmp_path / "checkpoint_best.pt")
     found = books.count_parameters(tmp_path, ("embedding", "output"))
     assert found == {"parameters": 43, "vocabulary_parameters": 40}
+
+
+USE = """
+import side_by_side
+for size in (900, 1):
+    print(side_by_side._call("eat", size)[1].ru_maxrss >> 10)
+"""
+
+
+def test_memory_is_that_of_each_process(tmp_path: Path) -> None:
+    """A small process after a large one. The parent is small too: a child's peak starts there."""
+    package = tmp_path / "fairseq_cli"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "eat.py").write_text("import sys\nbytearray(int(sys.argv[1]) << 20)\n")
+    path = f"{tmp_path}:{SCRIPT.parent}"
+    done = subprocess.run(
+        [sys.executable, "-c", USE], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    large, small = map(int, done.stdout.split())
+    assert large > 900
+    assert small < 450
+
+
+def test_a_command_that_fails_leaves_its_log(
+    books: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match="fairseq_cli.eat no failed:"):
+        books.call("eat", "no", log=tmp_path / "log")
+    assert "No module named" in (tmp_path / "log").read_text()
