@@ -76,7 +76,8 @@ def test_the_same_table_with_carried_state(data: Path, tmp_path: Path) -> None:
 def test_exported_statistics_give_the_same_table(data: Path, trained: Path, tmp_path: Path) -> None:
     checkpoint, folder = trained / "checkpoint1.pt", tmp_path / "export"
     report = reallocate(checkpoint, data, tmp_path / "new.pt", "--export", folder)
-    rest = np.load(folder / "rest.npz")
+    with np.load(folder / "rest.npz") as file:
+        rest = dict(file)
     statistics = AllocationStatistics(48, 2, 8)
     statistics.sums.copy_(torch.from_numpy(np.load(folder / "sums.npy")))
     statistics.counts.copy_(torch.from_numpy(rest["counts"]))
