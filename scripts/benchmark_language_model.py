@@ -90,24 +90,32 @@ WITHOUT_FFN = ("gated-linear", "recurrent", "random", "authors", "softmax")
 PEERS = ("lstm_lm", "lstm_lm-adaptive")
 
 
+def add_training_flags(
+    parser: argparse.ArgumentParser, width: int, dropout: float, lanes: int
+) -> None:
+    """Adds the folders, and what all models of a comparison have in common, with its defaults."""
+    add = parser.add_argument
+    add("text", type=Path, metavar="FOLDER", help="of the text files")
+    add("out", type=Path, metavar="OUTPUT", help="folder to write to")
+    add("--width", type=int, default=width, help="of vectors and LSTM (default: %(default)s)")
+    add("--layers", type=int, default=1, help="of the LSTM (default: %(default)s)")
+    add("--dropout", type=float, default=dropout, help="(default: %(default)s)")
+    add("--lr", type=float, default=0.002, help="of Adam at first (default: %(default)s)")
+    add("--batch-size", type=int, default=lanes, help="lanes (default: %(default)s)")
+    add("--block", type=int, default=35, help="words of a block (default: %(default)s)")
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("text", type=Path, metavar="FOLDER", help="of the text files")
-    add("out", type=Path, metavar="OUTPUT", help="folder to write to")
     add("--systems", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])
     add("--seeds", type=int, nargs="+", default=[1])
     add("--epochs", type=int, default=30, help="of training (default: %(default)s)")
     add("--seconds", type=float, metavar="S",
         help="train a system no further once it has had S CPU seconds")  # fmt: skip
-    add("--width", type=int, default=200, help="of vectors and LSTM (default: %(default)s)")
-    add("--layers", type=int, default=1, help="of the LSTM (default: %(default)s)")
-    add("--dropout", type=float, default=0.3, help="(default: %(default)s)")
-    add("--lr", type=float, default=0.002, help="of Adam at first (default: %(default)s)")
-    add("--batch-size", type=int, default=32, help="lanes (default: %(default)s)")
-    add("--block", type=int, default=35, help="words of a block (default: %(default)s)")
+    add_training_flags(parser, width=200, dropout=0.3, lanes=32)
     add(
         "--authors-round",
         type=int,

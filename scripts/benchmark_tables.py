@@ -31,12 +31,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmark_language_model import binarise, describe, test
+from benchmark_language_model import add_training_flags, binarise, describe, test
 from fairseq.data import Dictionary, data_utils
 from language_model_report import summarise
 from side_by_side import PLUGIN, train_in_steps
 
 from fairseq_lightrnn.allocation import CoOccurrence, initial_table
+from fairseq_lightrnn.data.target_input import consecutive_text
 from fairseq_lightrnn.word_table import default_shape
 
 JOINT = ("--reallocation-objective", "joint")
@@ -104,19 +105,12 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("text", type=Path, metavar="FOLDER", help="of the text files")
-    add("out", type=Path, metavar="OUTPUT", help="folder to write to")
     add("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     add("--seeds", type=int, nargs="+", default=[1, 2])
     add("--epochs", type=int, default=8, help="of training (default: %(default)s)")
     add("--reallocate-after", type=int, default=3, metavar="N",
         help="epochs before a reallocation (default: %(default)s)")  # fmt: skip
-    add("--width", type=int, default=128, help="of vectors and LSTM (default: %(default)s)")
-    add("--layers", type=int, default=1, help="of the LSTM (default: %(default)s)")
-    add("--dropout", type=float, default=0.2, help="(default: %(default)s)")
-    add("--lr", type=float, default=0.002, help="of Adam (default: %(default)s)")
-    add("--batch-size", type=int, default=64, help="lanes (default: %(default)s)")
-    add("--block", type=int, default=35, help="words of a block (default: %(default)s)")
+    add_training_flags(parser, width=128, dropout=0.2, lanes=64)
     return parser.parse_args()
 
 
@@ -132,7 +126,7 @@ def make_table(table: Table, data: Path, path: Path, seed: int) -> None:
         table.shape or default_shape(len(dictionary)),
         seed=seed,
         counts=np.array(dictionary.count),
-        tokens=[np.concatenate([piece.numpy() for piece in text])],
+        tokens=consecutive_text(text),
         how=table.how,
     ).save(path, dictionary.symbols)
 

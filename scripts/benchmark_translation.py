@@ -96,7 +96,7 @@ def parse() -> argparse.Namespace:
         help="of Adam in the first epoch, from which it falls (default: %(default)s)")  # fmt: skip
     add("--max-tokens", type=int, default=2000, help="of a batch (default: %(default)s)")
     add("--shared", type=int, default=36, metavar="N",
-        help="numbers of a word's own that serve input and output (default: 36)")  # fmt: skip
+        help="numbers of a word's own that serve both sides (default: %(default)s)")  # fmt: skip
     add("--beam", type=int, default=5, help="(default: %(default)s)")
     return parser.parse_args()
 
