@@ -45,12 +45,15 @@ from benchmark_allocation import load as load_instance
 from language_model_report import summarise
 from side_by_side import (
     PLUGIN,
+    add_gpu_flag,
     append_line,
     call,
     count_parameters,
+    device_flags,
     is_tested,
     machine,
     read_lines,
+    train_for,
     train_in_steps,
     words_own,
 )
@@ -103,6 +106,7 @@ def add_training_flags(
     add("--lr", type=float, default=0.002, help="of Adam at first (default: %(default)s)")
     add("--batch-size", type=int, default=lanes, help="lanes (default: %(default)s)")
     add("--block", type=int, default=35, help="words of a block (default: %(default)s)")
+    add_gpu_flag(parser)
 
 
 def parse() -> argparse.Namespace:
@@ -115,6 +119,10 @@ def parse() -> argparse.Namespace:
     add("--epochs", type=int, default=30, help="of training (default: %(default)s)")
     add("--seconds", type=float, metavar="S",
         help="train a system no further once it has had S CPU seconds")  # fmt: skip
+    add("--for-seconds", type=float, metavar="S",
+        help="train every system for S seconds of the clock, not for epochs")  # fmt: skip
+    add("--validate-updates", type=int, default=3000, metavar="N",
+        help="with --for-seconds, updates between validations (default: %(default)s)")  # fmt: skip
     add_training_flags(parser, width=200, dropout=0.3, lanes=32)
     add(
         "--authors-round",
@@ -180,8 +188,11 @@ def train(system: str, seed: int, data: Path, folder: Path, args: argparse.Names
         data, *model_flags(system, args, num_words), "--dropout", args.dropout,
         "--tokens-per-sample", args.block, "--batch-size", args.batch_size, "--optimizer", "adam",
         "--lr", args.lr, "--lr-scheduler", "reduce_lr_on_plateau", "--lr-shrink", 0.5,
-        "--clip-norm", 1, "--seed", seed,
+        "--clip-norm", 1, "--seed", seed, *device_flags(args),
     ]  # fmt: skip
+    if args.for_seconds is not None:
+        train_for(folder, flags, args.for_seconds, args.validate_updates)
+        return
     if system.endswith("moved"):
         for goal in range(args.step, args.epochs, args.step):
             epochs = ",".join(str(epoch) for epoch in MOVED_AFTER if epoch < goal)
@@ -223,7 +234,7 @@ def test(system: str, data: Path, folder: Path, args: argparse.Namespace) -> Non
     """Scores the test split with the best checkpoint and counts parameters."""
     if is_tested(folder):
         return
-    flags = ["--cpu", "--path", folder / "checkpoint_best.pt", "--gen-subset", "test"]
+    flags = [*device_flags(args), "--path", folder / "checkpoint_best.pt", "--gen-subset", "test"]
     if system in OURS:
         flags += ["--user-dir", PLUGIN, "--task", "lightrnn_language_modeling",
                   "--carry-hidden-state", "--tokens-per-sample", args.block,

@@ -34,7 +34,7 @@ import numpy as np
 from benchmark_language_model import add_training_flags, binarise, describe, test
 from fairseq.data import Dictionary, data_utils
 from language_model_report import summarise
-from side_by_side import PLUGIN, train_in_steps
+from side_by_side import PLUGIN, device_flags, train_in_steps
 
 from fairseq_lightrnn.allocation import CoOccurrence, initial_table
 from fairseq_lightrnn.data.target_input import consecutive_text
@@ -142,7 +142,7 @@ def train(name: str, seed: int, data: Path, args: argparse.Namespace) -> Path:
         "--embed-dim", args.width, "--hidden-size", args.width, "--num-layers", args.layers,
         "--output-ffn-dim", 0, "--initial-table", file, *table.flags, "--dropout", args.dropout,
         "--tokens-per-sample", args.block, "--batch-size", args.batch_size, "--optimizer", "adam",
-        "--lr", args.lr, "--clip-norm", 1, "--seed", seed,
+        "--lr", args.lr, "--clip-norm", 1, "--seed", seed, *device_flags(args),
     ]  # fmt: skip
     if table.reallocation is None or "--reallocate-epochs" in table.reallocation:
         train_in_steps(folder, flags + list(table.reallocation or ()), args.epochs, args.epochs)

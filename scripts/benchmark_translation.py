@@ -37,8 +37,10 @@ from typing import Any
 
 from side_by_side import (
     PLUGIN,
+    add_gpu_flag,
     call,
     count_parameters,
+    device_flags,
     is_tested,
     machine,
     read_lines,
@@ -98,6 +100,7 @@ def parse() -> argparse.Namespace:
     add("--shared", type=int, default=36, metavar="N",
         help="numbers of a word's own that serve both sides (default: %(default)s)")  # fmt: skip
     add("--beam", type=int, default=5, help="(default: %(default)s)")
+    add_gpu_flag(parser)
     return parser.parse_args()
 
 
@@ -200,7 +203,7 @@ def train(system: str, data: Path, folder: Path, args: argparse.Namespace) -> No
         args.target, "--dropout", args.dropout, "--max-tokens", args.max_tokens,
         "--optimizer", "adam", "--lr", learning_rates(args.lr, args.epochs), "--lr-scheduler",
         "fixed", "--warmup-updates", 400, "--clip-norm", 1, "--seed", args.seed,
-        "--best-checkpoint-metric", "nll_loss",
+        "--best-checkpoint-metric", "nll_loss", *device_flags(args),
     ]  # fmt: skip
     train_in_steps(folder, flags, args.epochs, args.step)
 
@@ -213,8 +216,8 @@ def test(system: str, data: Path, folder: Path, args: argparse.Namespace) -> Non
     for number, test in enumerate(args.test):
         name, prefix = test.split("=", 1)
         subset = f"test{number or ''}"
-        flags = ["--path", folder / "checkpoint_best.pt", "--gen-subset", subset, "--cpu",
-                 "--source-lang", args.source, "--target-lang", args.target,
+        flags = ["--path", folder / "checkpoint_best.pt", "--gen-subset", subset,
+                 *device_flags(args), "--source-lang", args.source, "--target-lang", args.target,
                  "--beam", args.beam, "--batch-size", 64]  # fmt: skip
         if system.startswith("lightrnn"):
             flags += ["--user-dir", PLUGIN, "--task", "lightrnn_translation"]

@@ -6,6 +6,7 @@ Every run has a folder: ``steps.jsonl`` holds the CPU seconds and memory of each
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -18,17 +19,20 @@ import time
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 __all__ = [
     "PLUGIN",
+    "add_gpu_flag",
     "append_line",
     "call",
     "count_parameters",
+    "device_flags",
     "is_tested",
     "machine",
     "read_lines",
     "read_run",
+    "train_for",
     "train_in_steps",
     "words_own",
 ]
@@ -37,6 +41,8 @@ PLUGIN = Path(__file__).resolve().parent.parent / "fairseq_lightrnn"
 # glibc hands large blocks of memory back and asks for them anew at each step, by default; the page
 # faults take a third of the time of a softmax over 10,000 words.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+# Updates.
+_LOG_INTERVAL = 100
 # What fairseq logs after an epoch's validation.
 _EPOCH = r"\{\"epoch\": \d+, \"valid_loss\".*\}"
 
@@ -45,6 +51,18 @@ def words_own(of_input: int, of_output: int) -> list[str]:
     """Returns the flags that give each word a bias, and residuals of so many numbers."""
     widths = "--input-residual-dim", str(of_input), "--output-residual-dim", str(of_output)
     return ["--word-bias", *widths]
+
+
+def add_gpu_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--gpu``."""
+    parser.add_argument("--gpu", action="store_true",
+        help="train and test on the GPU; seconds are then those of the clock, so that they mean "
+        "little while several processes share it")  # fmt: skip
+
+
+def device_flags(args: argparse.Namespace) -> list[str]:
+    """Returns the flags of a fairseq command that choose the device."""
+    return [] if args.gpu else ["--cpu"]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -95,7 +113,7 @@ def train_in_steps(
 
     Args:
         folder: of the run, where checkpoints lie too; what is there is gone on with.
-        flags: of the training, but those of the CPU, the folder, the epochs and the log.
+        flags: of the training, but those of the folder, the epochs and the log.
         epochs: of the whole training.
         step: epochs of a process.
         seconds: of the CPU, after which no further process starts.
@@ -107,23 +125,61 @@ def train_in_steps(
         if done >= epochs or (seconds is not None and done * _seconds_per_epoch(steps) >= seconds):
             return
         goal = min(done + step, epochs)
-        start = time.monotonic()
-        arguments = [
-            *flags, "--save-dir", folder, "--max-epoch", goal, "--cpu", "--num-workers", 0,
-            "--no-epoch-checkpoints", "--log-format", "json", "--log-interval", 1000,
-            "--log-file", folder / "train.log",
-        ]  # fmt: skip
-        output, used = _call("train", *arguments)
+        output = _train(folder, [*flags, "--max-epoch", goal])
         _keep_epochs((folder / "train.log").read_text(), folder / "epochs.jsonl")
-        record = {
-            "epoch": goal,
-            # Fewer than the step has, if an interrupted process left some behind.
-            "trained": len(set(re.findall(_EPOCH, output))),
-            "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
-            "seconds": round(time.monotonic() - start, 1),
-            "peak_mib": round(used.ru_maxrss / 1024),
-        }
-        append_line(folder / "steps.jsonl", record)
+        # Fewer than the step has, if an interrupted process left some behind.
+        trained = len(set(re.findall(_EPOCH, output.text)))
+        append_line(folder / "steps.jsonl", {"epoch": goal, "trained": trained, **output.used})
+
+
+def train_for(folder: Path, flags: Iterable[Any], seconds: float, interval: int) -> None:
+    """Runs ``fairseq-train`` in one process for so long by the clock; epochs need not end.
+
+    Args:
+        folder: of the run; an interrupted one is gone on with.
+        flags: of the training, as for :func:`train_in_steps`.
+        seconds: of the clock, validations included.
+        interval: updates between two validations; one more follows when the seconds are over.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "steps.jsonl").exists():
+        return
+    limits = ["--stop-time-hours", seconds / 3600, "--keep-interval-updates", 1]
+    every = ["--validate-interval-updates", interval, "--save-interval-updates", interval]
+    output = _train(folder, [*flags, *limits, *every])
+    passed = 0.0
+    epochs = {}
+    for line in (folder / "train.log").read_text().splitlines():
+        record = json.loads(line[line.index("{") :]) if "{" in line else {}
+        passed = float(record.get("update", passed))
+        if "valid_loss" in record:
+            epochs[passed] = record
+    for epoch, record in epochs.items():
+        append_line(folder / "epochs.jsonl", _validation(epoch, record))
+    append_line(folder / "steps.jsonl", {"epoch": passed, "trained": passed, **output.used})
+
+
+class _Training(NamedTuple):
+    """What a training process printed, and the seconds and memory that it used."""
+
+    text: str
+    used: dict[str, Any]
+
+
+def _train(folder: Path, flags: list[Any]) -> _Training:
+    """Runs one process of ``fairseq-train``."""
+    start = time.monotonic()
+    output, used = _call(
+        "train", *flags, "--save-dir", folder, "--num-workers", 0, "--no-epoch-checkpoints",
+        "--log-format", "json", "--log-interval", _LOG_INTERVAL,
+        "--log-file", folder / "train.log",
+    )  # fmt: skip
+    seconds = {
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_mib": round(used.ru_maxrss / 1024),
+    }
+    return _Training(output, seconds)
 
 
 def _keep_epochs(log: str, path: Path) -> None:
@@ -132,14 +188,19 @@ def _keep_epochs(log: str, path: Path) -> None:
     found = {record["epoch"]: record for record in map(json.loads, re.findall(_EPOCH, log))}
     for epoch, record in found.items():
         if epoch not in known:
-            loss = float(record.get("valid_nll_loss", record["valid_loss"]))
-            append_line(path, {"epoch": epoch, "valid_ppl": round(2**loss, 3)})
+            append_line(path, _validation(epoch, record))
 
 
-def _seconds_per_epoch(steps: list[dict[str, Any]]) -> float:
-    """Returns the CPU seconds of an epoch, those of interrupted processes left out."""
+def _validation(epoch: float, record: dict[str, Any]) -> dict[str, Any]:
+    """Returns what is kept of a validation that fairseq logged."""
+    loss = float(record.get("valid_nll_loss", record["valid_loss"]))
+    return {"epoch": epoch, "valid_ppl": round(2**loss, 3)}
+
+
+def _seconds_per_epoch(steps: list[dict[str, Any]], kind: str = "cpu_seconds") -> float:
+    """Returns the seconds of an epoch, those of interrupted processes left out."""
     trained = sum(step["trained"] for step in steps)
-    return sum(step["cpu_seconds"] for step in steps if step["trained"]) / max(1, trained)
+    return sum(step[kind] for step in steps if step["trained"]) / (trained or 1)
 
 
 def is_tested(folder: Path) -> bool:
@@ -168,6 +229,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         ],
         # Starts of the processes and validations are part of it.
         "cpu_seconds_per_epoch": round(_seconds_per_epoch(steps), 1),
+        "seconds_per_epoch": round(_seconds_per_epoch(steps, "seconds"), 1),
         "peak_mib": round(max(step["peak_mib"] for step in steps)),
     }
 
@@ -199,8 +261,11 @@ def count_parameters(folder: Path, vocabulary: Iterable[str]) -> dict[str, int]:
 
 def machine() -> dict[str, Any]:
     """Returns versions and hardware."""
+    import torch
+
     packages = ("fairseq", "torch", "numpy", "scipy", "sacrebleu")
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), **gpu},
     }
