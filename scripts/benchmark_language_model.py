@@ -266,6 +266,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "settings": {name: getattr(args, name) for name in names},
         "sha256": digests,
         "train_tokens": tokens,
+        "clock": "seconds" if args.gpu else "cpu_seconds",
         **machine(),
     }
 

@@ -33,18 +33,20 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from side_by_side import (
     PLUGIN,
     add_gpu_flag,
     call,
+    collect,
     count_parameters,
     device_flags,
     is_tested,
     machine,
+    mean_and_spread,
     read_lines,
-    read_run,
     train_in_steps,
     words_own,
 )
@@ -63,6 +65,8 @@ OWN: dict[str, list[str]] = {
     "lightrnn-shared": ["--composition", "gated", "--share-residuals"],
     "lightrnn-ffn": ["--composition", "gated", "--share-residuals"],
 }
+# By name and seed, what is known of a run.
+Systems = dict[str, dict[str, dict[str, Any]]]
 # Parts of the names of parameters that the target's vocabulary makes.
 VOCABULARY = (
     "decoder.embed_tokens", "decoder.fc_out", "decoder.output_projection",
@@ -86,7 +90,7 @@ def parse() -> argparse.Namespace:
     add("--table-text", choices=["target", "both"], default="target",
         help="text whose neighbours make LightRNN's tables (default: %(default)s)")  # fmt: skip
     add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    add("--seed", type=int, default=1)
+    add("--seeds", type=int, nargs="+", default=[1])
     add("--epochs", type=int, default=12, help="(default: %(default)s)")
     add("--step", type=int, default=4, help="epochs of a process (default: %(default)s)")
     add("--width", type=int, default=256, help="of vectors and networks (default: %(default)s)")
@@ -196,13 +200,13 @@ def learning_rates(highest: float, epochs: int) -> str:
     return ",".join(f"{highest * share:.2g}" for share in shares)
 
 
-def train(system: str, data: Path, folder: Path, args: argparse.Namespace) -> None:
+def train(system: str, seed: int, data: Path, folder: Path, args: argparse.Namespace) -> None:
     """Trains one system."""
     flags = [
         data, *model_flags(system, args), "--source-lang", args.source, "--target-lang",
         args.target, "--dropout", args.dropout, "--max-tokens", args.max_tokens,
         "--optimizer", "adam", "--lr", learning_rates(args.lr, args.epochs), "--lr-scheduler",
-        "fixed", "--warmup-updates", 400, "--clip-norm", 1, "--seed", args.seed,
+        "fixed", "--warmup-updates", 400, "--clip-norm", 1, "--seed", seed,
         "--best-checkpoint-metric", "nll_loss", *device_flags(args),
     ]  # fmt: skip
     train_in_steps(folder, flags, args.epochs, args.step)
@@ -276,21 +280,22 @@ def metrics_of(args: argparse.Namespace, references: list[str]) -> dict[str, Any
     }
 
 
-def add_significance(runs: dict[str, Any], args: argparse.Namespace) -> None:
-    """Adds to every run's scores sacrebleu's paired bootstrap against fairseq's own model.
+def add_significance(seed: str, systems: Systems, args: argparse.Namespace) -> None:
+    """Adds to the scores of a seed's runs sacrebleu's paired bootstrap against fairseq's own model.
 
     ``interval`` is half the width of the 95 % interval of a score, ``p`` the probability that a
     difference as large as that to fairseq's model comes about by the choice of sentences alone.
     """
     from sacrebleu.significance import PairedTest
 
+    runs = {system: runs[seed] for system, runs in systems.items() if seed in runs}
     for stock in ("lstm", "transformer"):
         peers = [name for name in runs if ("transformer" in name) == (stock == "transformer")]
         if stock not in peers or len(peers) < 2:
             continue
         peers.sort(key=lambda name: name != stock)
         for name, prefix in (test.split("=", 1) for test in args.test):
-            texts = [(system, read_translations(args.out / system, name)) for system in peers]
+            texts = [(peer, read_translations(args.out / f"{peer}-{seed}", name)) for peer in peers]
             metrics = metrics_of(args, references(prefix, args))
             _, found = PairedTest(texts, metrics, None, test_type="bs", n_samples=1000)()
             del found["System"]  # the other columns are those of the metrics
@@ -313,22 +318,23 @@ def summarise(args: argparse.Namespace) -> None:
     """Writes ``results.json`` and ``results.md`` of all runs in the folder."""
     target = Path(f"{args.train}.{args.target}").read_text(encoding="utf-8")
     words = len(target.split()) + target.count("\n")
-    found = {system: read_run(args.out / system) for system in SYSTEMS}
-    runs = {system: run for system, run in found.items() if run is not None}
+    systems = collect(args.out)
     if args.metrics == "translations":
-        add_significance(runs, args)
-    ignored = ("out", "train", "valid", "test")
+        for seed in sorted({seed for runs in systems.values() for seed in runs}):
+            add_significance(seed, systems, args)
+    ignored = ("out", "train", "valid", "test", "seeds", "systems")
     settings = {name: value for name, value in vars(args).items() if name not in ignored}
     report = {
         "settings": settings,
         "sha256": checksums(args),
         "target_words": words,
         **machine(),
-        "systems": runs,
+        "systems": systems,
     }
+    table = markdown(systems, words, args.gpu)
     (args.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-    (args.out / "results.md").write_text(markdown(runs, words))
-    print(markdown(runs, words), flush=True)
+    (args.out / "results.md").write_text(table)
+    print(table, flush=True)
 
 
 def checksums(args: argparse.Namespace) -> dict[str, str]:
@@ -338,28 +344,32 @@ def checksums(args: argparse.Namespace) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths}
 
 
-def markdown(runs: dict[str, Any], words: int) -> str:
-    """Returns the runs as a table."""
-    first = next(iter(runs.values()))["scores"]
+def markdown(systems: Systems, words: int, gpu: bool) -> str:
+    """Returns the runs as a table, means over the seeds."""
+    first = next(run for runs in systems.values() for run in runs.values())["scores"]
     measures = [(test, key) for test, found in first.items() for key in found if " " in key
                 or key in ("BLEU", "chrF")]  # fmt: skip
+    clock = "seconds" if gpu else "cpu_seconds"
     head = ["system", "parameters", "decoder vocabulary", "epochs (best)", "valid perplexity",
-            *(f"{test} {key}" for test, key in measures), "words/CPU s, training",
-            "words/s, decoding", "MiB"]  # fmt: skip
+            *(f"{test} {key}" for test, key in measures), "seeds",
+            f"words/{'' if gpu else 'CPU '}s, training", "words/s, decoding", "MiB"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for system, run in runs.items():
-        speeds = [found["tokens_per_second"] or 0 for found in run["scores"].values()]
+    for system, by_seed in systems.items():
+        runs = list(by_seed.values())
+        scores = [found for run in runs for found in run["scores"].values()]
         cells = [
             system,
-            f"{run['parameters']:,}",
-            f"{run['vocabulary_parameters']:,}",
-            f"{run['epochs']} ({run['best_epoch']})",
-            f"{run['valid_ppl']:.2f}",
-            *(f"{run['scores'][test][key]}" for test, key in measures),
-            f"{words / run['cpu_seconds_per_epoch']:,.0f}",
-            f"{sum(speeds) / len(speeds):,.0f}",
-            f"{run['peak_mib']:,}",
-        ]
+            f"{runs[0]['parameters']:,}",
+            f"{runs[0]['vocabulary_parameters']:,}",
+            f"{runs[0]['epochs']} ({'/'.join(str(run['best_epoch']) for run in runs)})",
+            mean_and_spread([run["valid_ppl"] for run in runs], 2),
+            *(mean_and_spread([run["scores"][test][key] for run in runs], 2)
+              for test, key in measures),
+            str(len(runs)),
+            f"{words / mean([run[f'{clock}_per_epoch'] for run in runs]):,.0f}",
+            f"{mean([found['tokens_per_second'] or 0 for found in scores]):,.0f}",
+            f"{max(run['peak_mib'] for run in runs):,}",
+        ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -368,11 +378,12 @@ def main() -> None:
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
     data = binarise(args)
-    for system in args.systems:
-        folder = args.out / system
-        train(system, data, folder, args)
-        test(system, data, folder, args)
-        summarise(args)
+    for seed in args.seeds:
+        for system in args.systems:
+            folder = args.out / f"{system}-{seed}"
+            train(system, seed, data, folder, args)
+            test(system, data, folder, args)
+            summarise(args)
 
 
 if __name__ == "__main__":

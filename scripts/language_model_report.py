@@ -7,33 +7,19 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from side_by_side import read_run
+from side_by_side import collect, mean_and_spread
 
 __all__ = ["summarise"]
 
-
-def collect(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Returns all runs, by system and seed."""
-    systems: dict[str, dict[str, dict[str, Any]]] = {}
-    for folder in sorted(out.iterdir()):
-        system, _, seed = folder.name.rpartition("-")
-        run = read_run(folder) if seed.isdigit() else None
-        if run is not None:
-            systems.setdefault(system, {})[seed] = run
-    return systems
+# What seconds are called, by their name in the records.
+CLOCKS = {"seconds": "s", "cpu_seconds": "CPU s"}
 
 
-def mean_and_spread(values: list[float]) -> str:
-    """Returns a mean, with half the range where there are several values."""
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) < 2 else f"{mean} ± {(max(values) - min(values)) / 2:.1f}"
-
-
-def markdown(systems: dict[str, dict[str, dict[str, Any]]], tokens: int) -> str:
+def markdown(systems: dict[str, dict[str, dict[str, Any]]], tokens: int, clock: str) -> str:
     """Returns the systems as a table, best test perplexity first."""
     lines = [
         "| system | parameters | of the vocabulary | epochs (best) | valid | test | seeds "
-        "| words/CPU s | MiB |",
+        f"| words/{CLOCKS[clock]} | MiB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
 
@@ -42,7 +28,7 @@ def markdown(systems: dict[str, dict[str, dict[str, Any]]], tokens: int) -> str:
 
     for system, runs in sorted(systems.items(), key=rank):
         every = list(runs.values())
-        speed = statistics.mean(tokens / run["cpu_seconds_per_epoch"] for run in every)
+        speed = statistics.mean(tokens / run[f"{clock}_per_epoch"] for run in every)
         best = "/".join(str(run["best_epoch"]) for run in every)
         lines.append(
             f"| {system} | {every[0]['parameters']:,} | {every[0]['vocabulary_parameters']:,} "
@@ -54,8 +40,8 @@ def markdown(systems: dict[str, dict[str, dict[str, Any]]], tokens: int) -> str:
     return "\n".join(lines)
 
 
-def draw(systems: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
-    """Draws validation perplexity against epochs and CPU seconds, and test against parameters.
+def draw(systems: dict[str, dict[str, dict[str, Any]]], path: Path, clock: str) -> None:
+    """Draws validation perplexity against epochs and seconds, and test against parameters.
 
     Triangles mark reallocations.
     """
@@ -69,17 +55,17 @@ def draw(systems: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
         colour = f"C{number}"
         for run in runs.values():
             epochs = list(run["valid_ppls"])
-            seconds = [epoch * run["cpu_seconds_per_epoch"] for epoch in epochs]
+            seconds = [epoch * run[f"{clock}_per_epoch"] for epoch in epochs]
             by_epoch.plot(epochs, run["valid_ppls"].values(), color=colour, label=system)
             by_second.plot(seconds, run["valid_ppls"].values(), color=colour)
             for epoch in run["reallocated_after"]:
-                second, ppl = epoch * run["cpu_seconds_per_epoch"], run["valid_ppls"][epoch]
+                second, ppl = epoch * run[f"{clock}_per_epoch"], run["valid_ppls"][epoch]
                 by_epoch.plot(epoch, ppl, "v", color=colour, markersize=9)
                 by_second.plot(second, ppl, "v", color=colour, markersize=9)
             by_size.scatter(run["parameters"], run["test_ppl"], color=colour)
             system = "_nolegend_"
     by_epoch.set_xlabel("epochs")
-    by_second.set_xlabel("CPU seconds of training")
+    by_second.set_xlabel(f"{CLOCKS[clock]} of training")
     by_second.set_xscale("log")
     by_size.set_xlabel("parameters")
     by_size.set_xscale("log")
@@ -101,8 +87,9 @@ def summarise(out: Path, description: dict[str, Any]) -> None:
     if not systems:
         return
     report = {**description, "systems": systems}
-    table = markdown(systems, description["train_tokens"])
+    clock = description["clock"]
+    table = markdown(systems, description["train_tokens"], clock)
     (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
     (out / "results.md").write_text(table + "\n")
-    draw(systems, out / "results.png")
+    draw(systems, out / "results.png", clock)
     print(table, flush=True)

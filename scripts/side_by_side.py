@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -26,12 +27,13 @@ __all__ = [
     "add_gpu_flag",
     "append_line",
     "call",
+    "collect",
     "count_parameters",
     "device_flags",
     "is_tested",
     "machine",
+    "mean_and_spread",
     "read_lines",
-    "read_run",
     "train_for",
     "train_in_steps",
     "words_own",
@@ -232,6 +234,25 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         "seconds_per_epoch": round(_seconds_per_epoch(steps, "seconds"), 1),
         "peak_mib": round(max(step["peak_mib"] for step in steps)),
     }
+
+
+def collect(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns all runs, by system and seed."""
+    systems: dict[str, dict[str, dict[str, Any]]] = {}
+    for folder in sorted(out.iterdir()):
+        system, _, seed = folder.name.rpartition("-")
+        run = read_run(folder) if seed.isdigit() else None
+        if run is not None:
+            systems.setdefault(system, {})[seed] = run
+    return systems
+
+
+def mean_and_spread(values: list[float], digits: int = 1) -> str:
+    """Returns a mean, with half the range where there are several values."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {(max(values) - min(values)) / 2:.{digits}f}"
 
 
 def count_parameters(folder: Path, vocabulary: Iterable[str]) -> dict[str, int]:
