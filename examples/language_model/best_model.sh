@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Trains one gated model of two layers with every regulariser, and scores the test split. Uses the
+# GPU where there is one. What stands behind OUTPUT goes to fairseq-train and overrides the flags
+# here; --max-update is also where the learning rate reaches nothing.
+#
+#   bash examples/language_model/best_model.sh FOLDER OUTPUT [FLAG …]
+#
+# FOLDER holds one file each of train, valid and test, such as ptb.train.txt or wiki.train.tokens.
+set -euo pipefail
+text=${1:?folder with the text}
+out=${2:?folder to write to}
+shift 2
+python=${PYTHON:-python}
+plugin=$(cd "$(dirname "$0")/../../fairseq_lightrnn" && pwd)
+task=(--user-dir "$plugin" --task lightrnn_language_modeling --carry-hidden-state)
+device=(--cpu)
+if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=(); fi
+
+mkdir -p "$out/best"
+if [ ! -f "$out/bin/test.idx" ]; then
+    "$python" -m fairseq_cli.preprocess --only-source --destdir "$out/bin" \
+        --trainpref "$text"/*train.t* --validpref "$text"/*valid.t* --testpref "$text"/*test.t*
+fi
+"$python" -m fairseq_cli.train "$out/bin" "${task[@]}" "${device[@]}" --tokens-per-sample 70 \
+    --random-block-lengths --batch-size 40 --arch lightrnn_lm_gated --embed-dim 512 \
+    --hidden-size 512 --num-layers 2 --share-component-vectors --word-bias --share-residuals \
+    --input-residual-dim 128 --output-residual-dim 128 --output-ffn-dim 2048 \
+    --locked-dropout --dropout 0.4 --dropout-in 0.3 --dropout-between 0.3 --weight-dropout 0.4 \
+    --component-dropout 0.05 --criterion two_component_cross_entropy \
+    --activation-regularisation 1 --temporal-activation-regularisation 0.5 \
+    --optimizer adam --weight-decay 1e-6 --lr 0.003 --lr-scheduler cosine --warmup-updates 200 \
+    --max-update 7000 --clip-norm 0.5 --seed 1 --save-dir "$out/best" --no-epoch-checkpoints \
+    --num-workers 0 --log-format json --log-interval 100 --log-file "$out/best/train.log" "$@"
+"$python" -m fairseq_cli.eval_lm "$out/bin" "${task[@]}" "${device[@]}" --tokens-per-sample 70 \
+    --batch-size 40 --path "$out/best/checkpoint_best.pt" --gen-subset test 2>&1 |
+    tee "$out/best/test.log"
