@@ -204,11 +204,12 @@ def train(system: str, seed: int, data: Path, folder: Path, args: argparse.Names
         first = min(args.authors_round, args.epochs)
         train_in_steps(folder, flags, first, args.step, args.seconds)
         if read_lines(folder / "steps.jsonl")[-1]["epoch"] == args.authors_round:
-            reallocate_as_the_authors(folder, data, args.authors_round)
+            device = "cuda" if args.gpu else "cpu"
+            reallocate_as_the_authors(folder, data, args.authors_round, device)
     train_in_steps(folder, flags, args.epochs, args.step, args.seconds)
 
 
-def reallocate_as_the_authors(folder: Path, data: Path, epoch: int) -> None:
+def reallocate_as_the_authors(folder: Path, data: Path, epoch: int, device: str) -> None:
     """Re-seats the words of the last checkpoint, that of an epoch, greedily and once."""
     checkpoint = folder / "checkpoint_last.pt"
     state = torch.load(checkpoint, map_location="cpu", weights_only=False)
@@ -216,7 +217,7 @@ def reallocate_as_the_authors(folder: Path, data: Path, epoch: int) -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         export, unused, new = (Path(scratch) / name for name in ("export", "unused.pt", "new.pt"))
-        flags = ["--memory", "4", "--output"]
+        flags = ["--memory", "4", "--device", device, "--output"]
         reallocate([str(checkpoint), str(data), *flags, str(unused), "--export", str(export)])
         instance = load_instance(export)
         table = WordTable.from_cells(regret_greedy(instance), instance.table.shape)
