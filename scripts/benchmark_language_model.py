@@ -203,9 +203,14 @@ def train(system: str, seed: int, data: Path, folder: Path, args: argparse.Names
     if system == "authors":
         first = min(args.authors_round, args.epochs)
         train_in_steps(folder, flags, first, args.step, args.seconds)
-        if read_lines(folder / "steps.jsonl")[-1]["epoch"] == args.authors_round:
+        if read_lines(folder / "steps.jsonl")[-1]["epoch"] == args.authors_round < args.epochs:
             device = "cuda" if args.gpu else "cpu"
             reallocate_as_the_authors(folder, data, args.authors_round, device)
+            # The loss of the torn table is not to be compared with the best one before: the
+            # schedule would lower the learning rate after every epoch.
+            goal = min(first + args.step, args.epochs)
+            anew = [*flags, "--reset-lr-scheduler"]
+            train_in_steps(folder, anew, goal, args.step, args.seconds)
     train_in_steps(folder, flags, args.epochs, args.step, args.seconds)
 
 
