@@ -85,6 +85,7 @@ def balanced_assignment(
     present: np.ndarray | None = None,
     memory: int = 8 << 30,
     symbols: Sequence[str] | None = None,
+    finish: bool = True,
 ) -> BalancedAssignment:
     """Assigns every word to a place within the capacities of the places, at least total cost.
 
@@ -105,6 +106,8 @@ def balanced_assignment(
         of each word are held (about 200 bytes a word) besides a sample of at least 8 words a place,
         and there is no exact finish: the gap is small, not 0.
       symbols: names of the words, for error messages.
+      finish: follow the auction by shortest paths where its gap is wider than ``gap``. They are
+        exact, and slow where many words want few places; without them the gap is what it is.
 
     Returns:
       The assignment and its certificate.
@@ -127,13 +130,13 @@ def balanced_assignment(
     room = room[open_places]
     warm = None if prices is None else np.asarray(prices, np.float64)[open_places]
     if source.shape[0] * len(room) * np.dtype(np.float32).itemsize > memory:
-        found = _solve_in_parts(source, room, gap, deadline, warm, present, memory, symbols)
+        found = _solve_in_parts(source, room, gap, deadline, warm, present, memory, symbols, finish)
     else:
         problem = _prepare(source, room, symbols)
         if room.max(initial=0) == 1 and problem.matrix.size <= _LINEAR_ASSIGNMENT_LIMIT:
             found = _linear_assignment(problem, present)
         else:
-            found = _solve(problem, gap, deadline, warm, present)
+            found = _solve(problem, gap, deadline, warm, present, finish)
     all_prices = None
     if found.prices is not None:
         all_prices = np.zeros(len(np.asarray(capacities)))
@@ -219,6 +222,7 @@ def _solve(
     deadline: float | None,
     warm: np.ndarray | None,
     present: np.ndarray | None,
+    finish: bool,
 ) -> _Found:
     """Auction, then shortest paths where the auction's certificate does not do."""
     n, m = problem.matrix.shape
@@ -243,7 +247,7 @@ def _solve(
     enough = max(gap * (problem.mean_cost - bound), 2 * problem.rounding)
     late = deadline is not None and time.monotonic() >= deadline
     found = _Found(places, cost, bound, problem.rounding, problem.mean_cost, prices)
-    if cost - bound <= enough or late or len(active) == 0:
+    if cost - bound <= enough or late or not finish or len(active) == 0:
         return found
     logger.debug("auction left a gap of %.3g in %d words; repairing", cost - bound, len(active))
     exact = prices.copy()
@@ -272,6 +276,7 @@ def _solve_in_parts(
     present: np.ndarray | None,
     memory: int,
     symbols: Sequence[str] | None,
+    finish: bool,
 ) -> _Found:
     """Solves a problem too large to hold: a sample gives prices, cached lists do the rest."""
     idle = source.indifferent().cpu().numpy()
@@ -285,7 +290,7 @@ def _solve_in_parts(
     spare = int(capacities.sum()) - len(active)
     shares = _shares(capacities, len(sample) + spare // step)
     part = source.select(torch.from_numpy(sample).to(source.device))
-    first = balanced_assignment(part, shares, gap=1e-4, symbols=symbols)
+    first = balanced_assignment(part, shares, gap=1e-4, symbols=symbols, finish=finish)
     gain = (first.mean_cost - first.lower_bound) / max(1, len(sample))
     prices = np.zeros(len(capacities))
     if spare == 0:  # free units only fit prices of zero

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -27,9 +28,15 @@ logger = logging.getLogger(__name__)
 
 INITIAL_TABLES = ("random", "frequency", "cooccurrence")
 
-_ROUNDS = 12
-_TOLERANCE = 1e-4
-_GAP = 1e-4
+# k-means: rounds at most, and the share of the cost that another one must save.
+_ROUNDS = 16
+_TOLERANCE = 1e-3
+# Assignments of words to centroids stop at this share of what there is to gain; those of the rounds
+# may be rough, since the centroids move after each of them.
+_ROUGH_GAP = 0.05
+_GAP = 0.01
+# Costs that a round forms at most; beyond, the words of least weight sit only in the end.
+_ROUND_ENTRIES = 1 << 28
 
 
 def initial_table(
@@ -188,38 +195,75 @@ def _balanced_clusters(
     chance = weights + 1e-12 * max(weights.max(initial=0.0), 1.0)
     first = random.choice(len(vectors), size, replace=len(vectors) < size, p=chance / chance.sum())
     centroids = vectors[first].copy()
-    order = np.argsort(groups, kind="stable")
-    starts = np.searchsorted(groups[order], np.arange(len(capacities) + 1))
-    members = [order[starts[g] : starts[g + 1]] for g in range(len(capacities))]
-    weighted = torch.from_numpy(2.0 * weights[:, None] * vectors)
-    counts = torch.from_numpy(weights)
-    prices: list[np.ndarray | None] = [None] * len(members)
-    clusters = np.zeros(len(vectors), np.int64)
-    before = np.inf
+    heavy = np.argsort(-weights, kind="stable")[: max(_ROUND_ENTRIES // size, 8 * size)]
+    split = _Split(vectors, weights, groups, capacities, executor)
+    rounds = split if len(heavy) == len(vectors) else split.of(heavy)
+    before = math.inf
     for _ in range(_ROUNDS):
-        # weight * |x - c|^2 is, up to a constant of the word, -(2 weight x . c + weight * -|c|^2)
+        clusters, cost = rounds.assign(centroids, _ROUGH_GAP)
+        centroids = _centroids(rounds.vectors, rounds.weights, clusters, centroids)
+        if cost >= (1 - _TOLERANCE) * before:
+            break
+        before = cost
+    clusters, _ = split.assign(centroids, _GAP)
+    return clusters, _centroids(vectors, weights, clusters, centroids)
+
+
+class _Split:
+    """Words in groups, each of which is to be split over the same centroids by its capacities.
+
+    Arguments are those of `_balanced_clusters`.
+    """
+
+    def __init__(
+        self,
+        vectors: np.ndarray,
+        weights: np.ndarray,
+        groups: np.ndarray,
+        capacities: np.ndarray,
+        executor: ThreadPoolExecutor,
+    ) -> None:
+        self.vectors, self.weights = vectors, weights
+        self.groups, self.capacities = groups, capacities
+        self.executor = executor
+        order = np.argsort(groups, kind="stable")
+        starts = np.searchsorted(groups[order], np.arange(len(capacities) + 1))
+        self.members = [order[starts[g] : starts[g + 1]] for g in range(len(capacities))]
+        # weight * |x - c|^2 = weight * |x|^2 - (2 weight x . c + weight * -|c|^2)
+        self.weighted = torch.from_numpy(2.0 * weights[:, None] * vectors)
+        self.counts = torch.from_numpy(weights)
+        self.constant = float((weights * (vectors * vectors).sum(axis=1)).sum())
+        self.prices: list[np.ndarray | None] = [None] * len(capacities)
+
+    def of(self, words: np.ndarray) -> _Split:
+        """Returns some of the words, with as large a share of every capacity."""
+        groups = self.groups[words]
+        whole = np.bincount(self.groups, minlength=len(self.capacities))
+        share = np.bincount(groups, minlength=len(whole)) / np.maximum(whole, 1)
+        capacities = np.ceil(self.capacities * share[:, None]).astype(np.int64)
+        return _Split(self.vectors[words], self.weights[words], groups, capacities, self.executor)
+
+    def assign(self, centroids: np.ndarray, gap: float) -> tuple[np.ndarray, float]:
+        """Returns the cluster of each word, (V,), and the weighted sum of squared distances."""
         places = torch.from_numpy(centroids)
         biases = -(places * places).sum(dim=1)
+        clusters = np.zeros(len(self.vectors), np.int64)
 
-        def split(
-            group: int, places: torch.Tensor = places, biases: torch.Tensor = biases
-        ) -> float:
-            words = members[group]
+        def split(group: int) -> float:
+            words = self.members[group]
             if len(words) == 0:
                 return 0.0
             index = torch.from_numpy(words)
-            costs = LowRankCosts(weighted[index], places, counts[index], biases)
-            found = balanced_assignment(costs, capacities[group], gap=_GAP, prices=prices[group])
+            costs = LowRankCosts(self.weighted[index], places, self.counts[index], biases)
+            found = balanced_assignment(
+                costs, self.capacities[group], gap=gap, prices=self.prices[group], finish=False
+            )
             clusters[words] = found.assignment
-            prices[group] = found.prices
+            self.prices[group] = found.prices
             return found.cost
 
-        cost = sum(executor.map(split, range(len(members))))
-        centroids = _centroids(vectors, weights, clusters, centroids)
-        if before - cost <= _TOLERANCE * abs(before):
-            break
-        before = cost
-    return clusters, centroids
+        cost = self.constant + sum(self.executor.map(split, range(len(self.members))))
+        return clusters, cost
 
 
 def _centroids(
