@@ -272,7 +272,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "settings": {name: getattr(args, name) for name in names},
         "sha256": digests,
         "train_tokens": tokens,
-        "clock": "seconds" if args.gpu else "cpu_seconds",
+        "clock": "seconds" if args.gpu or args.for_seconds is not None else "cpu_seconds",
         **machine(),
     }
 

@@ -151,14 +151,16 @@ def train_for(folder: Path, flags: Iterable[Any], seconds: float, interval: int)
     output = _train(folder, [*flags, *limits, *every])
     passed = 0.0
     epochs = {}
-    for line in (folder / "train.log").read_text().splitlines():
-        record = json.loads(line[line.index("{") :]) if "{" in line else {}
+    for line in re.findall(r"\{\"epoch\": .*\}", (folder / "train.log").read_text()):
+        record = json.loads(line)
         passed = float(record.get("update", passed))
         if "valid_loss" in record:
             epochs[passed] = record
     for epoch, record in epochs.items():
         append_line(folder / "epochs.jsonl", _validation(epoch, record))
-    append_line(folder / "steps.jsonl", {"epoch": passed, "trained": passed, **output.used})
+    # fairseq counts the time of earlier processes too.
+    used = {**output.used, "seconds": seconds}
+    append_line(folder / "steps.jsonl", {"epoch": passed, "trained": passed, **used})
 
 
 class _Training(NamedTuple):
@@ -273,9 +275,11 @@ def count_parameters(folder: Path, vocabulary: Iterable[str]) -> dict[str, int]:
     for name, tensor in state["model"].items():
         if any(part in name for part in buffers) or name.endswith(copies):
             continue
-        # What input and output share counts once.
-        sizes[name] = 0 if tensor.data_ptr() in seen else math.prod(tensor.shape)
-        seen.add(tensor.data_ptr())
+        # What input and output share counts once; a checkpoint from a GPU holds it twice.
+        varied = tensor.unique().numel() > 1
+        content = tensor.numpy().tobytes() if varied else tensor.data_ptr()
+        sizes[name] = 0 if content in seen else math.prod(tensor.shape)
+        seen.add(content)
     own = sum(size for name, size in sizes.items() if any(part in name for part in vocabulary))
     return {"parameters": sum(sizes.values()), "vocabulary_parameters": own}
 

@@ -177,7 +177,8 @@ def test_language_models_generate_alike(
     for device in (["--cpu"], []):
         capsys.readouterr()
         run("generate", data, *TASK, "--path", tmp_path / "checkpoint_best.pt", "--beam", 3,
-            "--sample-break-mode", "eos", "--prefix-size", 2, "--max-len-b", 8, *device)  # fmt: skip
+            "--sample-break-mode", "eos", "--prefix-size", 2, "--max-len-b", 8,
+            *device)  # fmt: skip
         found.append(re.findall(r"^H-(\d+)\t(\S+)\t(.*)$", capsys.readouterr().out, re.M))
     assert found[0]
     for (key, log_prob, words), (key_of_gpu, of_gpu, words_of_gpu) in zip(*found, strict=True):

@@ -108,6 +108,16 @@ def test_parameters_that_are_shared_count_once(books: ModuleType, tmp_path: Path
     assert found == {"parameters": 43, "vocabulary_parameters": 40}
 
 
+def test_a_checkpoint_from_a_gpu_holds_twice_what_is_shared(
+    books: ModuleType, tmp_path: Path
+) -> None:
+    words = torch.arange(40.0)
+    model = {"embedding": words, "output": words.clone(), "a": torch.zeros(3), "b": torch.zeros(3)}
+    torch.save({"model": model}, tmp_path / "checkpoint_best.pt")
+    found = books.count_parameters(tmp_path, ("embedding", "output"))
+    assert found == {"parameters": 46, "vocabulary_parameters": 40}
+
+
 USE = """
 import side_by_side
 for size in (900, 1):
@@ -138,3 +148,29 @@ def test_a_command_that_fails_leaves_its_log(
     with pytest.raises(SystemExit, match="fairseq_cli.eat no failed:"):
         books.call("eat", "no", log=tmp_path / "log")
     assert "No module named" in (tmp_path / "log").read_text()
+
+
+def test_training_by_the_clock(books: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
+    """Validations stand where the last update before them was, in epochs."""
+    lines = [
+        "{'_name': None, 'common': {}}",
+        '{"epoch": 1, "update": 0.25, "loss": "9"}',
+        'INFO | {"epoch": 1, "valid_loss": "8"}',
+        'INFO | {"epoch": 1, "valid_loss": "8"}',
+        '{"epoch": 1, "update": 0.5, "loss": "9"}',
+        '{"epoch": 1, "valid_loss": "7"}',
+    ]
+
+    def call(command: str, *arguments: Any, log: Path | None = None) -> tuple[str, Any]:
+        flags = list(map(str, arguments))
+        assert flags[flags.index("--stop-time-hours") + 1] == "0.5"
+        Path(flags[flags.index("--log-file") + 1]).write_text("\n".join(lines))
+        return "", SimpleNamespace(ru_utime=1700.0, ru_stime=0.0, ru_maxrss=2048)
+
+    monkeypatch.setattr(books, "_call", call)
+    books.train_for(tmp_path, [], seconds=1800, interval=100)
+    run = finish(books, tmp_path)
+    assert run["valid_ppls"] == {0.25: 256, 0.5: 128}
+    assert (run["epochs"], run["seconds_per_epoch"]) == (0.5, 3600)
+    books.train_for(tmp_path, [], seconds=1800, interval=100)
+    assert len(books.read_lines(tmp_path / "steps.jsonl")) == 1  # nothing was left to do
