@@ -85,6 +85,23 @@ def test_a_requested_gap_and_a_time_limit_give_valid_certificates(problem, gap, 
         assert found.gap <= gap * (found.mean_cost - found.lower_bound) + slack
 
 
+def test_without_a_finish_the_certificate_stays_valid():
+    """An auction that leaves a gap, with and without shortest paths after it."""
+    random = np.random.default_rng(0)
+    # A few words with much at stake, all of them for the same places.
+    costs = random.pareto(0.4, size=(400, 1)) * random.normal(size=(1, 20))
+    capacities = [20] * 20
+    exact, rough = (
+        balanced_assignment(costs, capacities, gap=gap, finish=finish)
+        for gap, finish in ((0.0, True), (0.0, False))
+    )
+    assert exact.optimal
+    assert np.bincount(rough.assignment, minlength=20).tolist() == capacities
+    slack = 1e-9 * abs(exact.cost)
+    assert rough.lower_bound - slack <= exact.cost < rough.cost
+    assert rough.gap < 1e-3 * (rough.mean_cost - rough.lower_bound)
+
+
 def test_any_prices_give_a_bound_by_brute_force():
     random = np.random.default_rng(0)
     costs = random.normal(size=(6, 3))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 
@@ -11,8 +13,11 @@ from fairseq_lightrnn.allocation.cooccurrence import (
     positive_information,
     word_vectors,
 )
-from fairseq_lightrnn.allocation.initial_table import initial_table
+from fairseq_lightrnn.allocation.initial_table import initial_table, table_of_vectors
 from fairseq_lightrnn.word_table import balanced_cells
+
+# The package's attribute of this name is the function.
+module = importlib.import_module("fairseq_lightrnn.allocation.initial_table")
 
 SHAPES = [(20, (5, 4)), (18, (5, 4)), (12, (12,)), (23, (3, 3, 3)), (7, (1, 7)), (7, (7, 1))]
 
@@ -54,6 +59,40 @@ def test_words_that_stand_in_the_same_places_share_a_row():
     classes = np.arange(36) // 6
     for row in range(6):
         assert len(set(classes[table.coordinates[:, 0] == row])) == 1
+
+
+def clusters(seed: int, members: int = 15) -> np.ndarray:
+    """Vectors about 8 corners of a cube, some corners near each other."""
+    random = np.random.default_rng(seed)
+    corners = random.normal(size=(8, 6))
+    return np.repeat(corners, members, axis=0) + 0.05 * random.normal(size=(8 * members, 6))
+
+
+def spread(vectors: np.ndarray, rows: np.ndarray) -> float:
+    """Returns the sum of squared distances to the means of the rows."""
+    means = [vectors[rows == row].mean(axis=0) for row in range(8)]
+    return sum(float(((vectors[rows == row] - means[row]) ** 2).sum()) for row in range(8))
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_rounds_go_on_until_rows_settle(monkeypatch, sampled):
+    """Rows about words drawn at random are far wider."""
+    if sampled:  # rounds of the heaviest 64 words, all words in the end
+        monkeypatch.setattr(module, "_ROUND_ENTRIES", 64)
+
+    def widths(rounds: int) -> list[float]:
+        monkeypatch.setattr(module, "_ROUNDS", rounds)
+        found = []
+        for seed in range(12):
+            vectors, weights = clusters(seed), np.random.default_rng(seed).uniform(1, 2, 120)
+            rows = table_of_vectors(vectors, weights, (8, 15), seed=seed).coordinates[:, 0]
+            assert np.bincount(rows).tolist() == [15] * 8
+            found.append(spread(vectors, rows))
+        return found
+
+    settled, first = widths(16), widths(0)
+    assert sum(settled) < 0.1 * sum(first)
+    assert np.median(settled) < 2  # the width of the corners themselves: 8 · 15 · 6 · 0.05²
 
 
 def test_words_without_occurrences_fill_what_is_left():
