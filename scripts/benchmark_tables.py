@@ -78,6 +78,8 @@ TABLES = {
     "window-5": Table(how=CoOccurrence(window=5)),
     "left": Table(how=CoOccurrence(sides="left")),
     "right": Table(how=CoOccurrence(sides="right")),
+    "dim-25": Table(how=CoOccurrence(dim=25)),
+    "dim-50": Table(how=CoOccurrence(dim=50)),
     "dim-300": Table(how=CoOccurrence(dim=300)),
     "50x201": Table(shape=(50, 201)),
     "201x50": Table(shape=(201, 50)),
