@@ -240,22 +240,31 @@ def test(system: str, data: Path, folder: Path, args: argparse.Namespace) -> Non
     """Scores the test split with the best checkpoint and counts parameters."""
     if is_tested(folder):
         return
-    flags = [*device_flags(args), "--path", folder / "checkpoint_best.pt", "--gen-subset", "test"]
+    flags = [*device_flags(args), "--path", folder / "checkpoint_best.pt"]
+    # Without its limit of positions raised, fairseq skips blocks longer than those of training.
+    longer = {"tokens_per_sample": TEST_BLOCK, "max_target_positions": TEST_BLOCK}
     if system in OURS:
         flags += ["--user-dir", PLUGIN, "--task", "lightrnn_language_modeling",
                   "--carry-hidden-state", "--tokens-per-sample", args.block,
-                  "--batch-size", args.batch_size]  # fmt: skip
+                  "--batch-size", args.batch_size, "--gen-subset", "test"]  # fmt: skip
     else:
-        # Without its limit of positions raised, fairseq skips blocks longer than those of training.
-        longer = {"tokens_per_sample": TEST_BLOCK, "max_target_positions": TEST_BLOCK}
-        flags += ["--task", "language_modeling", "--tokens-per-sample", TEST_BLOCK,
-                  "--batch-size", 4, "--model-overrides", longer]  # fmt: skip
-    output = call("eval_lm", data, *flags)
-    found = re.search(r"Loss \(base 2\): ([0-9.]+), Perplexity: ([0-9.]+)", output)
+        flags += ["--task", "language_modeling", "--model-overrides", longer]
+    if system == "lstm_lm-adaptive":
+        # The criterion knows a word's probability without all the others, fairseq-eval-lm does not.
+        flags += ["--criterion", "adaptive_loss", "--ddp-backend", "legacy_ddp"]
+        output = call("validate", data, *flags, "--valid-subset", "test",
+                      "--batch-size-valid", 4, "--log-format", "json")  # fmt: skip
+        found = re.search(r"\"test_loss\": \"([0-9.]+)\"()", output)
+    else:
+        if system == "lstm_lm":
+            flags += ["--tokens-per-sample", TEST_BLOCK, "--batch-size", 4, "--gen-subset", "test"]
+        output = call("eval_lm", data, *flags)
+        found = re.search(r"Loss \(base 2\): ([0-9.]+), Perplexity: ([0-9.]+)", output)
     if found is None or "will be skipped" in output:
         raise SystemExit(f"{folder}: no perplexity of the whole test in\n{output[-2000:]}")
+    perplexity = float(found[2]) if found[2] else round(2 ** float(found[1]), 2)
     epoch = read_lines(folder / "steps.jsonl")[-1]["epoch"]
-    result = {"epoch": epoch, "test_ppl": float(found[2]), **count_parameters(folder, VOCABULARY)}
+    result = {"epoch": epoch, "test_ppl": perplexity, **count_parameters(folder, VOCABULARY)}
     (folder / "test.json").write_text(json.dumps(result) + "\n")
 
 
