@@ -282,6 +282,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "sha256": digests,
         "train_tokens": tokens,
         "clock": "seconds" if args.gpu or args.for_seconds is not None else "cpu_seconds",
+        "shared": args.gpu,
         **machine(),
     }
 

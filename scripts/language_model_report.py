@@ -40,41 +40,44 @@ def markdown(systems: dict[str, dict[str, dict[str, Any]]], tokens: int, clock: 
     return "\n".join(lines)
 
 
-def draw(systems: dict[str, dict[str, dict[str, Any]]], path: Path, clock: str) -> None:
+def draw(systems: dict[str, dict[str, dict[str, Any]]], path: Path, clock: str | None) -> None:
     """Draws validation perplexity against epochs and seconds, and test against parameters.
 
-    Triangles mark reallocations.
+    Triangles mark reallocations. Without a clock, nothing is drawn against seconds.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (by_epoch, by_second, by_size) = pyplot.subplots(1, 3, figsize=(16, 5))
+    figure, axes = pyplot.subplots(1, 2 if clock is None else 3, figsize=(16, 5))
+    by_epoch, by_size = axes[0], axes[-1]
+    # Each panel of validations, and how much an epoch of a run is on its axis.
+    panels = [(by_epoch, lambda run: 1)]
+    by_epoch.set_xlabel("epochs")
+    if clock is not None:
+        panels.append((axes[1], lambda run: run[f"{clock}_per_epoch"]))
+        axes[1].set_xlabel(f"{CLOCKS[clock]} of training")
+        axes[1].set_xscale("log")
     for number, (system, runs) in enumerate(systems.items()):
         colour = f"C{number}"
         for run in runs.values():
-            epochs = list(run["valid_ppls"])
-            seconds = [epoch * run[f"{clock}_per_epoch"] for epoch in epochs]
-            by_epoch.plot(epochs, run["valid_ppls"].values(), color=colour, label=system)
-            by_second.plot(seconds, run["valid_ppls"].values(), color=colour)
-            for epoch in run["reallocated_after"]:
-                second, ppl = epoch * run[f"{clock}_per_epoch"], run["valid_ppls"][epoch]
-                by_epoch.plot(epoch, ppl, "v", color=colour, markersize=9)
-                by_second.plot(second, ppl, "v", color=colour, markersize=9)
+            for panel, length in panels:
+                places = [epoch * length(run) for epoch in run["valid_ppls"]]
+                panel.plot(places, run["valid_ppls"].values(), color=colour, label=system)
+                for epoch in run["reallocated_after"]:
+                    ppl = run["valid_ppls"][epoch]
+                    panel.plot(epoch * length(run), ppl, "v", color=colour, markersize=9)
             by_size.scatter(run["parameters"], run["test_ppl"], color=colour)
             system = "_nolegend_"
-    by_epoch.set_xlabel("epochs")
-    by_second.set_xlabel(f"{CLOCKS[clock]} of training")
-    by_second.set_xscale("log")
     by_size.set_xlabel("parameters")
     by_size.set_xscale("log")
     by_size.set_ylabel("test perplexity")
-    for axes in (by_epoch, by_second):
-        axes.set_ylabel("validation perplexity")
-        axes.set_yscale("log")
-    for axes in (by_epoch, by_second, by_size):
-        axes.grid(True, which="both", alpha=0.3)
+    for panel, _ in panels:
+        panel.set_ylabel("validation perplexity")
+        panel.set_yscale("log")
+    for panel in axes:
+        panel.grid(True, which="both", alpha=0.3)
     by_epoch.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
@@ -91,5 +94,6 @@ def summarise(out: Path, description: dict[str, Any]) -> None:
     table = markdown(systems, description["train_tokens"], clock)
     (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
     (out / "results.md").write_text(table + "\n")
-    draw(systems, out / "results.png", clock)
+    # On a GPU that several processes share, seconds compare nothing.
+    draw(systems, out / "results.png", None if description["shared"] else clock)
     print(table, flush=True)
