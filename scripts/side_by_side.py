@@ -7,6 +7,7 @@ Every run has a folder: ``steps.jsonl`` holds the CPU seconds and memory of each
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -149,15 +150,18 @@ def train_for(folder: Path, flags: Iterable[Any], seconds: float, interval: int)
     limits = ["--stop-time-hours", seconds / 3600, "--keep-interval-updates", 1]
     every = ["--validate-interval-updates", interval, "--save-interval-updates", interval]
     output = _train(folder, [*flags, *limits, *every])
-    passed = 0.0
-    epochs = {}
-    for line in re.findall(r"\{\"epoch\": .*\}", (folder / "train.log").read_text()):
-        record = json.loads(line)
-        passed = float(record.get("update", passed))
-        if "valid_loss" in record:
-            epochs[passed] = record
-    for epoch, record in epochs.items():
-        append_line(folder / "epochs.jsonl", _validation(epoch, record))
+    log = re.findall(r"\{\"epoch\": .*\}", (folder / "train.log").read_text())
+    records = [json.loads(line) for line in log]
+    last = [record for record in records if "update" in record][-1:]
+    if not last:
+        raise SystemExit(f"{folder}: not {_LOG_INTERVAL} updates in {seconds} seconds; give more")
+    length = float(last[0]["num_updates"]) / float(last[0]["update"])  # updates of an epoch
+    validations = {
+        int(record["valid_num_updates"]): record for record in records if "valid_loss" in record
+    }
+    for updates, record in validations.items():
+        append_line(folder / "epochs.jsonl", _validation(round(updates / length, 4), record))
+    passed = round(max(validations) / length, 4)
     # fairseq counts the time of earlier processes too.
     used = {**output.used, "seconds": seconds}
     append_line(folder / "steps.jsonl", {"epoch": passed, "trained": passed, **used})
@@ -276,8 +280,8 @@ def count_parameters(folder: Path, vocabulary: Iterable[str]) -> dict[str, int]:
         if any(part in name for part in buffers) or name.endswith(copies):
             continue
         # What input and output share counts once; a checkpoint from a GPU holds it twice.
-        varied = tensor.unique().numel() > 1
-        content = tensor.numpy().tobytes() if varied else tensor.data_ptr()
+        varied = bool((tensor != tensor.flatten()[:1]).any())
+        content = hashlib.sha256(tensor.numpy()).digest() if varied else tensor.data_ptr()
         sizes[name] = 0 if content in seen else math.prod(tensor.shape)
         seen.add(content)
     own = sum(size for name, size in sizes.items() if any(part in name for part in vocabulary))

@@ -133,11 +133,11 @@ def train(data: Path, save_dir: Path, *arguments: Any, **flags: Any) -> list[dic
     try:
         run("train", *train_arguments(data, save_dir, *arguments, **flags))
     finally:
-        _close_log_files()
+        close_log_files()
     return read_log(save_dir)
 
 
-def _close_log_files() -> None:
+def close_log_files() -> None:
     """Detaches the --log-file handlers that fairseq adds to two loggers at every start."""
     for name in ("fairseq_cli.train", "fairseq.logging.progress_bar"):
         logger = logging.getLogger(name)

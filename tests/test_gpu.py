@@ -13,6 +13,7 @@ import torch
 from fairseq_run import (
     TASK,
     TRANSLATION,
+    close_log_files,
     read_log,
     run,
     train_arguments,
@@ -74,7 +75,10 @@ def train(data: Path, folder: Path, device: str, *arguments: Any, **flags: Any) 
     switches = [f"--{name.replace('_', '-')}" for name, value in values.items() if value == ""]
     values = {name: value for name, value in values.items() if value != ""}
     line = train_arguments(data, folder, *arguments, *switches, **values)
-    run("train", *(part for part in line if device == "cpu" or part != "--cpu"))
+    try:
+        run("train", *(part for part in line if device == "cpu" or part != "--cpu"))
+    finally:
+        close_log_files()
     return valid_losses(read_log(folder))
 
 

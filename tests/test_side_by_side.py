@@ -151,14 +151,14 @@ def test_a_command_that_fails_leaves_its_log(
 
 
 def test_training_by_the_clock(books: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
-    """Validations stand where the last update before them was, in epochs."""
+    """Validations stand at their updates, in epochs."""
     lines = [
         "{'_name': None, 'common': {}}",
-        '{"epoch": 1, "update": 0.25, "loss": "9"}',
-        'INFO | {"epoch": 1, "valid_loss": "8"}',
-        'INFO | {"epoch": 1, "valid_loss": "8"}',
-        '{"epoch": 1, "update": 0.5, "loss": "9"}',
-        '{"epoch": 1, "valid_loss": "7"}',
+        '{"epoch": 1, "update": 0.25, "num_updates": "100", "loss": "9"}',
+        'INFO | {"epoch": 1, "valid_loss": "8", "valid_num_updates": "150"}',
+        'INFO | {"epoch": 1, "valid_loss": "8", "valid_num_updates": "150"}',
+        '{"epoch": 1, "update": 0.5, "num_updates": "200", "loss": "9"}',
+        '{"epoch": 1, "valid_loss": "7", "valid_num_updates": "200"}',
     ]
 
     def call(command: str, *arguments: Any, log: Path | None = None) -> tuple[str, Any]:
@@ -170,7 +170,7 @@ def test_training_by_the_clock(books: ModuleType, tmp_path: Path, monkeypatch: A
     monkeypatch.setattr(books, "_call", call)
     books.train_for(tmp_path, [], seconds=1800, interval=100)
     run = finish(books, tmp_path)
-    assert run["valid_ppls"] == {0.25: 256, 0.5: 128}
+    assert run["valid_ppls"] == {0.375: 256, 0.5: 128}
     assert (run["epochs"], run["seconds_per_epoch"]) == (0.5, 3600)
     books.train_for(tmp_path, [], seconds=1800, interval=100)
     assert len(books.read_lines(tmp_path / "steps.jsonl")) == 1  # nothing was left to do

@@ -202,9 +202,13 @@ def _balanced_clusters(
     for _ in range(_ROUNDS):
         clusters, cost = rounds.assign(centroids, _ROUGH_GAP)
         centroids = _centroids(rounds.vectors, rounds.weights, clusters, centroids)
-        if cost >= (1 - _TOLERANCE) * before:
+        # A cost of nothing is off by its rounding.
+        if cost >= (1 - _TOLERANCE) * before - 1e-12 * rounds.constant:
             break
         before = cost
+    if rounds is not split:  # the others count once
+        clusters, _ = split.assign(centroids, _ROUGH_GAP)
+        centroids = _centroids(vectors, weights, clusters, centroids)
     clusters, _ = split.assign(centroids, _GAP)
     return clusters, _centroids(vectors, weights, clusters, centroids)
 
