@@ -282,17 +282,14 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     }
     with open(find_text(args.text)["train"], encoding="utf-8") as file:
         tokens = sum(len(line.split()) + 1 for line in file)
-    by_clock = (
-        getattr(args, "for_seconds", None) is not None
-    )  # benchmark_tables.py has no such flag
+    # benchmark_tables.py has no such flag.
+    by_clock = getattr(args, "for_seconds", None) is not None
     names = ("width", "layers", "dropout", "lr", "batch_size", "block")
     return {
         "settings": {name: getattr(args, name) for name in names},
         "sha256": digests,
         "train_tokens": tokens,
-        "clock": "seconds"
-        if args.gpu or "for_seconds" in args and args.for_seconds
-        else "cpu_seconds",
+        "clock": "seconds" if args.gpu or by_clock else "cpu_seconds",
         "shared": args.gpu,
         **machine(),
     }
