@@ -27,6 +27,19 @@ TASK = ["--user-dir", USER_DIR, "--task", "lightrnn_language_modeling"]
 TRANSLATION = ["--user-dir", USER_DIR, "--task", "lightrnn_translation"]
 
 
+# Flags of a tiny transformer, which has sizes of its own.
+TINY_TRANSFORMER: dict[str, Any] = {
+    "embed_dim": None, "hidden_size": None,
+    **{
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in {
+            "embed_dim": 8, "ffn_embed_dim": 8, "layers": 1, "attention_heads": 2
+        }.items()
+    },
+}  # fmt: skip
+
+
 def run(command: str, *arguments: Any) -> None:
     """Runs ``fairseq-<command>`` with arguments, as its script does."""
     metrics.reset()
@@ -101,14 +114,7 @@ def train_translation(
     """Trains a tiny translation model on the CPU and returns what fairseq logged in JSON."""
     values: dict[str, Any] = {"arch": "lightrnn_translation", "tokens_per_sample": None}
     if "transformer" in flags.get("arch", ""):
-        values |= {"embed_dim": None, "hidden_size": None}
-        values |= {
-            f"{side}_{name}": value
-            for side in ("encoder", "decoder")
-            for name, value in {
-                "embed_dim": 8, "ffn_embed_dim": 8, "layers": 1, "attention_heads": 2
-            }.items()
-        }  # fmt: skip
+        values |= TINY_TRANSFORMER
     return train(data, save_dir, *TRANSLATION, *arguments, **{**values, **flags})
 
 

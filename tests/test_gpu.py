@@ -12,6 +12,7 @@ import pytest
 import torch
 from fairseq_run import (
     TASK,
+    TINY_TRANSFORMER,
     TRANSLATION,
     close_log_files,
     read_log,
@@ -42,20 +43,10 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "gated, frequent words": {**GATED, "output_ffn_dim": 0, "frequent_words": 6},
 }  # fmt: skip
-TRANSFORMER = {
-    "arch": "lightrnn_transformer", "embed_dim": None, "hidden_size": None, **EXTRAS,
-    **{
-        f"{side}_{name}": value
-        for side in ("encoder", "decoder")
-        for name, value in {
-            "embed_dim": 8, "ffn_embed_dim": 8, "layers": 1, "attention_heads": 2
-        }.items()
-    },
-}  # fmt: skip
 TRANSLATORS: dict[str, dict[str, Any]] = {
     "recurrent": {"arch": "lightrnn_translation"},
     "gated": {"arch": "lightrnn_translation_gated", **EXTRAS},
-    "transformer": TRANSFORMER,
+    "transformer": {"arch": "lightrnn_transformer", **TINY_TRANSFORMER, **EXTRAS},
 }
 
 
@@ -151,6 +142,19 @@ def test_a_model_scores_and_moves_words_alike(
         assert reports[1][key] == pytest.approx(reports[0][key], abs=1e-4)
 
 
+def search_alike(capsys: pytest.CaptureFixture[str], *arguments: Any) -> int:
+    """Compares what a beam of 3 finds on the CPU and on the GPU; returns how much that is."""
+    found = []
+    for device in (["--cpu"], []):
+        capsys.readouterr()
+        run("generate", *arguments, "--beam", 3, *device)
+        found.append(re.findall(r"^H-(\d+)\t(\S+)\t(.*)$", capsys.readouterr().out, re.M))
+    for (key, log_prob, words), (key_of_gpu, of_gpu, words_of_gpu) in zip(*found, strict=True):
+        assert (key_of_gpu, words_of_gpu) == (key, words)
+        assert float(of_gpu) == pytest.approx(float(log_prob), abs=1e-3)
+    return len(found[0])
+
+
 @pytest.mark.parametrize("name", TRANSLATORS)
 def test_translation_models_learn_and_search_alike(
     pairs: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
@@ -161,30 +165,16 @@ def test_translation_models_learn_and_search_alike(
         for device in DEVICES
     ]
     assert losses[1] == pytest.approx(losses[0], abs=0.01)
-    found = []
-    for device in (["--cpu"], []):
-        capsys.readouterr()
-        run("generate", pairs, *TRANSLATION, "--path", tmp_path / "cpu" / "checkpoint_best.pt",
-            "--beam", 3, "--nbest", 2, "--batch-size", 5, *device)  # fmt: skip
-        found.append(re.findall(r"^H-(\d+)\t(\S+)\t(.*)$", capsys.readouterr().out, re.M))
-    assert len(found[0]) == 24
-    for (key, log_prob, words), (key_of_gpu, of_gpu, words_of_gpu) in zip(*found, strict=True):
-        assert (key_of_gpu, words_of_gpu) == (key, words)
-        assert float(of_gpu) == pytest.approx(float(log_prob), abs=1e-3)
+    checkpoint = tmp_path / "cpu" / "checkpoint_best.pt"
+    flags_of_search = ["--nbest", 2, "--batch-size", 5]
+    assert search_alike(capsys, pairs, *TRANSLATION, "--path", checkpoint, *flags_of_search) == 24
 
 
 def test_language_models_generate_alike(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(data, tmp_path, "cuda", sample_break_mode="eos", **GATED)
-    found = []
-    for device in (["--cpu"], []):
-        capsys.readouterr()
-        run("generate", data, *TASK, "--path", tmp_path / "checkpoint_best.pt", "--beam", 3,
-            "--sample-break-mode", "eos", "--prefix-size", 2, "--max-len-b", 8,
-            *device)  # fmt: skip
-        found.append(re.findall(r"^H-(\d+)\t(\S+)\t(.*)$", capsys.readouterr().out, re.M))
-    assert found[0]
-    for (key, log_prob, words), (key_of_gpu, of_gpu, words_of_gpu) in zip(*found, strict=True):
-        assert (key_of_gpu, words_of_gpu) == (key, words)
-        assert float(of_gpu) == pytest.approx(float(log_prob), abs=1e-3)
+    assert search_alike(
+        capsys, data, *TASK, "--path", tmp_path / "checkpoint_best.pt", "--sample-break-mode",
+        "eos", "--prefix-size", 2, "--max-len-b", 8,
+    )  # fmt: skip
