@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq_lightrnn.frequent_words import FrequentInput, FrequentOutput, FrequentSize
+from fairseq_lightrnn.further_tables import FurtherTables
 from fairseq_lightrnn.grouped_product import grouped_product
 from fairseq_lightrnn.table_lookup import TableLookup
 
@@ -35,6 +36,10 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def _vectors(rows: int, dim: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(rows, dim).uniform_(-_INIT_RANGE, _INIT_RANGE))
+
+
 class ComponentEmbedding(nn.Module):
     """The input vectors: one for each value of each component.
 
@@ -50,10 +55,12 @@ class ComponentEmbedding(nn.Module):
         frequent: further numbers that frequent words have, added likewise.
         own_table: words have the vectors of their cells in a table of the input's own, which is the
             word table in force at first. Whole words only can be looked up then.
+        further: further tables, whose vectors are added to that of a word's last component.
 
     Attributes:
         weight: parameter of shape (ΣR_i, dim).
         input_table: the input's own table, or None.
+        further_weight: parameter of shape (M·ΣR_i, dim), the vectors of M further tables, or None.
     """
 
     def __init__(
@@ -65,23 +72,29 @@ class ComponentEmbedding(nn.Module):
         dropout: float = 0.0,
         frequent: FrequentSize | None = None,
         own_table: bool = False,
+        further: FurtherTables | None = None,
     ) -> None:
         super().__init__()
         self.shape = tuple(shape)
         self.dropout = dropout
-        self.weight = nn.Parameter(torch.empty(sum(shape), dim))
+        self.weight = _vectors(sum(shape), dim)
         offsets = torch.tensor([0, *accumulate(shape[:-1])])
         self.offsets: Tensor
         self.register_buffer("offsets", offsets, persistent=False)
-        nn.init.uniform_(self.weight, -_INIT_RANGE, _INIT_RANGE)
         self.residual: nn.Embedding | None = None
         self.frequent: FrequentInput | None = None
         self.input_table: TableLookup | None = None
-        if not residual_dim and frequent is None and not own_table:
+        self.further_weight: nn.Parameter | None = None
+        if not residual_dim and frequent is None and not own_table and further is None:
             return
         if table is None:
-            raise ValueError("residuals and an input table need words: give the table in force")
+            raise ValueError(
+                "residuals, an input table and further tables need words: give the table in force"
+            )
         self._table = (table,)
+        if further is not None:
+            self._further = (further,)  # a module of the model's
+            self.further_weight = _vectors(further.num_vectors, dim)
         if own_table:
             self.input_table = TableLookup(table.num_words, table.shape)
             self.input_table.seat(table.table())
@@ -106,21 +119,26 @@ class ComponentEmbedding(nn.Module):
         """
         size = coordinates.size(-1)
         offsets = self.offsets[first_component : first_component + size]
-        whole = (self.residual, self.frequent, self.input_table) != (None, None, None)
-        if size < len(self.shape) or not whole:
+        additions = (self.residual, self.frequent, self.further_weight)
+        ends_there = additions == (None, None, None)
+        if size < len(self.shape) or (ends_there and self.input_table is None):
             return self._look_up(coordinates + offsets, self.weight)
         (table,) = self._table
         words = table.words[table.flatten(coordinates)]
         if self.input_table is not None:
             coordinates = self.input_table(words)
         vectors = self._look_up(coordinates + offsets, self.weight)
-        if self.residual is None and self.frequent is None:
+        if ends_there:
             return vectors
         last = vectors[..., -1, :]
         if self.residual is not None:
             last = last + self.projection(self._look_up(words, self.residual.weight))
         if self.frequent is not None:
             last = last + self.frequent(words, self._look_up)
+        if self.further_weight is not None:
+            (further,) = self._further
+            # (..., M·k, dim) -> (..., dim)
+            last = last + self._look_up(further(words), self.further_weight).sum(dim=-2)
         return torch.cat([vectors[..., :-1, :], last[..., None, :]], dim=-2)
 
     def _look_up(self, index: Tensor, weight: Tensor) -> Tensor:
@@ -170,9 +188,10 @@ class ComponentSoftmax(nn.Module):
     lead to no word have probability 0, so the probabilities of the V words sum to 1.
 
     Additions give a word numbers of its own, which move with it from cell to cell: a bias, and a
-    residual of e numbers that is multiplied with the last e numbers of an output; of these, the
-    last ones meet further residuals that only frequent words have. All are added to the logits of
-    the word's last component.
+    residual. Residuals are multiplied with the last e numbers of an output: with the first of them
+    those of every word, with the last ones those that only frequent words have besides. Those in
+    between are multiplied with the vectors of the word's rows and columns in further tables. All
+    are added to the logits of the word's last component.
 
     Args:
         table: the word table in force.
@@ -180,14 +199,18 @@ class ComponentSoftmax(nn.Module):
         weight: share this parameter of shape (ΣR_i, d) rather than having one.
         word_bias: give every word a bias.
         residual_dim: the width of every word's residual; 0 for none.
-        frequent: the residuals that frequent words have besides; e is the sum of both widths.
+        frequent: the residuals that frequent words have besides.
         residuals_of: use the residuals of these input vectors rather than having some.
+        further: further tables, with vectors of width d; e is the sum of the three widths.
+        further_weight: share these vectors, (M·ΣR_i, d), rather than having some.
 
     Attributes:
         weight: parameter of shape (ΣR_i, d).
         bias: parameter of shape (ΣR_i,).
         word_bias: parameter of shape (V,), or None.
-        residual: parameter of shape (V, residual_dim), or None. Bias and residual start at zero.
+        residual: parameter of shape (V, residual_dim), or None.
+        further_weight: parameter of shape (M·ΣR_i, d), or None. It starts at zero, unless shared,
+            as bias and residual do.
     """
 
     def __init__(
@@ -199,12 +222,13 @@ class ComponentSoftmax(nn.Module):
         residual_dim: int = 0,
         frequent: FrequentSize | None = None,
         residuals_of: ComponentEmbedding | None = None,
+        further: FurtherTables | None = None,
+        further_weight: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
         rows = sum(table.shape)
         if weight is None:
-            weight = nn.Parameter(torch.empty(rows, dim))
-            nn.init.uniform_(weight, -_INIT_RANGE, _INIT_RANGE)
+            weight = _vectors(rows, dim)
         elif weight.shape != (rows, dim):
             raise ValueError(
                 f"shared vectors must have shape {(rows, dim)}, got {tuple(weight.shape)}"
@@ -221,6 +245,10 @@ class ComponentSoftmax(nn.Module):
             self.frequent = FrequentOutput(frequent)
         if residuals_of is not None:
             self._share(residuals_of)
+        self._further = (further,)  # a module of the model's
+        self.further_weight = further_weight
+        if further is not None and further_weight is None:
+            self.further_weight = nn.Parameter(torch.zeros(further.num_vectors, dim))
 
     def _share(self, embedding: ComponentEmbedding) -> None:
         """Puts the residuals of input vectors in the place of those of the output."""
@@ -287,10 +315,21 @@ class ComponentSoftmax(nn.Module):
         if self.frequent is not None:
             frequent = query[:, -self.frequent.residual.size(1) :] @ self.frequent.residual.T
             parts.append(F.pad(frequent, (0, self.table.num_words - frequent.size(1))))
+        if self.further_weight is not None:
+            every = torch.arange(self.table.num_words, device=query.device)
+            parts.append(self._further_logits(query, every))
         if not parts:
             return None
         own = sum(parts[1:], parts[0])
         return own.index_select(1, self.table.words).view(len(query), -1, self.table.shape[-1])
+
+    def _further_logits(self, query: Tensor, words: Tensor) -> Tensor:
+        """Returns what further tables add to the logits of words (N, C) or (C,): (N, C)."""
+        (further,) = self._further
+        assert further is not None and self.further_weight is not None
+        start = 0 if self.residual is None else self.residual.size(1)
+        mine = query[:, start : start + self.further_weight.size(1)]
+        return further.sum_scores(F.linear(mine, self.further_weight), words)
 
     def _own_logits(self, hidden: Tensor, prefix: Tensor) -> Tensor | float:
         """Returns what words' own numbers add to the last component's logits, (N, R_k)."""
@@ -303,13 +342,15 @@ class ComponentSoftmax(nn.Module):
         logits: Tensor | float = 0.0
         if self.word_bias is not None:
             logits = logits + self.word_bias[members[group]]
-        dim = 0
         if self.residual is not None:
-            dim = self.residual.size(1)
-            logits = logits + grouped_product(query[:, :dim], group, members, self.residual)
+            mine = query[:, : self.residual.size(1)]
+            logits = logits + grouped_product(mine, group, members, self.residual)
+        if self.further_weight is not None:
+            logits = logits + self._further_logits(query, members[group])
         if self.frequent is not None:
+            mine = query[:, -self.frequent.residual.size(1) :]
             listed = self.table.frequent(len(self.frequent.residual), prefix)
-            logits = logits + self.frequent(query[:, dim:], *listed, self.table.shape[-1])
+            logits = logits + self.frequent(mine, *listed, self.table.shape[-1])
         return logits
 
     def forward(self, hidden: Tensor, coordinates: Tensor) -> Tensor:

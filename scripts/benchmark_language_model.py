@@ -72,6 +72,8 @@ SHARED = ("--share-residuals", "--share-component-vectors")
 # Words are read by the initial table for good, and moved where they are predicted.
 MOVED = ("--keep-input-table", "--reallocation-regather")
 MOVED_AFTER = (1, 2, 4, 8, 16)
+# Words have cells in three more tables.
+FURTHER = ["--further-tables", "3"]
 # name: flags of the model and the task
 OURS: dict[str, list[str]] = {
     "gated-full": ["--composition", "gated", *words_own(16, 8)],
@@ -82,14 +84,16 @@ OURS: dict[str, list[str]] = {
     "gated-moved": ["--composition", "gated", *MOVED],
     "gated-linear": ["--composition", "gated", *words_own(64, 64), *SHARED],
     "gated-bias": ["--composition", "gated", "--word-bias"],
+    "gated-further": ["--composition", "gated", *FURTHER],
     "gated": ["--composition", "gated"],
+    "recurrent-further": FURTHER,
     "recurrent": [],
     "random": ["--initial-table", "random"],
     "authors": ["--initial-table", "random"],
     "softmax": ["--num-components", "1", "--initial-table", "random"],
     "softmax-ffn": ["--num-components", "1", "--initial-table", "random"],
 }
-WITHOUT_FFN = ("gated-linear", "recurrent", "random", "authors", "softmax")
+WITHOUT_FFN = ("gated-linear", "recurrent-further", "recurrent", "random", "authors", "softmax")
 PEERS = ("lstm_lm", "lstm_lm-adaptive")
 
 

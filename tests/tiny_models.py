@@ -11,6 +11,7 @@ from torch import Tensor
 from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax
 from fairseq_lightrnn.composition import Composition, Context
 from fairseq_lightrnn.frequent_words import FrequentSize
+from fairseq_lightrnn.further_tables import FurtherTables
 from fairseq_lightrnn.gated import GatedComposition
 from fairseq_lightrnn.recurrent import RecurrentComposition
 from fairseq_lightrnn.table_lookup import TableLookup
@@ -43,19 +44,23 @@ def build(
 ) -> Model:
     """A random model in double precision, with biases and residuals of words, and an FFN.
 
-    And with an input table of its own, where the composition can have one.
+    And with further tables, and an input table of its own where the composition can have one.
     """
     torch.manual_seed(seed)
     lookup = TableLookup(words, shape)
     residual = 2 if extras else 0
     frequent = FrequentSize(max(1, words // 3), 3) if extras else None
     own_table = extras and not kind.reads_components  # the words are seated elsewhere below
-    embedding = ComponentEmbedding(shape, 5, lookup, residual, 0.0, frequent, own_table)
+    further = FurtherTables(2, words, shape) if extras else None
+    embedding = ComponentEmbedding(shape, 5, lookup, residual, 0.0, frequent, own_table, further)
     cells = np.random.default_rng(seed).permutation(lookup.table().cells)
     lookup.seat(WordTable.from_cells(cells, shape))
-    query = residual + (3 if extras else 0)
+    for number, table in enumerate(further.tables if further else (), 1):
+        order = np.random.default_rng((seed, number)).permutation(table.table().cells)
+        table.seat(WordTable.from_cells(order, shape))
+    query = residual + (3 + 6 if extras else 0)
     composition = kind(embedding, 6, 2, residual_dim=query, ffn_dim=7 if extras else 0)
-    softmax = ComponentSoftmax(lookup, 6, None, extras, residual, frequent)
+    softmax = ComponentSoftmax(lookup, 6, None, extras, residual, frequent, further=further)
     model = Model(composition.double().eval(), softmax.double().eval())
     with torch.no_grad():
         for parameter in [*composition.parameters(), *softmax.parameters()]:

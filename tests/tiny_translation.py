@@ -60,7 +60,8 @@ def build(
         "num_components": len(shape), "table_shape": "x".join(map(str, shape)), "dropout": 0.0,
         "word_bias": extras, "input_residual_dim": 3 * extras, "output_residual_dim": 2 * extras,
         "frequent_words": words // 3 * extras, "frequent_residual_dim": 2,
-        "output_ffn_dim": 7 * extras, "keep_input_table": extras and decoder != "recurrent",
+        "further_tables": str(2 * extras * (len(shape) > 1)), "output_ffn_dim": 7 * extras,
+        "keep_input_table": extras and decoder != "recurrent",
     }  # fmt: skip
     target = dictionary(words)
     job = task(source or dictionary(11, "s"), target)

@@ -12,6 +12,7 @@ from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax
 from fairseq_lightrnn.composition import Context, Prediction
 from fairseq_lightrnn.distribution import coordinate_log_probs, next_word_log_probs, top_words
 from fairseq_lightrnn.errors import UsageError
+from fairseq_lightrnn.further_tables import FurtherTables
 from fairseq_lightrnn.table_lookup import TableLookup
 
 __all__ = ["WANTED", "SeatedDecoder", "SeatedTranslation", "SourceEncoder", "Wanted"]
@@ -51,6 +52,7 @@ class SeatedDecoder:
     Attributes:
         table: the word table in force.
         softmax: predicts components.
+        further: further tables, in which words have cells too, or None.
         reallocation_round: int64 scalar buffer; how often the words were reallocated, -1 before
             the initial table is seated. A buffer, since fairseq restores no state of tasks.
         reallocation_epoch: int64 scalar buffer; the last epoch after which they were.
@@ -59,6 +61,7 @@ class SeatedDecoder:
     dictionary: Any
     table: TableLookup
     softmax: ComponentSoftmax
+    further: FurtherTables | None
     reallocation_round: Tensor
     reallocation_epoch: Tensor
 
@@ -186,6 +189,7 @@ class SeatedDecoder:
             raise UsageError(
                 "the model reads words by a table of their own: give --keep-input-table again"
             )
+        _check_further_tables(state_dict, f"{name}.further.tables.", self.further)
         _add_input_tables(state_dict, name, self, coordinates)
         super().upgrade_state_dict_named(state_dict, name)  # type: ignore[misc]
         return state_dict
@@ -242,6 +246,19 @@ def _add_input_tables(
     for place, module in part.named_modules():
         if isinstance(module, ComponentEmbedding) and module.input_table is not None:
             state_dict.setdefault(f"{name}.{place}.input_table.coordinates", coordinates)
+
+
+def _check_further_tables(
+    state_dict: dict[str, Any], prefix: str, further: FurtherTables | None
+) -> None:
+    """Refuses the state of a model with another number of further tables."""
+    tables = {key[len(prefix) :].split(".")[0] for key in state_dict if key.startswith(prefix)}
+    expected = 0 if further is None else len(further.tables)
+    if len(tables) != expected:
+        raise UsageError(
+            f"the model has {len(tables)} further tables, not {expected}: give "
+            f"--further-tables {len(tables)}"
+        )
 
 
 def _check_words(words: Tensor | None, dictionary: Any, who: str) -> None:

@@ -10,6 +10,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq_lightrnn.components import ComponentEmbedding, WordEmbedding
 from fairseq_lightrnn.errors import UsageError, usage_errors
 from fairseq_lightrnn.frequent_words import FrequentSize
+from fairseq_lightrnn.further_tables import FurtherTables
 from fairseq_lightrnn.table_lookup import TableLookup
 from fairseq_lightrnn.word_table import check_shape, default_shape
 
@@ -20,6 +21,8 @@ __all__ = [
     "check_numbers",
     "check_task",
     "frequent_size",
+    "further_files",
+    "further_tables",
     "parse_shape",
     "query_dim",
     "shared_residuals",
@@ -79,6 +82,15 @@ class TableConfig(FairseqDataclass):
         metadata={
             "help": "further numbers of each of the --frequent-words, as many for input as for "
             "output"
+        },
+    )
+    further_tables: str = field(
+        default="0",
+        metadata={
+            "help": "read and predict words by their cells in further tables too, which are never "
+            "reallocated: how many to make (random ones if --initial-table is random, otherwise "
+            "from co-occurrence) with the seeds after --table-seed; or table files, joined by "
+            "commas"
         },
     )
     output_ffn_dim: int = field(
@@ -179,9 +191,39 @@ def shared_residuals(cfg: Any, embedding: ComponentEmbedding) -> ComponentEmbedd
     return embedding
 
 
-def query_dim(cfg: Any) -> int:
-    """Returns the width of what output residuals are multiplied with."""
-    return cfg.output_residual_dim + (cfg.frequent_residual_dim if cfg.frequent_words else 0)
+def further_files(cfg: Any) -> list[str]:
+    """Returns the files that ``--further-tables`` names, if any."""
+    value = str(cfg.further_tables)
+    return [] if value.isdecimal() else [file.strip() for file in value.split(",")]
+
+
+def further_tables(cfg: Any, num_words: int, shape: tuple[int, ...]) -> FurtherTables | None:
+    """Returns the tables that ``--further-tables`` asks for, not yet seated.
+
+    Raises:
+        UsageError: if there can be none.
+    """
+    count = len(further_files(cfg)) or int(cfg.further_tables)
+    if count == 0:
+        return None
+    if len(shape) == 1:
+        raise UsageError(
+            f"--further-tables {cfg.further_tables}: with --num-components 1 every word has "
+            "vectors of its own; leave one of them out"
+        )
+    return FurtherTables(count, num_words, shape)
+
+
+def query_dim(cfg: Any, dim: int) -> int:
+    """Returns the width of what output residuals and further tables are multiplied with.
+
+    Args:
+        cfg: the model's configuration.
+        dim: the width of the output vectors.
+    """
+    frequent = cfg.frequent_residual_dim if cfg.frequent_words else 0
+    further = 0 if str(cfg.further_tables) == "0" else dim
+    return cfg.output_residual_dim + further + frequent
 
 
 def check_numbers(cfg: Any, sizes: tuple[str, ...], dropouts: tuple[str, ...] = ()) -> None:

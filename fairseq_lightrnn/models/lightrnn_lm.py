@@ -21,6 +21,7 @@ from torch import Tensor
 from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax
 from fairseq_lightrnn.composition import Composition, Context
 from fairseq_lightrnn.errors import UsageError
+from fairseq_lightrnn.further_tables import FurtherTables
 from fairseq_lightrnn.gated import GatedComposition
 from fairseq_lightrnn.models._carried_state import CarriedState
 from fairseq_lightrnn.models._seated import SeatedDecoder
@@ -30,6 +31,7 @@ from fairseq_lightrnn.models._table import (
     check_numbers,
     check_task,
     frequent_size,
+    further_tables,
     query_dim,
     shared_residuals,
     table_shape,
@@ -131,7 +133,9 @@ def check_config(cfg: LightRNNLanguageModelConfig) -> None:
         )
 
 
-def build_embedding(cfg: LightRNNLanguageModelConfig, table: TableLookup) -> ComponentEmbedding:
+def build_embedding(
+    cfg: LightRNNLanguageModelConfig, table: TableLookup, further: FurtherTables | None
+) -> ComponentEmbedding:
     """Returns the input vectors that the flags ask for.
 
     Raises:
@@ -151,6 +155,7 @@ def build_embedding(cfg: LightRNNLanguageModelConfig, table: TableLookup) -> Com
         cfg.component_dropout,
         frequent_size(cfg, table.num_words),
         cfg.keep_input_table,
+        further,
     )
 
 
@@ -179,7 +184,7 @@ def build_composition(
         dropout_in=dropout(cfg.dropout_in),
         dropout_between=dropout(cfg.dropout_between),
         dropout_out=dropout(cfg.dropout_out),
-        residual_dim=query_dim(cfg),
+        residual_dim=query_dim(cfg, cfg.hidden_size),
         locked_dropout=cfg.locked_dropout,
         weight_dropout=cfg.weight_dropout,
         ffn_dim=cfg.output_ffn_dim,
@@ -188,7 +193,10 @@ def build_composition(
 
 
 def build_softmax(
-    cfg: LightRNNLanguageModelConfig, table: TableLookup, embedding: ComponentEmbedding
+    cfg: LightRNNLanguageModelConfig,
+    table: TableLookup,
+    embedding: ComponentEmbedding,
+    further: FurtherTables | None,
 ) -> ComponentSoftmax:
     """Returns the output side that the flags ask for."""
     return ComponentSoftmax(
@@ -199,6 +207,8 @@ def build_softmax(
         cfg.output_residual_dim,
         frequent_size(cfg, table.num_words),
         shared_residuals(cfg, embedding),
+        further,
+        embedding.further_weight if cfg.share_component_vectors else None,
     )
 
 
@@ -213,9 +223,10 @@ class LightRNNDecoder(SeatedDecoder, FairseqIncrementalDecoder):
         shape = table_shape(cfg, len(dictionary))
 
         self.table = TableLookup(len(dictionary), shape)
-        embedding = build_embedding(cfg, self.table)
+        self.further = further_tables(cfg, len(dictionary), shape)
+        embedding = build_embedding(cfg, self.table, self.further)
         self.composition = build_composition(cfg, embedding)
-        self.softmax = build_softmax(cfg, self.table, embedding)
+        self.softmax = build_softmax(cfg, self.table, embedding, self.further)
         self.carried_state = CarriedState()
         self._register_reallocation()
 

@@ -26,6 +26,7 @@ from fairseq_lightrnn.models._table import (
     check_numbers,
     check_task,
     frequent_size,
+    further_tables,
     query_dim,
     shared_residuals,
     source_embedding,
@@ -66,6 +67,7 @@ class LightRNNTransformerDecoder(SeatedDecoder, TransformerDecoderBase):
         table = TableLookup(len(dictionary), shape)
         dim = cfg.decoder.embed_dim
         frequent = frequent_size(table_cfg, len(dictionary))
+        further = further_tables(table_cfg, len(dictionary), shape)
         embedding = ComponentEmbedding(
             shape,
             dim,
@@ -73,16 +75,23 @@ class LightRNNTransformerDecoder(SeatedDecoder, TransformerDecoderBase):
             table_cfg.input_residual_dim,
             frequent=frequent,
             own_table=table_cfg.keep_input_table,
+            further=further,
         )
         # The sum of a word's vectors starts as the vectors of fairseq's transformer do.
-        nn.init.normal_(embedding.weight, std=(dim * len(shape)) ** -0.5)
+        vectors = [embedding.weight]
+        if embedding.further_weight is not None:
+            vectors.append(embedding.further_weight)
+        tables = 1 if further is None else 1 + len(further.tables)
+        for weight in vectors:
+            nn.init.normal_(weight, std=(dim * len(shape) * tables) ** -0.5)
         words = WordEmbedding(table, embedding, dictionary.pad())
         super().__init__(cfg, dictionary, words, no_encoder_attn=cfg.no_cross_attention)
         self.table = table
+        self.further = further
         self.prediction = GatedPredictor(
             shape,
             self.output_embed_dim,
-            residual_dim=query_dim(table_cfg),
+            residual_dim=query_dim(table_cfg, self.output_embed_dim),
             ffn_dim=table_cfg.output_ffn_dim,
             ffn_dropout=cfg.dropout,
         )
@@ -96,6 +105,8 @@ class LightRNNTransformerDecoder(SeatedDecoder, TransformerDecoderBase):
             table_cfg.output_residual_dim,
             frequent,
             shared_residuals(table_cfg, embedding),
+            further,
+            embedding.further_weight if shared else None,
         )
         if not shared:
             nn.init.normal_(self.softmax.weight, std=self.output_embed_dim**-0.5)

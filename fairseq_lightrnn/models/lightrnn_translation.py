@@ -30,6 +30,7 @@ from fairseq_lightrnn.models._table import (
     SourceTableConfig,
     check_numbers,
     check_task,
+    further_tables,
     source_embedding,
     table_shape,
 )
@@ -136,9 +137,10 @@ class LightRNNTranslationDecoder(SeatedDecoder, FairseqIncrementalDecoder):
         shape = table_shape(cfg, len(dictionary))
         self.max_target_positions = max_target_positions
         self.table = TableLookup(len(dictionary), shape)
-        embedding = build_embedding(cfg, self.table)
+        self.further = further_tables(cfg, len(dictionary), shape)
+        embedding = build_embedding(cfg, self.table, self.further)
         self.composition = build_composition(cfg, embedding, _COMPOSITIONS, memory_dim=memory_dim)
-        self.softmax = build_softmax(cfg, self.table, embedding)
+        self.softmax = build_softmax(cfg, self.table, embedding, self.further)
         self.first_hidden = nn.Linear(memory_dim, cfg.hidden_size)
         self.first_cell = nn.Linear(memory_dim, cfg.hidden_size)
         self._register_reallocation()

@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from fairseq_lightrnn.allocation.initial_table import INITIAL_TABLES, initial_ta
 from fairseq_lightrnn.allocation.reallocation import Reallocation, reallocate
 from fairseq_lightrnn.allocation.statistics import AllocationStatistics
 from fairseq_lightrnn.errors import UsageError, usage_errors
+from fairseq_lightrnn.models._table import further_files, table_shape
 from fairseq_lightrnn.tasks._generator import TopWordsGenerator
 from fairseq_lightrnn.tasks._reallocation import (
     broadcast_table,
@@ -67,6 +68,7 @@ class SeatingMixin:
     datasets: dict[str, Any]
     in_order = False  # whether batches go on where the one before stopped
     _given_table: WordTable | None = None
+    _given_further: Sequence[WordTable] = ()
     _started: float | None = None
     _reallocation_seconds = 0.0
 
@@ -124,6 +126,17 @@ class SeatingMixin:
         if table is not None:
             self._given_table = table
             cfg.num_components = len(table.shape)
+        shape = table_shape(cfg, len(dictionary))
+        self._given_further = []
+        for file in further_files(cfg):
+            with usage_errors("--further-tables"):
+                further = WordTable.load(file, dictionary.symbols)
+                if further.shape != shape:
+                    raise ValueError(
+                        f"{file} is a table of shape {further.shape}, the first table has {shape}; "
+                        "make them equal"
+                    )
+            self._given_further.append(further)
 
     def read_table_file(
         self, flag: str, shape_flag: str, dictionary: Any, cfg: Any
@@ -193,7 +206,23 @@ class SeatingMixin:
         )
         if decoder.input_vectors.input_table is not None:
             decoder.input_vectors.input_table.seat(decoder.table.table())
+        if decoder.further is not None:
+            self._seat_further_tables(decoder)
         decoder.reallocation_round.fill_(0)
+
+    def _seat_further_tables(self, decoder: Any) -> None:
+        kind = "random" if self.args.initial_table == "random" else "cooccurrence"
+        for number, lookup in enumerate(decoder.further.tables, 1):
+            given = self._given_further[number - 1] if self._given_further else None
+            self.seat(
+                lookup,
+                "from a file" if given else kind,
+                given,
+                self.target_dictionary,  # type: ignore[attr-defined]
+                self.training_text,
+                f"further_word_table{number}",
+                self.args.table_seed + number,
+            )
 
     def seat(
         self,
@@ -203,6 +232,7 @@ class SeatingMixin:
         dictionary: Any,
         text: Callable[[], Iterable[np.ndarray]],
         file_name: str,
+        seed: int | None = None,
     ) -> None:
         """Seats the words of a table for the first time, alike on all workers, and saves it.
 
@@ -213,6 +243,7 @@ class SeatingMixin:
             dictionary: of the words.
             text: returns text of these words.
             file_name: the table's file in the save directory, without ``.txt``.
+            seed: to make it with; ``--table-seed`` by default.
         """
         start = time.monotonic()
         table = None
@@ -221,13 +252,13 @@ class SeatingMixin:
                 kind,
                 lookup.num_words,
                 lookup.shape,
-                seed=self.args.table_seed,
+                seed=self.args.table_seed if seed is None else seed,
                 counts=np.array(dictionary.count, dtype=np.int64),
                 tokens=text(),
             )
         lookup.seat(broadcast_table(table, lookup))
         table = lookup.table()
-        name = file_name.replace("word_table", "table").replace("_", " ")
+        name = file_name.replace("word_table", "table ").replace("_", " ").strip()
         logger.info(f"initial {name}: {kind}, {table}, {time.monotonic() - start:.1f} seconds")
         self._save_table(table, 0, dictionary, file_name)
 

@@ -1,0 +1,73 @@
+"""Further word tables, in which every word has a cell too.
+
+A word's row and column are shared with others: whatever they have in common it cannot leave. In a
+second table, made from another start, it shares row and column with other words, and the sum of
+vectors of all its cells is nearly its own, at the cost of 2·√V vectors more for V words. The first
+table alone says how a word's probability is factored; vectors of the others are added to what words
+are read by, and their products with an output to the logits of the words' last component. So
+probabilities sum to 1 as ever, and a word has no number of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_lightrnn.table_lookup import TableLookup
+
+__all__ = ["FurtherTables"]
+
+
+class FurtherTables(nn.Module):
+    """Further tables of the same words and shape; they travel with checkpoints.
+
+    Their vectors belong to those who use them: one for each value of each component of each table,
+    in one matrix of ``num_vectors`` rows.
+
+    Args:
+        count: M, the number of tables.
+        num_words: V.
+        shape: the k sizes of each table.
+
+    Attributes:
+        tables: M of :class:`TableLookup`, arbitrary balanced ones until they are seated.
+        num_vectors: M·ΣR_i.
+    """
+
+    def __init__(self, count: int, num_words: int, shape: Sequence[int]) -> None:
+        super().__init__()
+        if count < 1:
+            raise ValueError(f"{count} further tables: expected at least 1")
+        self.tables = nn.ModuleList(TableLookup(num_words, shape) for _ in range(count))
+        self.num_vectors = count * sum(shape)
+
+    def _places(self, words: Tensor) -> Iterator[Tensor]:
+        """Yields the row of the matrix for each component of each table, shaped as the words."""
+        offset = 0
+        for table in self.tables:
+            for size, coordinate in zip(table.shape, table(words).unbind(-1), strict=True):
+                yield coordinate + offset
+                offset += size
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Returns the rows of the matrix, integers (..., M·k), that words (...) have."""
+        return torch.stack(list(self._places(words)), dim=-1)
+
+    def sum_scores(self, scores: Tensor, words: Tensor) -> Tensor:
+        """Sums the scores of each word's rows and columns.
+
+        Args:
+            scores: of all rows of the matrix, shape (N, num_vectors).
+            words: integers of shape (N, C), or of shape (C,) for the same in each of the N.
+
+        Returns:
+            Shape (N, C).
+        """
+        total: Tensor | None = None
+        for place in self._places(words):
+            one = scores.gather(1, place) if place.dim() > 1 else scores.index_select(1, place)
+            total = one if total is None else total + one
+        assert total is not None  # there is at least one table
+        return total
