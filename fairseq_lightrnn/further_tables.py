@@ -11,6 +11,7 @@ probabilities sum to 1 as ever, and a word has no number of its own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -41,19 +42,19 @@ class FurtherTables(nn.Module):
         if count < 1:
             raise ValueError(f"{count} further tables: expected at least 1")
         self.tables = nn.ModuleList(TableLookup(num_words, shape) for _ in range(count))
-        self.num_vectors = count * sum(shape)
+        self._sizes = count * list(shape)
+        self.num_vectors = sum(self._sizes)
 
-    def _places(self, words: Tensor) -> Iterator[Tensor]:
-        """Yields the row of the matrix for each component of each table, shaped as the words."""
-        offset = 0
+    def _coordinates(self, words: Tensor) -> Iterator[Tensor]:
+        """Yields words' coordinates, table by table and component by component."""
         for table in self.tables:
-            for size, coordinate in zip(table.shape, table(words).unbind(-1), strict=True):
-                yield coordinate + offset
-                offset += size
+            yield from table(words).unbind(-1)
 
     def forward(self, words: Tensor) -> Tensor:
         """Returns the rows of the matrix, integers (..., M·k), that words (...) have."""
-        return torch.stack(list(self._places(words)), dim=-1)
+        offsets = accumulate(self._sizes[:-1], initial=0)
+        placed = zip(offsets, self._coordinates(words), strict=True)
+        return torch.stack([offset + coordinate for offset, coordinate in placed], dim=-1)
 
     def sum_scores(self, scores: Tensor, words: Tensor) -> Tensor:
         """Sums the scores of each word's rows and columns.
@@ -65,9 +66,10 @@ class FurtherTables(nn.Module):
         Returns:
             Shape (N, C).
         """
-        total: Tensor | None = None
-        for place in self._places(words):
-            one = scores.gather(1, place) if place.dim() > 1 else scores.index_select(1, place)
-            total = one if total is None else total + one
-        assert total is not None  # there is at least one table
-        return total
+        # A gather's gradient is as large as what it gathers from: of each component its own scores.
+        parts = zip(scores.split(self._sizes, dim=1), self._coordinates(words), strict=True)
+        summands = [
+            part.gather(1, index) if index.dim() > 1 else part.index_select(1, index)
+            for part, index in parts
+        ]
+        return sum(summands[1:], summands[0])

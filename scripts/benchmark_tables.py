@@ -14,6 +14,10 @@ table. ``--tables`` names what is compared:
   co-occurrence table counts and weighs, one thing changed at a time;
 * ``50x201``, ``201x50``, ``22x22x22``: other shapes, and three components;
 * ``tied``: input and output share component vectors;
+* ``further-1``, ``further-3``, ``further-6``: so many further tables from co-occurrence;
+  ``random-further-3``: three random ones beside a co-occurrence table;
+* ``own-8``, ``own-32``, ``own-64``: so many numbers of each word's own for input and output alike;
+  ``width-64``, ``width-256``: another width of vectors and LSTM: what else parameters buy;
 * ``…-row-first``, ``…-joint``: a random or a co-occurrence table, reallocated once
   (``--reallocate-after``); ``-regather``: columns from statistics gathered again; ``-margin-…``:
   only words that gain so many nats each time move; ``-kept``: words are read by the initial table
@@ -58,6 +62,8 @@ class Table:
         how: what a co-occurrence table is made of.
         shape: of the table; nearly square if None.
         flags: of the model.
+        further: how many further tables there are.
+        further_kind: of these.
         reallocation: flags of a reallocation, or None without one.
     """
 
@@ -65,7 +71,16 @@ class Table:
     how: CoOccurrence = field(default_factory=CoOccurrence)
     shape: tuple[int, ...] | None = None
     flags: tuple[str, ...] = ()
+    further: int = 0
+    further_kind: str = "cooccurrence"
     reallocation: tuple[str, ...] | None = None
+
+
+def own(numbers: int) -> Table:
+    """Words have so many numbers of their own, and a co-occurrence table."""
+    size = str(numbers)
+    residuals = ("--input-residual-dim", size, "--output-residual-dim", size)
+    return Table(flags=(*residuals, "--share-residuals"))
 
 
 TABLES = {
@@ -85,6 +100,15 @@ TABLES = {
     "201x50": Table(shape=(201, 50)),
     "22x22x22": Table(shape=(22, 22, 22)),
     "tied": Table(flags=("--share-component-vectors",)),
+    "further-1": Table(further=1),
+    "further-3": Table(further=3),
+    "further-6": Table(further=6),
+    "random-further-3": Table(further=3, further_kind="random"),
+    "own-8": own(8),
+    "own-32": own(32),
+    "own-64": own(64),
+    "width-64": Table(flags=("--embed-dim", "64", "--hidden-size", "64")),
+    "width-256": Table(flags=("--embed-dim", "256", "--hidden-size", "256")),
     "random-row-first": Table("random", reallocation=()),
     "random-joint": Table("random", reallocation=JOINT),
     "random-regather": Table("random", reallocation=REGATHER),
@@ -146,6 +170,13 @@ def train(name: str, seed: int, data: Path, args: argparse.Namespace) -> Path:
         "--tokens-per-sample", args.block, "--batch-size", args.batch_size, "--optimizer", "adam",
         "--lr", args.lr, "--clip-norm", 1, "--seed", seed, *device_flags(args),
     ]  # fmt: skip
+    further = []
+    for number in range(1, table.further + 1):
+        further.append(args.out / f"{name}.{seed}.further{number}.table.txt")
+        # Far from the seeds of first tables.
+        make_table(Table(table.further_kind), data, further[-1], 100 * seed + number)
+    if further:
+        flags += ["--further-tables", ",".join(map(str, further))]
     if table.reallocation is None or "--reallocate-epochs" in table.reallocation:
         train_in_steps(folder, flags + list(table.reallocation or ()), args.epochs, args.epochs)
         return folder

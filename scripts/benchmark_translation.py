@@ -13,8 +13,10 @@ Systems (``--systems``): fairseq's ``lstm`` and ``transformer``, and this plugin
 numbers of each word's own (``lightrnn-gated``), with 128 more for each of 1,500 frequent words
 (``lightrnn-frequent``), or with 37 numbers of each word's own: 12 for input and 24 for output
 (``lightrnn-wide``), or 36 for both (``lightrnn-shared``, ``--shared``), these also with a
-feed-forward layer of four times the width (``lightrnn-ffn``); ``lightrnn_transformer`` with the 25
-or the 37 (``lightrnn-transformer-wide``), or as ``lightrnn-ffn`` (``lightrnn-transformer-ffn``).
+feed-forward layer of four times the width (``lightrnn-ffn``), or with that layer, fewer numbers
+(``--shared-further``) and cells in further tables (``lightrnn-further``, ``--further``);
+``lightrnn_transformer`` with the 25 or the 37 (``lightrnn-transformer-wide``), or as the last two
+(``lightrnn-transformer-ffn``, ``lightrnn-transformer-further``).
 All are trained alike, with a learning rate that falls to nothing, and tested with the checkpoint of
 the best validation perplexity. ``results.json`` has sacrebleu's paired bootstrap of every system
 against fairseq's own. Question answering is translation here: ``--metrics answers`` counts exact
@@ -53,8 +55,8 @@ from side_by_side import (
 
 SYSTEMS = (
     "lstm", "lightrnn", "lightrnn-gated", "lightrnn-frequent", "lightrnn-wide", "lightrnn-shared",
-    "lightrnn-ffn", "transformer", "lightrnn-transformer", "lightrnn-transformer-wide",
-    "lightrnn-transformer-ffn",
+    "lightrnn-ffn", "lightrnn-further", "transformer", "lightrnn-transformer",
+    "lightrnn-transformer-wide", "lightrnn-transformer-ffn", "lightrnn-transformer-further",
 )  # fmt: skip
 # Composition, and what words have of their own.
 OWN: dict[str, list[str]] = {
@@ -64,6 +66,7 @@ OWN: dict[str, list[str]] = {
     "lightrnn-wide": ["--composition", "gated", *words_own(12, 24)],
     "lightrnn-shared": ["--composition", "gated", "--share-residuals"],
     "lightrnn-ffn": ["--composition", "gated", "--share-residuals"],
+    "lightrnn-further": ["--composition", "gated", "--share-residuals"],
 }
 # By name and seed, what is known of a run.
 Systems = dict[str, dict[str, dict[str, Any]]]
@@ -103,6 +106,10 @@ def parse() -> argparse.Namespace:
     add("--max-tokens", type=int, default=2000, help="of a batch (default: %(default)s)")
     add("--shared", type=int, default=36, metavar="N",
         help="numbers of a word's own that serve both sides (default: %(default)s)")  # fmt: skip
+    add("--further", type=int, default=3, metavar="N",
+        help="further tables of the systems of that name (default: %(default)s)")  # fmt: skip
+    add("--shared-further", type=int, default=12, metavar="N",
+        help="as --shared, of the systems with further tables (default: %(default)s)")  # fmt: skip
     add("--beam", type=int, default=5, help="(default: %(default)s)")
     add_gpu_flag(parser)
     return parser.parse_args()
@@ -175,9 +182,8 @@ def model_flags(system: str, args: argparse.Namespace) -> list[Any]:
         if system == "transformer":
             return [*stock, "--arch", "transformer", *sides]
         own = words_own(12, 24) if system.endswith("wide") else words_own(16, 8)
-        if system.endswith("ffn"):
-            own = [*words_own(args.shared, args.shared), "--share-residuals"]
-            own += ["--output-ffn-dim", str(4 * args.width)]
+        if system.endswith(("ffn", "further")):
+            own = [*shared_flags(system, args), "--share-residuals"]
         return [*ours, "--arch", "lightrnn_transformer", *sides, *own]
     if system == "lstm":
         return [
@@ -188,10 +194,20 @@ def model_flags(system: str, args: argparse.Namespace) -> list[Any]:
             "--decoder-layers", args.layers,
         ]  # fmt: skip
     sizes = ["--embed-dim", args.width, "--hidden-size", args.width, "--num-layers", args.layers]
-    own = words_own(args.shared, args.shared) if "--share-residuals" in OWN[system] else []
-    if system == "lightrnn-ffn":
-        own += ["--output-ffn-dim", str(4 * args.width)]
+    own = shared_flags(system, args) if "--share-residuals" in OWN[system] else []
     return [*ours, "--arch", "lightrnn_translation", *sizes, *OWN[system], *own]
+
+
+def shared_flags(system: str, args: argparse.Namespace) -> list[str]:
+    """Returns how many numbers a word has for both sides, further tables, and the layer."""
+    if system.endswith("further"):
+        own = words_own(args.shared_further, args.shared_further)
+        own += ["--further-tables", str(args.further)]
+    else:
+        own = words_own(args.shared, args.shared)
+    if system.endswith(("ffn", "further")):
+        own += ["--output-ffn-dim", str(4 * args.width)]
+    return own
 
 
 def learning_rates(highest: float, epochs: int) -> str:

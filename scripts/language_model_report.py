@@ -40,10 +40,32 @@ def markdown(systems: dict[str, dict[str, dict[str, Any]]], tokens: int, clock: 
     return "\n".join(lines)
 
 
+def families(
+    systems: dict[str, dict[str, dict[str, Any]]],
+) -> dict[str, list[tuple[int, float]]]:
+    """Returns parameters and mean test perplexity of systems that differ in a size alone.
+
+    Those are ``own-8`` and ``own-64``, for example, under the name ``own``; the smallest first.
+    """
+    found: dict[str, list[tuple[int, float]]] = {}
+    for system, runs in systems.items():
+        name, _, size = system.rpartition("-")
+        if name and size.isdecimal():
+            perplexity = statistics.mean(run["test_ppl"] for run in runs.values())
+            parameters = next(iter(runs.values()))["parameters"]
+            found.setdefault(name, []).append((parameters, perplexity))
+    return {
+        name: sorted(places)
+        for name, places in found.items()
+        if len({parameters for parameters, _ in places}) > 1
+    }
+
+
 def draw(systems: dict[str, dict[str, dict[str, Any]]], path: Path, clock: str | None) -> None:
     """Draws validation perplexity against epochs and seconds, and test against parameters.
 
-    Triangles mark reallocations. Without a clock, nothing is drawn against seconds.
+    Triangles mark reallocations, lines connect systems that differ in a size alone. Without a
+    clock, nothing is drawn against seconds.
     """
     import matplotlib
 
@@ -70,6 +92,9 @@ def draw(systems: dict[str, dict[str, dict[str, Any]]], path: Path, clock: str |
                     panel.plot(epoch * length(run), ppl, "v", color=colour, markersize=9)
             by_size.scatter(run["parameters"], run["test_ppl"], color=colour)
             system = "_nolegend_"
+    for name, places in families(systems).items():
+        by_size.plot(*zip(*places, strict=True), color="grey", linewidth=1, zorder=0)
+        by_size.annotate(name, places[-1], fontsize=8)
     by_size.set_xlabel("parameters")
     by_size.set_xscale("log")
     by_size.set_ylabel("test perplexity")

@@ -13,6 +13,8 @@ from fairseq_run import TASK, run, symbols, train, train_translation, valid_loss
 from tiny_models import COMPOSITIONS, build
 from torch import Tensor
 
+from fairseq_lightrnn.allocation.initial_table import initial_table
+from fairseq_lightrnn.commands.reallocate import main as reallocate
 from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax
 from fairseq_lightrnn.distribution import next_word_log_probs, top_words
 from fairseq_lightrnn.further_tables import FurtherTables
@@ -164,7 +166,7 @@ def test_training(
     flags = {"arch": architecture, "max_epoch": 3, "reallocate_epochs": 1, "dropout": 0}
     with caplog.at_level(logging.INFO):
         losses = valid_losses(train(data, tmp_path / "a", further_tables=2, **flags))
-    assert "initial further table 2: cooccurrence, WordTable(48 words, 7×7" in caplog.text
+    assert "initial further table 2: WordTable(48 words, 7×7" in caplog.text
     states = [load(tmp_path / "a" / f"checkpoint{epoch}.pt") for epoch in (1, 3)]
     names = [f"decoder.further.tables.{number}.coordinates" for number in (0, 1)]
     for number, name in enumerate(names, 1):
@@ -211,12 +213,19 @@ def test_shared_vectors(data: Path, tmp_path: Path) -> None:
     assert torch.equal(read, state["decoder.softmax.further_weight"])
 
 
-def test_random_tables_of_a_random_start(
-    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO):
-        train(data, tmp_path, max_epoch=1, initial_table="random", further_tables=1)
-    assert "initial further table 1: random" in caplog.text
+def test_random_tables_of_a_random_start(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path, max_epoch=1, initial_table="random", further_tables=1, table_seed=5)
+    table = WordTable.load(tmp_path / "further_word_table1.txt", symbols(data))
+    assert table == initial_table("random", 48, (7, 7), seed=6)
+
+
+def test_another_shape(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path, max_epoch=1, further_tables=1)
+    with pytest.raises(SystemExit, match="--table-shape 6x8: the model has further tables of"):
+        reallocate([
+            str(tmp_path / "checkpoint1.pt"), str(data), "--table-shape", "6x8",
+            "--output", str(tmp_path / "new.pt"),
+        ])  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,10 @@ from fairseq_lightrnn.commands.score import main as score
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 DEVICES = ("cpu", "cuda")
-EXTRAS = {"word_bias": "", "input_residual_dim": 3, "output_residual_dim": 5, "output_ffn_dim": 16}
+EXTRAS = {
+    "word_bias": "", "input_residual_dim": 3, "output_residual_dim": 5, "output_ffn_dim": 16,
+    "further_tables": 2,
+}  # fmt: skip
 GATED = {"arch": "lightrnn_lm_gated", **EXTRAS}
 MODELS: dict[str, dict[str, Any]] = {
     "recurrent": {},

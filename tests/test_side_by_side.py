@@ -174,3 +174,23 @@ def test_training_by_the_clock(books: ModuleType, tmp_path: Path, monkeypatch: A
     assert (run["epochs"], run["seconds_per_epoch"]) == (0.5, 3600)
     books.train_for(tmp_path, [], seconds=1800, interval=100)
     assert len(books.read_lines(tmp_path / "steps.jsonl")) == 1  # nothing was left to do
+
+
+def test_systems_that_differ_in_a_size_alone(
+    books: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    from language_model_report import families
+
+    def runs(parameters: int, *perplexities: float) -> dict[str, dict[str, float]]:
+        values = [{"parameters": parameters, "test_ppl": ppl} for ppl in perplexities]
+        return {str(seed): value for seed, value in enumerate(values)}
+
+    systems = {
+        "own-64": runs(300, 80.0),
+        "own-8": runs(100, 92.0, 90.0),
+        "plain": runs(50, 100.0),
+        "window-2": runs(50, 120.0),
+        "window-5": runs(50, 130.0),
+    }
+    assert families(systems) == {"own": [(100, 91.0), (300, 80.0)]}

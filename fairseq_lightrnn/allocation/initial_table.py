@@ -22,7 +22,7 @@ from fairseq_lightrnn.allocation.cooccurrence import (
 from fairseq_lightrnn.allocation.costs import LowRankCosts
 from fairseq_lightrnn.word_table import WordTable, balanced_cells
 
-__all__ = ["INITIAL_TABLES", "initial_table", "table_of_vectors"]
+__all__ = ["INITIAL_TABLES", "cooccurrence_vectors", "initial_table", "table_of_vectors"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +88,11 @@ def initial_table(
     else:
         if tokens is None:
             raise ValueError("a co-occurrence table needs the training text; give tokens")
-        return _cooccurrence_table(
-            tokens, num_words, shape, how or CoOccurrence(), seed, num_threads
-        )
+        started = time.monotonic()
+        words = cooccurrence_vectors(tokens, num_words, how or CoOccurrence(), seed)
+        table = table_of_vectors(*words, shape, seed=seed, num_threads=num_threads)
+        logger.info("co-occurrence table took %.1f s", time.monotonic() - started)
+        return table
     return WordTable.from_cells(cells[order], shape)
 
 
@@ -150,25 +152,28 @@ def table_of_vectors(
     return WordTable(coordinates, shape)
 
 
-def _cooccurrence_table(
-    tokens: Iterable[np.ndarray],
-    num_words: int,
-    shape: tuple[int, ...],
-    how: CoOccurrence,
-    seed: int,
-    num_threads: int | None,
-) -> WordTable:
-    """Clusters the words by vectors of their neighbours in the text."""
+def cooccurrence_vectors(
+    tokens: Iterable[np.ndarray], num_words: int, how: CoOccurrence, seed: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Describes words by their neighbours in a text.
+
+    Args:
+      tokens: the text as 1-D arrays of word ids.
+      num_words: V, size of the dictionary.
+      how: what is counted and weighed.
+      seed: of the decomposition.
+
+    Returns:
+      Word vectors of shape (V, d) and weights of shape (V,), for `table_of_vectors`. Further tables
+      of the same words can be made from them with other seeds.
+    """
     started = time.monotonic()
     co_occurrences, counts = neighbour_counts(
         tokens, num_words, how.num_contexts, how.window, how.sides
     )
     vectors = word_vectors(positive_information(co_occurrences), how.dim, seed)
     logger.info("word vectors of %d words took %.1f s", num_words, time.monotonic() - started)
-    weights = counts.astype(np.float64) ** how.weight_power
-    table = table_of_vectors(vectors, weights, shape, seed=seed, num_threads=num_threads)
-    logger.info("co-occurrence table took %.1f s", time.monotonic() - started)
-    return table
+    return vectors, counts.astype(np.float64) ** how.weight_power
 
 
 def _balanced_clusters(

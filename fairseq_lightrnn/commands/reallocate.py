@@ -193,6 +193,11 @@ def _new_shape(
         shape = check_shape(parse_shape(args.table_shape), decoder.table.num_words)
     if shape == decoder.table.shape:
         return None
+    if decoder.further is not None:
+        raise UsageError(
+            f"--table-shape {args.table_shape}: the model has further tables of shape "
+            f"{'x'.join(map(str, decoder.table.shape))}, which are not made anew; leave it out"
+        )
     if str(getattr(state["cfg"].model, "composition", "gated")) != "recurrent":
         raise UsageError(
             f"--table-shape {args.table_shape}: gates of another shape cannot be made from those "

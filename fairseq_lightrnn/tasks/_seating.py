@@ -22,7 +22,7 @@ from fairseq_lightrnn.allocation.initial_table import INITIAL_TABLES, initial_ta
 from fairseq_lightrnn.allocation.reallocation import Reallocation, reallocate
 from fairseq_lightrnn.allocation.statistics import AllocationStatistics
 from fairseq_lightrnn.errors import UsageError, usage_errors
-from fairseq_lightrnn.models._table import further_files, table_shape
+from fairseq_lightrnn.tasks._further_tables import further_tables, read_further_tables
 from fairseq_lightrnn.tasks._generator import TopWordsGenerator
 from fairseq_lightrnn.tasks._reallocation import (
     broadcast_table,
@@ -126,17 +126,7 @@ class SeatingMixin:
         if table is not None:
             self._given_table = table
             cfg.num_components = len(table.shape)
-        shape = table_shape(cfg, len(dictionary))
-        self._given_further = []
-        for file in further_files(cfg):
-            with usage_errors("--further-tables"):
-                further = WordTable.load(file, dictionary.symbols)
-                if further.shape != shape:
-                    raise ValueError(
-                        f"{file} is a table of shape {further.shape}, the first table has {shape}; "
-                        "make them equal"
-                    )
-            self._given_further.append(further)
+        self._given_further = read_further_tables(cfg, dictionary)
 
     def read_table_file(
         self, flag: str, shape_flag: str, dictionary: Any, cfg: Any
@@ -207,22 +197,15 @@ class SeatingMixin:
         if decoder.input_vectors.input_table is not None:
             decoder.input_vectors.input_table.seat(decoder.table.table())
         if decoder.further is not None:
-            self._seat_further_tables(decoder)
+            lookups = decoder.further.tables
+            kind = "random" if kind == "random" else "cooccurrence"
+            further = further_tables(
+                kind, len(lookups), dictionary, lookups[0].shape, self.args.table_seed,
+                self.training_text, self._given_further,
+            )  # fmt: skip
+            for number, lookup in enumerate(lookups, 1):
+                self._put(lookup, lambda: next(further), dictionary, f"further_word_table{number}")
         decoder.reallocation_round.fill_(0)
-
-    def _seat_further_tables(self, decoder: Any) -> None:
-        kind = "random" if self.args.initial_table == "random" else "cooccurrence"
-        for number, lookup in enumerate(decoder.further.tables, 1):
-            given = self._given_further[number - 1] if self._given_further else None
-            self.seat(
-                lookup,
-                "from a file" if given else kind,
-                given,
-                self.target_dictionary,  # type: ignore[attr-defined]
-                self.training_text,
-                f"further_word_table{number}",
-                self.args.table_seed + number,
-            )
 
     def seat(
         self,
@@ -232,7 +215,6 @@ class SeatingMixin:
         dictionary: Any,
         text: Callable[[], Iterable[np.ndarray]],
         file_name: str,
-        seed: int | None = None,
     ) -> None:
         """Seats the words of a table for the first time, alike on all workers, and saves it.
 
@@ -243,23 +225,35 @@ class SeatingMixin:
             dictionary: of the words.
             text: returns text of these words.
             file_name: the table's file in the save directory, without ``.txt``.
-            seed: to make it with; ``--table-seed`` by default.
         """
-        start = time.monotonic()
-        table = None
-        if rank() == 0:
-            table = given or initial_table(
+
+        def make() -> WordTable:
+            return given or initial_table(
                 kind,
                 lookup.num_words,
                 lookup.shape,
-                seed=self.args.table_seed if seed is None else seed,
+                seed=self.args.table_seed,
                 counts=np.array(dictionary.count, dtype=np.int64),
                 tokens=text(),
             )
-        lookup.seat(broadcast_table(table, lookup))
+
+        self._put(lookup, make, dictionary, file_name, kind)
+
+    def _put(
+        self,
+        lookup: Any,
+        make: Callable[[], WordTable],
+        dictionary: Any,
+        file_name: str,
+        kind: str = "",
+    ) -> None:
+        """Puts a table, which the first worker makes, into force on all of them."""
+        start = time.monotonic()
+        lookup.seat(broadcast_table(make() if rank() == 0 else None, lookup))
         table = lookup.table()
         name = file_name.replace("word_table", "table ").replace("_", " ").strip()
-        logger.info(f"initial {name}: {kind}, {table}, {time.monotonic() - start:.1f} seconds")
+        how = f"{kind}, " if kind else ""
+        logger.info(f"initial {name}: {how}{table}, {time.monotonic() - start:.1f} seconds")
         self._save_table(table, 0, dictionary, file_name)
 
     def _reallocate(self, epoch: int, model: nn.Module) -> None:
