@@ -120,7 +120,7 @@ class ComponentEmbedding(nn.Module):
         size = coordinates.size(-1)
         offsets = self.offsets[first_component : first_component + size]
         additions = (self.residual, self.frequent, self.further_weight)
-        ends_there = additions == (None, None, None)
+        ends_there = all(addition is None for addition in additions)
         if size < len(self.shape) or (ends_there and self.input_table is None):
             return self._look_up(coordinates + offsets, self.weight)
         (table,) = self._table
@@ -246,9 +246,15 @@ class ComponentSoftmax(nn.Module):
         if residuals_of is not None:
             self._share(residuals_of)
         self._further = (further,)  # a module of the model's
-        self.further_weight = further_weight
-        if further is not None and further_weight is None:
-            self.further_weight = nn.Parameter(torch.zeros(further.num_vectors, dim))
+        self.further_weight = None
+        if further is not None:
+            shape = (further.num_vectors, dim)
+            shared = nn.Parameter(torch.zeros(shape)) if further_weight is None else further_weight
+            if shared.shape != shape:
+                raise ValueError(
+                    f"shared vectors must have shape {shape}, got {tuple(shared.shape)}"
+                )
+            self.further_weight = shared
 
     def _share(self, embedding: ComponentEmbedding) -> None:
         """Puts the residuals of input vectors in the place of those of the output."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -67,9 +68,9 @@ class FurtherTables(nn.Module):
             Shape (N, C).
         """
         # A gather's gradient is as large as what it gathers from: of each component its own scores.
+        total: Tensor | None = None
         parts = zip(scores.split(self._sizes, dim=1), self._coordinates(words), strict=True)
-        summands = [
-            part.gather(1, index) if index.dim() > 1 else part.index_select(1, index)
-            for part, index in parts
-        ]
-        return sum(summands[1:], summands[0])
+        for part, index in parts:
+            one = part.gather(1, index) if index.dim() > 1 else part.index_select(1, index)
+            total = one if total is None else total + one
+        return cast(Tensor, total)

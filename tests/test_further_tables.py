@@ -18,6 +18,7 @@ from fairseq_lightrnn.commands.reallocate import main as reallocate
 from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax
 from fairseq_lightrnn.distribution import next_word_log_probs, top_words
 from fairseq_lightrnn.further_tables import FurtherTables
+from fairseq_lightrnn.language_model import LanguageModel
 from fairseq_lightrnn.table_lookup import TableLookup
 from fairseq_lightrnn.word_table import WordTable, balanced_cells
 
@@ -188,19 +189,56 @@ def test_training(
     files = ",".join(str(tmp_path / "a" / f"further_word_table{n}.txt") for n in (1, 2))
     given = valid_losses(train(data, tmp_path / "c", further_tables=files, **flags))
     assert given == losses
-    run("eval-lm", data, *TASK, "--path", tmp_path / "c" / "checkpoint3.pt", "--cpu",
-        "--num-workers", 0)  # fmt: skip
+    for n in (1, 2):
+        (tmp_path / "a" / f"further_word_table{n}.txt").unlink()
+    path = tmp_path / "c" / "checkpoint3.pt"
+    run("eval-lm", data, *TASK, "--path", path, "--cpu", "--num-workers", 0)
+    assert LanguageModel.from_pretrained(path, data).score("w1 w2").perplexity > 1
+    new = tmp_path / "new.pt"
+    reallocate([str(path), str(data), "--output", str(new)])
+    train(data, tmp_path / "d", restore_file=new, further_tables=2, **{**flags, "max_epoch": 4})
+    gone_on = load(tmp_path / "d" / "checkpoint4.pt")
+    assert all(torch.equal(gone_on[name], states[0][name]) for name in names)
 
 
 @pytest.mark.parametrize(
-    "flags", [{"composition": "gated"}, {"arch": "lightrnn_transformer", "further_tables": 1}]
+    "flags",
+    [
+        {"composition": "gated", "num_components": 3, "label_smoothing": 0.1},
+        {"arch": "lightrnn_transformer", "further_tables": 1, "source_table": "own"},
+    ],
 )
 def test_translation(pairs: Path, tmp_path: Path, flags: dict[str, object]) -> None:
     train_translation(pairs, tmp_path, **{"max_epoch": 1, "further_tables": 2, **flags})
     state = load(tmp_path / "checkpoint1.pt")
     assert state["decoder.softmax.further_weight"].abs().sum() > 0
+    assert not any(name.startswith("encoder.") and "further" in name for name in state)
     run("generate", pairs, *TASK[:2], "--task", "lightrnn_translation", "--path",
         tmp_path / "checkpoint1.pt", "--gen-subset", "test", "--cpu", "--beam", 3)  # fmt: skip
+
+
+def test_zero_tables(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path / "a", max_epoch=1)
+    train(data, tmp_path / "b", max_epoch=1, further_tables="00")
+    one, other = (load(tmp_path / name / "checkpoint1.pt") for name in "ab")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_table_twice(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(data, tmp_path / "a", max_epoch=1)
+    file = tmp_path / "a" / "word_table.txt"
+    with caplog.at_level(logging.WARNING):
+        train(data, tmp_path / "b", max_epoch=1, initial_table=file, further_tables=file)
+    assert "further table 1 seats all words as one before it does" in caplog.text
+
+
+def test_text_of_both_sides(pairs: Path, tmp_path: Path) -> None:
+    """Where the first table is made from no text, the further ones still are."""
+    flags = {"max_epoch": 1, "table_text": "both", "initial_table": "frequency"}
+    train_translation(pairs, tmp_path / "a", further_tables=1, **flags)
+    with pytest.raises(SystemExit, match="--table-text both: --initial-table frequency looks at"):
+        train_translation(pairs, tmp_path / "b", **flags)
 
 
 def test_shared_vectors(data: Path, tmp_path: Path) -> None:
@@ -216,7 +254,10 @@ def test_shared_vectors(data: Path, tmp_path: Path) -> None:
 def test_random_tables_of_a_random_start(data: Path, tmp_path: Path) -> None:
     train(data, tmp_path, max_epoch=1, initial_table="random", further_tables=1, table_seed=5)
     table = WordTable.load(tmp_path / "further_word_table1.txt", symbols(data))
-    assert table == initial_table("random", 48, (7, 7), seed=6)
+    first = WordTable.load(tmp_path / "word_table.txt", symbols(data))
+    assert first == initial_table("random", 48, (7, 7), seed=5)
+    assert sorted(table.cells) == sorted(first.cells)
+    assert (table.cells == first.cells).mean() < 0.3
 
 
 def test_another_shape(data: Path, tmp_path: Path) -> None:
@@ -231,9 +272,12 @@ def test_another_shape(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("-1", "--further-tables: -1"),
-        ("no.txt", "--further-tables: no.txt"),
-        ("2.5", "--further-tables: 2.5"),
+        ("-1", "--further-tables -1: neither a number of tables nor files joined by commas"),
+        ("no.txt", "--further-tables no.txt: neither a number"),
+        ("2.5", "--further-tables 2.5: neither a number"),
+        ("3,", "--further-tables 3,: neither a number"),
+        ("", "--further-tables : neither a number"),
+        (".", "--further-tables .: neither a number"),
     ],
 )
 def test_values(data: Path, tmp_path: Path, value: str, message: str) -> None:
@@ -257,4 +301,4 @@ def test_checkpoints_keep_their_number_of_tables(data: Path, tmp_path: Path) -> 
     train(data, tmp_path / "a", max_epoch=1, further_tables=2)
     with pytest.raises(Exception, match="Cannot load model parameters") as refusal:
         train(data, tmp_path / "b", restore_file=tmp_path / "a" / "checkpoint1.pt")
-    assert "2 further tables, not 0: give --further-tables 2" in str(refusal.value.__context__)
+    assert "made with --further-tables 2, not 0: give it again" in str(refusal.value.__context__)

@@ -21,7 +21,7 @@ def flags(save_dir: Path, **values: Any) -> list[str]:
         "arch": "lightrnn_lm", "criterion": "two_component_cross_entropy", "optimizer": "adam",
         "lr": 0.01, "embed-dim": 8, "hidden-size": 8, "tokens-per-sample": 12, "batch-size": 8,
         "max-epoch": 2, "seed": 1, "num-workers": 0, "save-dir": save_dir, "dropout": 0.0,
-        "reallocate-epochs": 1, "initial-table": "cooccurrence",
+        "reallocate-epochs": 1, "initial-table": "cooccurrence", "further-tables": 1,
     }  # fmt: skip
     defaults.update({name.replace("_", "-"): value for name, value in values.items()})
     switches = ["--cpu", "--reallocation-regather"]
@@ -119,7 +119,7 @@ task:
   tokens_per_sample: 12
   reallocate_epochs: "1"
   reallocation_regather: true
-model: {{_name: lightrnn_lm, embed_dim: 8, hidden_size: 8, dropout: 0.0}}
+model: {{_name: lightrnn_lm, embed_dim: 8, hidden_size: 8, dropout: 0.0, further_tables: "1"}}
 criterion: {{_name: two_component_cross_entropy}}
 optimizer: {{_name: adam}}
 lr_scheduler: {{_name: fixed}}

@@ -256,8 +256,7 @@ def _check_further_tables(
     expected = 0 if further is None else len(further.tables)
     if len(tables) != expected:
         raise UsageError(
-            f"the model has {len(tables)} further tables, not {expected}: give "
-            f"--further-tables {len(tables)}"
+            f"the model was made with --further-tables {len(tables)}, not {expected}: give it again"
         )
 
 

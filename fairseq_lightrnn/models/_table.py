@@ -21,6 +21,7 @@ __all__ = [
     "check_numbers",
     "check_task",
     "frequent_size",
+    "further_count",
     "further_files",
     "further_tables",
     "parse_shape",
@@ -89,8 +90,8 @@ class TableConfig(FairseqDataclass):
         metadata={
             "help": "read and predict words by their cells in further tables too, which are never "
             "reallocated: how many to make (random ones if --initial-table is random, otherwise "
-            "from co-occurrence) with the seeds after --table-seed; or table files, joined by "
-            "commas"
+            "from co-occurrence), or table files, joined by commas; of the target's words, where "
+            "there is a source. A checkpoint has them: to go on from it, their number is enough"
         },
     )
     output_ffn_dim: int = field(
@@ -193,8 +194,13 @@ def shared_residuals(cfg: Any, embedding: ComponentEmbedding) -> ComponentEmbedd
 
 def further_files(cfg: Any) -> list[str]:
     """Returns the files that ``--further-tables`` names, if any."""
-    value = str(cfg.further_tables)
+    value = str(getattr(cfg, "further_tables", 0)).strip()
     return [] if value.isdecimal() else [file.strip() for file in value.split(",")]
+
+
+def further_count(cfg: Any) -> int:
+    """Returns how many tables ``--further-tables`` asks for."""
+    return len(further_files(cfg)) or int(getattr(cfg, "further_tables", 0))
 
 
 def further_tables(cfg: Any, num_words: int, shape: tuple[int, ...]) -> FurtherTables | None:
@@ -203,7 +209,7 @@ def further_tables(cfg: Any, num_words: int, shape: tuple[int, ...]) -> FurtherT
     Raises:
         UsageError: if there can be none.
     """
-    count = len(further_files(cfg)) or int(cfg.further_tables)
+    count = further_count(cfg)
     if count == 0:
         return None
     if len(shape) == 1:
@@ -222,7 +228,7 @@ def query_dim(cfg: Any, dim: int) -> int:
         dim: the width of the output vectors.
     """
     frequent = cfg.frequent_residual_dim if cfg.frequent_words else 0
-    further = 0 if str(cfg.further_tables) == "0" else dim
+    further = dim if further_count(cfg) else 0
     return cfg.output_residual_dim + further + frequent
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from fairseq_lightrnn.allocation.initial_table import (
     initial_table,
     table_of_vectors,
 )
-from fairseq_lightrnn.errors import usage_errors
+from fairseq_lightrnn.errors import UsageError, usage_errors
 from fairseq_lightrnn.models._table import further_files, table_shape
 from fairseq_lightrnn.word_table import WordTable
 
@@ -30,8 +31,14 @@ def read_further_tables(cfg: Any, dictionary: Any) -> list[WordTable]:
     Raises:
         UsageError: if a file is no table of these words, or of another shape than the first table.
     """
+    files = further_files(cfg)
+    if not all(os.path.isfile(file) for file in files):
+        raise UsageError(
+            f"--further-tables {cfg.further_tables}: neither a number of tables nor files joined "
+            "by commas"
+        )
     tables = []
-    for file in further_files(cfg):
+    for file in files:
         with usage_errors("--further-tables"):
             table = WordTable.load(file, dictionary.symbols)
             shape = table_shape(cfg, len(dictionary))
@@ -60,16 +67,21 @@ def further_tables(
         count: of tables.
         dictionary: of the words.
         shape: of the tables.
-        seed: of the first table; these have the next ones.
+        seed: of the first table, from which other ones follow.
         text: returns the training text.
         given: the tables, if they are not to be made.
     """
     if given:
         yield from given
     elif kind == "random":
-        for number in range(1, count + 1):
-            yield initial_table(kind, len(dictionary), shape, seed=seed + number)
+        for own_seed in _seeds(seed, count):
+            yield initial_table(kind, len(dictionary), shape, seed=own_seed)
     else:
         words = cooccurrence_vectors(text(), len(dictionary), CoOccurrence(), seed)
-        for number in range(1, count + 1):
-            yield table_of_vectors(*words, shape, seed=seed + number)
+        for own_seed in _seeds(seed, count):
+            yield table_of_vectors(*words, shape, seed=own_seed)
+
+
+def _seeds(seed: int, count: int) -> list[int]:
+    """Returns seeds that nobody gives a first table, which a further one would repeat."""
+    return [int(s) for s in np.random.SeedSequence(seed).generate_state(count)]

@@ -205,6 +205,13 @@ class SeatingMixin:
             )  # fmt: skip
             for number, lookup in enumerate(lookups, 1):
                 self._put(lookup, lambda: next(further), dictionary, f"further_word_table{number}")
+                if any(
+                    lookup.table() == other.table() for other in [decoder.table, *lookups][:number]
+                ):
+                    logger.warning(
+                        f"further table {number} seats all words as one before it does, and tells "
+                        "no more of them apart: give another one or fewer of them"
+                    )
         decoder.reallocation_round.fill_(0)
 
     def seat(

@@ -27,7 +27,7 @@ class SeatingConfig(FairseqDataclass):
             "table file that this plugin wrote"
         },
     )
-    table_seed: int = field(default=1, metadata={"help": "seed of the initial table"})
+    table_seed: int = field(default=1, metadata={"help": "seed of the tables that are made"})
     reallocate_epochs: Optional[str] = field(
         default=None,
         metadata={

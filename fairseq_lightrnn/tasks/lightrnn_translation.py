@@ -18,6 +18,7 @@ from torch import nn
 from fairseq_lightrnn.criterions import two_component_cross_entropy  # noqa: F401  (registers)
 from fairseq_lightrnn.data.target_input import TargetInputDataset, consecutive_text
 from fairseq_lightrnn.errors import UsageError
+from fairseq_lightrnn.models._table import further_count
 from fairseq_lightrnn.tasks._seating import SeatingMixin
 from fairseq_lightrnn.tasks._seating_config import SeatingConfig, check_initial_table
 from fairseq_lightrnn.word_table import WordTable
@@ -34,10 +35,10 @@ class LightRNNTranslationConfig(SeatingConfig, TranslationConfig):
     table_text: ChoiceEnum(["target", "both"]) = field(  # type: ignore[valid-type]
         default="target",
         metadata={
-            "help": "text that tells which words --initial-table cooccurrence puts together: the "
-            "target's, or both sides, for questions and answers and other texts in one language; "
-            "source words that the target lacks count as unknown there. --source-table shared "
-            "always takes both"
+            "help": "text that tells which words --initial-table cooccurrence and further tables "
+            "put together: the target's, or both sides, for questions and answers and other texts "
+            "in one language; source words that the target lacks count as unknown there. "
+            "--source-table shared always takes both"
         },
     )
     initial_source_table: str = field(
@@ -73,11 +74,6 @@ class LightRNNTranslationTask(SeatingMixin, TranslationTask):
                 "leave the flag out"
             )
         check_initial_table("--initial-source-table", args.initial_source_table)
-        if str(args.table_text) == "both" and args.initial_table != _MADE:
-            raise UsageError(
-                f"--table-text both: --initial-table {args.initial_table} looks at no text; "
-                f"use --initial-table {_MADE}"
-            )
         _check_data(args)
         return super().setup_task(args, **kwargs)
 
@@ -89,6 +85,13 @@ class LightRNNTranslationTask(SeatingMixin, TranslationTask):
 
     def _read_table_files(self, cfg: Any) -> None:
         super()._read_table_files(cfg)
+        kind = self.args.initial_table
+        makes_further = further_count(cfg) > 0 and not self._given_further and kind != "random"
+        if str(self.args.table_text) == "both" and kind != _MADE and not makes_further:
+            raise UsageError(
+                f"--table-text both: --initial-table {kind} looks at no text; "
+                f"use --initial-table {_MADE}"
+            )
         if self._source_table == "own":
             self._given_source_table = self.read_table_file(
                 "--initial-source-table", "--source-table-shape", self.source_dictionary, cfg
