@@ -17,6 +17,7 @@ table. ``--tables`` names what is compared:
 * ``further-1``, ``further-3``, ``further-6``: so many further tables from co-occurrence;
   ``random-further-3``: three random ones beside a co-occurrence table;
 * ``own-8``, ``own-32``, ``own-64``: so many numbers of each word's own for input and output alike;
+  ``own-64-further-3``: with further tables besides;
   ``width-64``, ``width-256``: another width of vectors and LSTM: what else parameters buy;
 * ``…-row-first``, ``…-joint``: a random or a co-occurrence table, reallocated once
   (``--reallocate-after``); ``-regather``: columns from statistics gathered again; ``-margin-…``:
@@ -76,11 +77,11 @@ class Table:
     reallocation: tuple[str, ...] | None = None
 
 
-def own(numbers: int) -> Table:
-    """Words have so many numbers of their own, and a co-occurrence table."""
+def own(numbers: int, further: int = 0) -> Table:
+    """Words have so many numbers of their own, a co-occurrence table and further ones."""
     size = str(numbers)
     residuals = ("--input-residual-dim", size, "--output-residual-dim", size)
-    return Table(flags=(*residuals, "--share-residuals"))
+    return Table(flags=(*residuals, "--share-residuals"), further=further)
 
 
 TABLES = {
@@ -103,10 +104,12 @@ TABLES = {
     "further-1": Table(further=1),
     "further-3": Table(further=3),
     "further-6": Table(further=6),
+    "further-3-kept-regather": Table(flags=KEPT, further=3, reallocation=REGATHER),
     "random-further-3": Table(further=3, further_kind="random"),
     "own-8": own(8),
     "own-32": own(32),
     "own-64": own(64),
+    "own-64-further-3": own(64, 3),
     "width-64": Table(flags=("--embed-dim", "64", "--hidden-size", "64")),
     "width-256": Table(flags=("--embed-dim", "256", "--hidden-size", "256")),
     "random-row-first": Table("random", reallocation=()),
@@ -181,7 +184,8 @@ def train(name: str, seed: int, data: Path, args: argparse.Namespace) -> Path:
         train_in_steps(folder, flags + list(table.reallocation or ()), args.epochs, args.epochs)
         return folder
     # Before a reallocation there is nothing to keep: all tables of a kind start alike.
-    start = args.out / f"start-{table.kind}-{args.reallocate_after}-{seed}"
+    kind = f"{table.kind}-further" if further else table.kind
+    start = args.out / f"start-{kind}-{args.reallocate_after}-{seed}"
     without = [flag for flag in flags if flag not in KEPT]
     train_in_steps(start, without, args.reallocate_after, args.reallocate_after)
     if not folder.exists():
