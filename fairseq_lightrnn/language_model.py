@@ -42,6 +42,8 @@ CHECKPOINT_NAMES = ("checkpoint_best.pt", "checkpoint_last.pt")
 _DAMAGE = (OSError, RuntimeError, EOFError, pickle.PickleError, zipfile.BadZipFile)
 # Words of a prompt that are read at once.
 _READ_AT_ONCE = 2048
+# Words whose vectors are looked up at once.
+_WORDS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -317,6 +319,18 @@ class LanguageModel:
             raise ValueError(f"{word!r} is not in the dictionary")
         coordinates = self.table(torch.tensor([number], device=self.device))
         return self.composition.embedding(coordinates).reshape(-1)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def distances(self, word: str) -> Tensor:
+        """Returns the Euclidean distances of all words' input vectors from a word's, (V,).
+
+        Raises:
+            ValueError: if the dictionary does not hold the word.
+        """
+        own = self.embedding(word)
+        words = torch.arange(self.table.num_words, device=self.device)
+        vectors = (self.composition.embedding(self.table(some)) for some in words.split(_WORDS))
+        return torch.cat([(some.flatten(1) - own).norm(dim=1) for some in vectors])
 
     def vocabulary_digest(self) -> str:
         """Returns twelve hexadecimal digits that name the words and their order."""

@@ -14,7 +14,6 @@ __all__ = [
     "TableQuality",
     "class_mutual_information",
     "compare",
-    "distances",
     "quality",
     "same_cell_part",
 ]
@@ -160,22 +159,3 @@ def same_cell_part(table: WordTable, word: int, component: int) -> np.ndarray:
     values = table.coordinates[:, component]
     same = np.flatnonzero(values == values[word])
     return same[same != word]
-
-
-def distances(table: WordTable, word: int, vectors: list[np.ndarray]) -> np.ndarray:
-    """Computes how far every word's component vectors are from those of a word.
-
-    Args:
-        table: of V words.
-        word: the word.
-        vectors: for each component, vectors of shape (R_i, dim).
-
-    Returns:
-        Euclidean distances of the words' vectors, all components' one after the other, shape (V,).
-    """
-    total = np.zeros(table.num_words)
-    for component, values in enumerate(vectors):
-        values = np.asarray(values, dtype=np.float64)
-        own = values[table.coordinates[word, component]]
-        total += ((values - own) ** 2).sum(axis=1)[table.coordinates[:, component]]
-    return np.sqrt(total)

@@ -96,8 +96,16 @@ def test_neighbours_in_the_table(
     assert "give a checkpoint" in hint
 
 
-def test_neighbours_by_vectors(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("further", [0, 2])
+def test_neighbours_by_vectors(
+    trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], further: int
+) -> None:
+    """Of all that a word is read by, further tables and numbers of its own included."""
+    if further:
+        trained = tmp_path
+        train(data, trained, max_epoch=1, further_tables=further, input_residual_dim=2)
     model = LanguageModel.from_pretrained(trained)
+    capsys.readouterr()
     found = lines(capsys, "neighbours", trained, "w5", "--limit", 47)[3:]
     assert len(found) == 47
     own = model.embedding("w5")

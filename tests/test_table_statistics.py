@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from fairseq_lightrnn.table_statistics import (
     class_mutual_information,
     compare,
-    distances,
     quality,
     same_cell_part,
 )
@@ -94,7 +93,3 @@ def test_neighbours() -> None:
     mates = same_cell_part(table, 5, 0)
     assert 5 not in mates
     assert all(table.coordinates[mate, 0] == table.coordinates[5, 0] for mate in mates)
-    vectors = [np.random.default_rng(i).normal(size=(size, 3)) for i, size in enumerate((4, 3))]
-    whole = np.concatenate([v[table.coordinates[:, i]] for i, v in enumerate(vectors)], axis=1)
-    expected = np.linalg.norm(whole - whole[5], axis=1)
-    np.testing.assert_allclose(distances(table, 5, vectors), expected)

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -26,11 +26,13 @@ from fairseq_lightrnn.errors import UsageError, usage_errors
 from fairseq_lightrnn.table_statistics import (
     class_mutual_information,
     compare,
-    distances,
     quality,
     same_cell_part,
 )
 from fairseq_lightrnn.word_table import WordTable
+
+if TYPE_CHECKING:
+    from fairseq_lightrnn.language_model import LanguageModel
 
 __all__ = ["main"]
 
@@ -39,16 +41,15 @@ _OFTEN_MISSING = ("<s>", "<pad>")
 
 
 class Source(NamedTuple):
-    """A table with its words, their counts (None if not known) and input vectors, if any.
+    """A table with its words, their counts (None if not known) and model, if any.
 
-    The vectors are those of the cells of ``read_by``.
+    The model is that of a checkpoint.
     """
 
     table: WordTable
     symbols: list[str]
     counts: np.ndarray | None
-    vectors: list[np.ndarray] | None = None
-    read_by: WordTable | None = None
+    model: LanguageModel | None = None
 
     def number(self, word: str) -> int:
         """Returns the id of a word."""
@@ -71,13 +72,9 @@ def _load(path: str, data: str | None) -> Source:
         from fairseq_lightrnn.language_model import LanguageModel
 
         model = LanguageModel.from_pretrained(path, data)
-        table, inputs = model.table.table(), model.composition.embedding
-        weight = inputs.weight.detach().numpy()
-        read_by = table if inputs.input_table is None else inputs.input_table.table()
-        vectors = np.split(weight, np.cumsum(table.shape)[:-1])
         counts = np.array(model.dictionary.count)
         counts[: model.dictionary.nspecial] = 0
-        return Source(table, model.dictionary.symbols, counts, vectors, read_by)
+        return Source(model.table.table(), model.dictionary.symbols, counts, model)
     with usage_errors():
         if data is not None:
             symbols, counts = read_dictionary(_dictionary(data))
@@ -154,10 +151,10 @@ def _neighbours(args: argparse.Namespace) -> Iterator[str]:
         name = names[component] if names else f"component {component + 1}"
         same = same_cell_part(source.table, word, component)
         yield f"same {name} ({len(same)} words): {_words(source, same, args.limit)}"
-    if source.vectors is None or source.read_by is None:
+    if source.model is None:
         yield "nearest by vectors: give a checkpoint instead of a table file"
         return
-    apart = distances(source.read_by, word, source.vectors)
+    apart = source.model.distances(args.word).numpy()
     order = [other for other in np.argsort(apart, kind="stable").tolist() if other != word]
     for other in order[: args.limit]:
         yield f"{apart[other]:.4f}\t{source.symbols[other]}\t{_place(source, other)}"
