@@ -1,10 +1,10 @@
 """Further word tables, in which every word has a cell too.
 
-A word's row and column are shared with others: whatever they have in common it cannot leave. In a
-second table, made from another start, it shares row and column with other words, and the sum of
-vectors of all its cells is nearly its own, at the cost of 2·√V vectors more for V words. The first
-table alone says how a word's probability is factored; vectors of the others are added to what words
-are read by, and their products with an output to the logits of the words' last component. So
+A word shares its row and its column with others, and a model of one table has nothing else to know
+it by. In a second table, made from another start, it shares them with other words: the vectors of
+all its cells together are nearly its own, at the cost of 2·√V vectors a table for V words. The
+first table alone says how a word's probability is factored. Vectors of the others are added to what
+words are read by, and their products with an output to the logits of the words' last component. So
 probabilities sum to 1 as ever, and a word has no number of its own.
 """
 
