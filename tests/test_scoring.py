@@ -68,7 +68,7 @@ def test_scores_are_those_of_reading_word_by_word(
 @pytest.mark.parametrize("carried", [False, True])
 @pytest.mark.parametrize("kind", COMPOSITIONS)
 def test_results_do_not_depend_on_the_batch(kind: Any, carried: bool) -> None:
-    model = build(kind, 20, (5, 5))
+    model = build(kind, 20, (5, 5), scale=0.5)  # float32 rounds sums of larger scores too coarsely
     model = Model(model.composition.float(), model.softmax.float())
     texts = [text for seed in range(5) for text in sentences(20, seed)]
     results = []
@@ -77,7 +77,7 @@ def test_results_do_not_depend_on_the_batch(kind: Any, carried: bool) -> None:
         results.append([score.log_probs.sum(axis=1) for score in scores])
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
-            np.testing.assert_allclose(one, two, rtol=1e-6, atol=1e-5)
+            np.testing.assert_allclose(one, two, atol=1e-5)
 
 
 def test_long_texts_are_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
