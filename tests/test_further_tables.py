@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fairseq_run import TASK, run, symbols, train, train_translation, valid_losses
+from fairseq_run import (
+    TASK,
+    TRANSLATION,
+    run,
+    symbols,
+    train,
+    train_translation,
+    valid_losses,
+)
 from tiny_models import COMPOSITIONS, build
 from torch import Tensor
 
@@ -213,8 +221,8 @@ def test_translation(pairs: Path, tmp_path: Path, flags: dict[str, object]) -> N
     state = load(tmp_path / "checkpoint1.pt")
     assert state["decoder.softmax.further_weight"].abs().sum() > 0
     assert not any(name.startswith("encoder.") and "further" in name for name in state)
-    run("generate", pairs, *TASK[:2], "--task", "lightrnn_translation", "--path",
-        tmp_path / "checkpoint1.pt", "--gen-subset", "test", "--cpu", "--beam", 3)  # fmt: skip
+    run("generate", pairs, *TRANSLATION, "--path", tmp_path / "checkpoint1.pt",
+        "--gen-subset", "test", "--cpu", "--beam", 3)  # fmt: skip
 
 
 def test_zero_tables(data: Path, tmp_path: Path) -> None:

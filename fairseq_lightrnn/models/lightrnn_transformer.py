@@ -78,12 +78,10 @@ class LightRNNTransformerDecoder(SeatedDecoder, TransformerDecoderBase):
             further=further,
         )
         # The sum of a word's vectors starts as the vectors of fairseq's transformer do.
-        vectors = [embedding.weight]
-        if embedding.further_weight is not None:
-            vectors.append(embedding.further_weight)
         tables = 1 if further is None else 1 + len(further.tables)
-        for weight in vectors:
-            nn.init.normal_(weight, std=(dim * len(shape) * tables) ** -0.5)
+        for weight in (embedding.weight, embedding.further_weight):
+            if weight is not None:
+                nn.init.normal_(weight, std=(dim * len(shape) * tables) ** -0.5)
         words = WordEmbedding(table, embedding, dictionary.pad())
         super().__init__(cfg, dictionary, words, no_encoder_attn=cfg.no_cross_attention)
         self.table = table

@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,10 @@ from fairseq.utils import resolve_max_positions
 from omegaconf import DictConfig, open_dict
 from torch import nn
 
-from fairseq_lightrnn.allocation.initial_table import INITIAL_TABLES, initial_table
+from fairseq_lightrnn.allocation.initial_table import INITIAL_TABLES
 from fairseq_lightrnn.allocation.reallocation import Reallocation, reallocate
 from fairseq_lightrnn.allocation.statistics import AllocationStatistics
 from fairseq_lightrnn.errors import UsageError, usage_errors
-from fairseq_lightrnn.tasks._further_tables import further_tables, read_further_tables
 from fairseq_lightrnn.tasks._generator import TopWordsGenerator
 from fairseq_lightrnn.tasks._reallocation import (
     broadcast_table,
@@ -42,6 +41,7 @@ from fairseq_lightrnn.tasks._statistics import (
     statistics_storage,
     world_size,
 )
+from fairseq_lightrnn.tasks._table_maker import TableMaker, read_further_tables
 from fairseq_lightrnn.word_table import WordTable
 
 __all__ = ["SeatingMixin"]
@@ -190,38 +190,35 @@ class SeatingMixin:
     def _seat_initial_tables(self, model: nn.Module) -> None:
         decoder: Any = model.decoder
         dictionary = self.target_dictionary  # type: ignore[attr-defined]
-        kind = self.args.initial_table
-        self.seat(
-            decoder.table, kind, self._given_table, dictionary, self.training_text, "word_table"
-        )
+        maker = TableMaker(dictionary, self.training_text, self.args.table_seed)
+        kind, lookup = self.args.initial_table, decoder.table
+        self.seat(lookup, kind, self._given_table, maker, "word_table")
         if decoder.input_vectors.input_table is not None:
-            decoder.input_vectors.input_table.seat(decoder.table.table())
+            decoder.input_vectors.input_table.seat(lookup.table())
         if decoder.further is not None:
-            lookups = decoder.further.tables
-            kind = "random" if kind == "random" else "cooccurrence"
-            further = further_tables(
-                kind, len(lookups), dictionary, lookups[0].shape, self.args.table_seed,
-                self.training_text, self._given_further,
-            )  # fmt: skip
-            for number, lookup in enumerate(lookups, 1):
-                self._put(lookup, lambda: next(further), dictionary, f"further_word_table{number}")
-                if any(
-                    lookup.table() == other.table() for other in [decoder.table, *lookups][:number]
-                ):
-                    logger.warning(
-                        f"further table {number} seats all words as one before it does, and tells "
-                        "no more of them apart: give another one or fewer of them"
-                    )
+            self._seat_further_tables([lookup, *decoder.further.tables], maker)
         decoder.reallocation_round.fill_(0)
+
+    def _seat_further_tables(self, lookups: Sequence[Any], maker: TableMaker) -> None:
+        """Seats the words of all tables but the first."""
+        kind = "random" if self.args.initial_table == "random" else "cooccurrence"
+        for number, lookup in enumerate(lookups[1:], 1):
+            given = self._given_further[number - 1] if self._given_further else None
+            self.seat(lookup, kind, given, maker, f"further_word_table{number}", number)
+            if any(lookup.table() == other.table() for other in lookups[:number]):
+                logger.warning(
+                    f"further table {number} seats all words as one before it does, and tells no "
+                    "more of them apart: give another one or fewer of them"
+                )
 
     def seat(
         self,
         lookup: Any,
         kind: str,
         given: WordTable | None,
-        dictionary: Any,
-        text: Callable[[], Iterable[np.ndarray]],
+        maker: TableMaker,
         file_name: str,
+        further: int = 0,
     ) -> None:
         """Seats the words of a table for the first time, alike on all workers, and saves it.
 
@@ -229,39 +226,20 @@ class SeatingMixin:
             lookup: the table to be seated.
             kind: how, or where ``given`` came from.
             given: the table, if it is not to be made.
-            dictionary: of the words.
-            text: returns text of these words.
+            maker: makes tables of these words.
             file_name: the table's file in the save directory, without ``.txt``.
+            further: which further table it is, from 1 on; 0 for a first one.
         """
-
-        def make() -> WordTable:
-            return given or initial_table(
-                kind,
-                lookup.num_words,
-                lookup.shape,
-                seed=self.args.table_seed,
-                counts=np.array(dictionary.count, dtype=np.int64),
-                tokens=text(),
-            )
-
-        self._put(lookup, make, dictionary, file_name, kind)
-
-    def _put(
-        self,
-        lookup: Any,
-        make: Callable[[], WordTable],
-        dictionary: Any,
-        file_name: str,
-        kind: str = "",
-    ) -> None:
-        """Puts a table, which the first worker makes, into force on all of them."""
         start = time.monotonic()
-        lookup.seat(broadcast_table(make() if rank() == 0 else None, lookup))
+        table = None
+        if rank() == 0:
+            table = given or maker.make(kind, lookup.shape, further)
+        lookup.seat(broadcast_table(table, lookup))
         table = lookup.table()
         name = file_name.replace("word_table", "table ").replace("_", " ").strip()
-        how = f"{kind}, " if kind else ""
+        how = "" if further else f"{kind}, "
         logger.info(f"initial {name}: {how}{table}, {time.monotonic() - start:.1f} seconds")
-        self._save_table(table, 0, dictionary, file_name)
+        self._save_table(table, 0, maker.dictionary, file_name)
 
     def _reallocate(self, epoch: int, model: nn.Module) -> None:
         decoder: Any = model.decoder

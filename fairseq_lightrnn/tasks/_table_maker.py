@@ -1,9 +1,10 @@
-"""Where the further tables of a training come from."""
+"""Where the tables of a training come from, when it begins."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from fairseq_lightrnn.errors import UsageError, usage_errors
 from fairseq_lightrnn.models._table import further_files, table_shape
 from fairseq_lightrnn.word_table import WordTable
 
-__all__ = ["further_tables", "read_further_tables"]
+__all__ = ["TableMaker", "read_further_tables"]
 
 
 def read_further_tables(cfg: Any, dictionary: Any) -> list[WordTable]:
@@ -51,37 +52,39 @@ def read_further_tables(cfg: Any, dictionary: Any) -> list[WordTable]:
     return tables
 
 
-def further_tables(
-    kind: str,
-    count: int,
-    dictionary: Any,
-    shape: Sequence[int],
-    seed: int,
-    text: Callable[[], Iterable[np.ndarray]],
-    given: Sequence[WordTable] = (),
-) -> Iterator[WordTable]:
-    """Yields further tables, each made only when it is asked for.
+class TableMaker:
+    """Makes the tables of a dictionary's words; those from co-occurrence share their word vectors.
 
     Args:
-        kind: ``random`` or ``cooccurrence``; those of the latter share their word vectors.
-        count: of tables.
         dictionary: of the words.
-        shape: of the tables.
-        seed: of the first table, from which other ones follow.
-        text: returns the training text.
-        given: the tables, if they are not to be made.
+        text: returns text of these words.
+        seed: of the first table; other ones follow from it for further tables.
     """
-    if given:
-        yield from given
-    elif kind == "random":
-        for own_seed in _seeds(seed, count):
-            yield initial_table(kind, len(dictionary), shape, seed=own_seed)
-    else:
-        words = cooccurrence_vectors(text(), len(dictionary), CoOccurrence(), seed)
-        for own_seed in _seeds(seed, count):
-            yield table_of_vectors(*words, shape, seed=own_seed)
 
+    def __init__(
+        self, dictionary: Any, text: Callable[[], Iterable[np.ndarray]], seed: int
+    ) -> None:
+        self.dictionary = dictionary
+        self.text = text
+        self.seed = seed
 
-def _seeds(seed: int, count: int) -> list[int]:
-    """Returns seeds that nobody gives a first table, which a further one would repeat."""
-    return [int(s) for s in np.random.SeedSequence(seed).generate_state(count)]
+    @cached_property
+    def _words(self) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors and weights of the words."""
+        return cooccurrence_vectors(self.text(), len(self.dictionary), CoOccurrence(), self.seed)
+
+    def make(self, kind: str, shape: Sequence[int], further: int = 0) -> WordTable:
+        """Makes a table.
+
+        Args:
+            kind: one of `INITIAL_TABLES`.
+            shape: of the table.
+            further: which further table it is, from 1 on; 0 for the first table.
+        """
+        seed = self.seed
+        if further:  # one that nobody gives a first table, which this one would repeat
+            seed = int(np.random.SeedSequence(seed).generate_state(further)[-1])
+        if kind == "cooccurrence":
+            return table_of_vectors(*self._words, shape, seed=seed)
+        counts = np.array(self.dictionary.count, dtype=np.int64)
+        return initial_table(kind, len(self.dictionary), shape, seed=seed, counts=counts)

@@ -21,6 +21,7 @@ from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.models._table import further_count
 from fairseq_lightrnn.tasks._seating import SeatingMixin
 from fairseq_lightrnn.tasks._seating_config import SeatingConfig, check_initial_table
+from fairseq_lightrnn.tasks._table_maker import TableMaker
 from fairseq_lightrnn.word_table import WordTable
 
 __all__ = ["LightRNNTranslationConfig", "LightRNNTranslationTask"]
@@ -163,8 +164,11 @@ class LightRNNTranslationTask(SeatingMixin, TranslationTask):
                 table,
                 self.args.initial_source_table,
                 self._given_source_table,
-                self.source_dictionary,
-                lambda: self._side(self.args.source_lang),
+                TableMaker(
+                    self.source_dictionary,
+                    lambda: self._side(self.args.source_lang),
+                    self.args.table_seed,
+                ),
                 "source_word_table",
             )
 
