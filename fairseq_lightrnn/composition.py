@@ -8,6 +8,7 @@ text to look at, as in translation, :mod:`fairseq_lightrnn.attentive`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from fairseq_lightrnn.components import ComponentEmbedding
 from fairseq_lightrnn.regularisation import LockedDropout, RegularisedLSTM
 
-__all__ = ["Composition", "Context", "FeedForward", "Prediction", "State"]
+__all__ = ["Composition", "Context", "FeedForward", "Prediction", "State", "query_layer"]
 
 State = tuple[Tensor, Tensor]
 """Hidden and cell state of an LSTM, each of shape (layers, B, d)."""
@@ -93,6 +94,27 @@ class FeedForward(nn.Module):
         return outputs + self.outer(self.dropout(F.relu(self.inner(outputs))))
 
 
+def query_layer(dim: int, sizes: Sequence[int]) -> nn.Linear | None:
+    """Returns the projection of outputs to what the words' output residuals are multiplied with.
+
+    Residuals start at zero, and Adam moves every number by about as much in a step. So what the e
+    numbers of a word add to its logit changes with Σ_i |q_i|, q being their query, where the d
+    numbers of a word in an ordinary softmax change it with Σ_j |h_j|. The query starts with that
+    sum, or few numbers would learn slowly: as random projections of h, d/e times as large as h.
+
+    Args:
+        dim: d, the width of outputs.
+        sizes: the widths e of the parts of the query, one after the other; zeros are left out.
+    """
+    sizes = [size for size in sizes if size]
+    if not sizes:
+        return None
+    query = nn.Linear(dim, sum(sizes), bias=False)
+    for part in query.weight.split(sizes):
+        nn.init.normal_(part, std=dim**0.5 / len(part))
+    return query
+
+
 class Prediction(nn.Module):
     """What predicts a word component by component, each conditioned on those before it.
 
@@ -165,7 +187,8 @@ class Composition(Prediction):
         dropout_in: dropout on the input vectors.
         dropout_between: dropout between the layers.
         dropout_out: dropout on the outputs, and within the feed-forward layer.
-        residual_dim: e, the width of the words' output residuals; 0 for none.
+        query_sizes: the widths of what the words' output residuals are multiplied with; their sum
+            is e.
         locked_dropout: each of these dropouts has one mask for a text, shared over time.
         weight_dropout: dropout on the recurrent matrices of the LSTM.
         ffn_dim: units of the feed-forward layer between LSTM and predictions; 0 for none.
@@ -179,7 +202,7 @@ class Composition(Prediction):
         dropout_in: float = 0.0,
         dropout_between: float = 0.0,
         dropout_out: float = 0.0,
-        residual_dim: int = 0,
+        query_sizes: Sequence[int] = (),
         locked_dropout: bool = False,
         weight_dropout: float = 0.0,
         ffn_dim: int = 0,
@@ -197,7 +220,7 @@ class Composition(Prediction):
             locked_dropout,
             weight_dropout,
         )
-        self.query = nn.Linear(hidden_size, residual_dim, bias=False) if residual_dim else None
+        self.query = query_layer(hidden_size, query_sizes)
         self.ffn = FeedForward(hidden_size, ffn_dim, dropout(dropout_out)) if ffn_dim else None
 
     @property

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_lightrnn.components import ComponentEmbedding
-from fairseq_lightrnn.composition import Composition, Context, FeedForward, Prediction, State
+from fairseq_lightrnn.composition import (
+    Composition,
+    Context,
+    FeedForward,
+    Prediction,
+    State,
+    query_layer,
+)
 
 __all__ = ["GatedComposition", "GatedPrediction", "GatedPredictor"]
 
@@ -122,7 +129,8 @@ class GatedPredictor(GatedPrediction):
         shape: the k sizes of the table.
         dim: d, the width of the network's outputs.
         dropout_out: dropout on what predicts a component.
-        residual_dim: e, the width of the words' output residuals; 0 for none.
+        query_sizes: the widths of what the words' output residuals are multiplied with; their sum
+            is e.
         ffn_dim: units of the feed-forward layer before all predictions; 0 for none.
         ffn_dropout: dropout of these units.
     """
@@ -132,13 +140,13 @@ class GatedPredictor(GatedPrediction):
         shape: Sequence[int],
         dim: int,
         dropout_out: float = 0.0,
-        residual_dim: int = 0,
+        query_sizes: Sequence[int] = (),
         ffn_dim: int = 0,
         ffn_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.dropout_out = nn.Dropout(dropout_out)
-        self.query = nn.Linear(dim, residual_dim, bias=False) if residual_dim else None
+        self.query = query_layer(dim, query_sizes)
         self.ffn = FeedForward(dim, ffn_dim, nn.Dropout(ffn_dropout)) if ffn_dim else None
         self._add_gates(shape, dim)
 

@@ -37,7 +37,7 @@ class Decoder(nn.Module):
         self.table = TableLookup(words, shape)
         self.table.seat(WordTable.from_cells(cells, shape))
         embedding = ComponentEmbedding(shape, DIM, self.table, 3)
-        more = {"residual_dim": 2, "ffn_dim": 7}
+        more = {"query_sizes": [2], "ffn_dim": 7}
         self.composition = kind(embedding, HIDDEN, 2, memory_dim=MEMORY, **more)
         self.softmax = ComponentSoftmax(self.table, HIDDEN, None, True, 2)
         self.double()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax
+from fairseq_lightrnn.composition import query_layer
 from fairseq_lightrnn.distribution import next_word_log_probs
 from fairseq_lightrnn.frequent_words import FrequentSize
 from fairseq_lightrnn.gated import GatedComposition
@@ -44,7 +45,7 @@ class Model(nn.Module):
         embedding = ComponentEmbedding(shape, DIM, self.table, residual_in, frequent=frequent)
         query = residual_out + (frequent.dim if frequent else 0)
         ffn_dim = 7 if extras else 0
-        self.composition = kind(embedding, HIDDEN, layers, residual_dim=query, ffn_dim=ffn_dim)
+        self.composition = kind(embedding, HIDDEN, layers, query_sizes=[query], ffn_dim=ffn_dim)
         self.softmax = ComponentSoftmax(self.table, HIDDEN, None, extras, residual_out, frequent)
         nn.init.normal_(self.softmax.bias)
         if extras:
@@ -290,3 +291,24 @@ def test_padding_after_a_text_changes_nothing(composition: str) -> None:
     text = torch.randint(10, (2, 8))
     padded = torch.cat([text, torch.randint(10, (2, 3))], dim=1)
     torch.testing.assert_close(model.log_probs(padded)[:, :7], model.log_probs(text))
+
+
+def test_what_few_numbers_add_to_a_logit_learns_as_fast_as_an_ordinary_softmax() -> None:
+    torch.manual_seed(1)
+    layer = query_layer(256, [8, 0, 256, 36])
+    assert layer is not None and layer.out_features == 300
+    outputs = torch.randn(512, 256)
+    # By word, what would be its vector in an ordinary softmax, and its numbers here.
+    changes = []
+    for query in (outputs, *layer(outputs).detach().split([8, 256, 36], dim=1)):
+        numbers = nn.Parameter(torch.zeros_like(query))
+        optimizer = torch.optim.Adam([numbers], lr=0.1)
+        (-numbers * query).sum().backward()
+        optimizer.step()
+        changes.append((numbers * query).sum(1).mean())
+    for change in changes[1:]:
+        torch.testing.assert_close(change, changes[0], rtol=0.1, atol=0)
+
+
+def test_without_residuals_there_is_no_query() -> None:
+    assert query_layer(4, []) is None and query_layer(4, [0, 0, 0]) is None

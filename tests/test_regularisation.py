@@ -159,7 +159,7 @@ def composition(kind: type[Composition], shape: tuple[int, ...], **rates: float)
     torch.manual_seed(3)
     table = TableLookup(12, shape)
     embedding = ComponentEmbedding(shape, 5, table, 2)
-    made = kind(embedding, 6, 2, residual_dim=2, **rates).double()
+    made = kind(embedding, 6, 2, query_sizes=[2], **rates).double()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_()

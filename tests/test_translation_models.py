@@ -207,7 +207,7 @@ def test_gates_follow_their_equations(words: int, shape: tuple[int, ...], ffn_di
     With a feed-forward layer of h + B relu(A h) in the place of h.
     """
     torch.manual_seed(0)
-    predictor = GatedPredictor(shape, 4, residual_dim=2, ffn_dim=ffn_dim).double()
+    predictor = GatedPredictor(shape, 4, query_sizes=[2], ffn_dim=ffn_dim).double()
     base = torch.randn(2, 3, 4, dtype=torch.float64)
     upcoming = torch.stack([torch.randint(size, (2, 3)) for size in shape], dim=-1)
     outputs = predictor.predict(base, upcoming)

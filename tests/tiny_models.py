@@ -59,7 +59,7 @@ def build(
         order = np.random.default_rng((seed, number)).permutation(table.table().cells)
         table.seat(WordTable.from_cells(order, shape))
     query = residual + (3 + 6 if extras else 0)
-    composition = kind(embedding, 6, 2, residual_dim=query, ffn_dim=7 if extras else 0)
+    composition = kind(embedding, 6, 2, query_sizes=[query], ffn_dim=7 if extras else 0)
     softmax = ComponentSoftmax(lookup, 6, None, extras, residual, frequent, further=further)
     model = Model(composition.double().eval(), softmax.double().eval())
     with torch.no_grad():

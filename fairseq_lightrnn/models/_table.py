@@ -25,7 +25,7 @@ __all__ = [
     "further_files",
     "further_tables",
     "parse_shape",
-    "query_dim",
+    "query_sizes",
     "shared_residuals",
     "source_embedding",
     "table_shape",
@@ -220,8 +220,9 @@ def further_tables(cfg: Any, num_words: int, shape: tuple[int, ...]) -> FurtherT
     return FurtherTables(count, num_words, shape)
 
 
-def query_dim(cfg: Any, dim: int) -> int:
-    """Returns the width of what output residuals and further tables are multiplied with.
+def query_sizes(cfg: Any, dim: int) -> tuple[int, int, int]:
+    """Returns the widths of what words' residuals, further tables and frequent words' residuals
+    are multiplied with.
 
     Args:
         cfg: the model's configuration.
@@ -229,7 +230,7 @@ def query_dim(cfg: Any, dim: int) -> int:
     """
     frequent = cfg.frequent_residual_dim if cfg.frequent_words else 0
     further = dim if further_count(cfg) else 0
-    return cfg.output_residual_dim + further + frequent
+    return cfg.output_residual_dim, further, frequent
 
 
 def check_numbers(cfg: Any, sizes: tuple[str, ...], dropouts: tuple[str, ...] = ()) -> None:

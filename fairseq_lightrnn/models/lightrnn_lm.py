@@ -32,7 +32,7 @@ from fairseq_lightrnn.models._table import (
     check_task,
     frequent_size,
     further_tables,
-    query_dim,
+    query_sizes,
     shared_residuals,
     table_shape,
 )
@@ -184,7 +184,7 @@ def build_composition(
         dropout_in=dropout(cfg.dropout_in),
         dropout_between=dropout(cfg.dropout_between),
         dropout_out=dropout(cfg.dropout_out),
-        residual_dim=query_dim(cfg, cfg.hidden_size),
+        query_sizes=query_sizes(cfg, cfg.hidden_size),
         locked_dropout=cfg.locked_dropout,
         weight_dropout=cfg.weight_dropout,
         ffn_dim=cfg.output_ffn_dim,

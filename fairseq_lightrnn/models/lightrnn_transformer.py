@@ -27,7 +27,7 @@ from fairseq_lightrnn.models._table import (
     check_task,
     frequent_size,
     further_tables,
-    query_dim,
+    query_sizes,
     shared_residuals,
     source_embedding,
     table_shape,
@@ -89,7 +89,7 @@ class LightRNNTransformerDecoder(SeatedDecoder, TransformerDecoderBase):
         self.prediction = GatedPredictor(
             shape,
             self.output_embed_dim,
-            residual_dim=query_dim(table_cfg, self.output_embed_dim),
+            query_sizes=query_sizes(table_cfg, self.output_embed_dim),
             ffn_dim=table_cfg.output_ffn_dim,
             ffn_dropout=cfg.dropout,
         )
