@@ -55,7 +55,6 @@ def build(
     **flags: Any,
 ) -> Any:
     """A random model and table, with biases and residuals of words; LSTMs have an FFN too."""
-    torch.manual_seed(words)
     common = {
         "num_components": len(shape), "table_shape": "x".join(map(str, shape)), "dropout": 0.0,
         "word_bias": extras, "input_residual_dim": 3 * extras, "output_residual_dim": 2 * extras,
@@ -77,6 +76,7 @@ def build(
     cells = np.random.default_rng(words).permutation(model.decoder.table.table().cells)
     model.decoder.table.seat(WordTable.from_cells(cells, shape))
     model.double().eval()
+    torch.manual_seed(words)  # whatever was drawn to build it
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "layer_norm" not in name:
