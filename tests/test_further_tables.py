@@ -195,10 +195,11 @@ def test_training(
     assert all(torch.equal(value, resumed[name]) for name, value in states[1].items())
 
     files = ",".join(str(tmp_path / "a" / f"further_word_table{n}.txt") for n in (1, 2))
-    given = valid_losses(train(data, tmp_path / "c", further_tables=files, **flags))
+    tables = {"initial_table": tmp_path / "a" / "word_table.epoch0.txt", "further_tables": files}
+    given = valid_losses(train(data, tmp_path / "c", **tables, **flags))
     assert given == losses
-    for n in (1, 2):
-        (tmp_path / "a" / f"further_word_table{n}.txt").unlink()
+    for file in (tmp_path / "a").glob("*word_table*.txt"):  # a checkpoint needs none of them
+        file.unlink()
     path = tmp_path / "c" / "checkpoint3.pt"
     run("eval-lm", data, *TASK, "--path", path, "--cpu", "--num-workers", 0)
     assert LanguageModel.from_pretrained(path, data).score("w1 w2").perplexity > 1

@@ -532,7 +532,11 @@ class TestBadInput:
             ),
             ({"source_table": "own", "source_table_shape": "5"}, "--source-table-shape 5: a table"),
             ({"initial_source_table": "random"}, "belongs to --source-table own"),
-            ({"initial_source_table": "sorted"}, "--initial-source-table sorted: neither one of"),
+            ({"initial_source_table": "sorted"}, "belongs to --source-table own"),
+            (
+                {"source_table": "own", "initial_source_table": "sorted"},
+                "--initial-source-table sorted: neither one of",
+            ),
             ({"label_smoothing": 1.5}, "--label-smoothing 1.5: must be at least 0"),
             ({"source_lang": "xx", "target_lang": "tgt"}, "dict.xx.txt: no such dictionary"),
             ({"train_subset": "training"}, "Dataset not found: training"),

@@ -31,7 +31,6 @@ from fairseq_lightrnn.tasks._reallocation import (
 from fairseq_lightrnn.tasks._schedule import reallocation_epochs
 from fairseq_lightrnn.tasks._seating_config import (
     check_checkpoints,
-    check_initial_table,
     check_seating,
 )
 from fairseq_lightrnn.tasks._statistics import (
@@ -80,7 +79,6 @@ class SeatingMixin:
     def setup_task(cls, args: Any, **kwargs: Any) -> Any:
         """Sets the task up, after checking the flags and the dictionary."""
         check_seating(args)
-        check_initial_table("--initial-table", args.initial_table)
         check_checkpoints(
             os.path.join(args.save_dir, args.restore_file), *(args.path or "").split(os.pathsep)
         )
@@ -143,11 +141,16 @@ class SeatingMixin:
             The table, or None if the flag names no file.
 
         Raises:
-            UsageError: if the file is not a table of these words and this shape.
+            UsageError: if there is no such file, or it is not a table of these words and this
+                shape.
         """
         file = getattr(self.args, flag[2:].replace("-", "_"))
         if file in INITIAL_TABLES:
             return None
+        if not os.path.isfile(file):
+            raise UsageError(
+                f"{flag} {file}: neither one of {', '.join(INITIAL_TABLES)} nor a file"
+            )
         with usage_errors(flag):
             table = WordTable.load(file, dictionary.symbols)
         shape, name = "x".join(map(str, table.shape)), shape_flag[2:].replace("-", "_")

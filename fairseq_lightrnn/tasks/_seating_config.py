@@ -10,11 +10,10 @@ from typing import Any, Optional
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
-from fairseq_lightrnn.allocation.initial_table import INITIAL_TABLES
 from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.tasks._schedule import reallocation_epochs
 
-__all__ = ["SeatingConfig", "check_checkpoints", "check_initial_table", "check_seating"]
+__all__ = ["SeatingConfig", "check_checkpoints", "check_seating"]
 
 
 @dataclass
@@ -93,12 +92,6 @@ class SeatingConfig(FairseqDataclass):
     no_save: bool = II("checkpoint.no_save")
     log_format: Optional[str] = II("common.log_format")
     log_interval: int = II("common.log_interval")
-
-
-def check_initial_table(flag: str, value: str) -> None:
-    """Refuses what is neither a kind of table nor a file."""
-    if value not in INITIAL_TABLES and not os.path.isfile(value):
-        raise UsageError(f"{flag} {value}: neither one of {', '.join(INITIAL_TABLES)} nor a file")
 
 
 def check_seating(args: Any) -> None:

@@ -20,7 +20,7 @@ from fairseq_lightrnn.data.target_input import TargetInputDataset, consecutive_t
 from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.models._table import further_count
 from fairseq_lightrnn.tasks._seating import SeatingMixin
-from fairseq_lightrnn.tasks._seating_config import SeatingConfig, check_initial_table
+from fairseq_lightrnn.tasks._seating_config import SeatingConfig
 from fairseq_lightrnn.tasks._table_maker import TableMaker
 from fairseq_lightrnn.word_table import WordTable
 
@@ -74,7 +74,6 @@ class LightRNNTranslationTask(SeatingMixin, TranslationTask):
                 "--left-pad-target: a LightRNN decoder reads targets from their first word on; "
                 "leave the flag out"
             )
-        check_initial_table("--initial-source-table", args.initial_source_table)
         _check_data(args)
         return super().setup_task(args, **kwargs)
 
