@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -81,8 +82,8 @@ def draw(systems: dict[str, dict[str, dict[str, Any]]], path: Path, clock: str |
         panels.append((axes[1], lambda run: run[f"{clock}_per_epoch"]))
         axes[1].set_xlabel(f"{CLOCKS[clock]} of training")
         axes[1].set_xscale("log")
-    for number, (system, runs) in enumerate(systems.items()):
-        colour = f"C{number}"
+    colours = pyplot.get_cmap("tab10" if len(systems) <= 10 else "tab20").colors
+    for colour, (system, runs) in zip(itertools.cycle(colours), systems.items(), strict=False):
         for run in runs.values():
             for panel, length in panels:
                 places = [epoch * length(run) for epoch in run["valid_ppls"]]
@@ -90,7 +91,7 @@ def draw(systems: dict[str, dict[str, dict[str, Any]]], path: Path, clock: str |
                 for epoch in run["reallocated_after"]:
                     ppl = run["valid_ppls"][epoch]
                     panel.plot(epoch * length(run), ppl, "v", color=colour, markersize=9)
-            by_size.scatter(run["parameters"], run["test_ppl"], color=colour)
+            by_size.scatter(run["parameters"], run["test_ppl"], color=[colour])
             system = "_nolegend_"
     for name, places in families(systems).items():
         by_size.plot(*zip(*places, strict=True), color="grey", linewidth=1, zorder=0)
