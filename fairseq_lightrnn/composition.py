@@ -101,6 +101,7 @@ def query_layer(dim: int, sizes: Sequence[int]) -> nn.Linear | None:
     numbers of a word add to its logit changes with Σ_i |q_i|, q being their query, where the d
     numbers of a word in an ordinary softmax change it with Σ_j |h_j|. The query starts with that
     sum, or few numbers would learn slowly: as random projections of h, d/e times as large as h.
+    (Steps of plain SGD grow with the query: there the numbers learn d/e times as fast.)
 
     Args:
         dim: d, the width of outputs.
