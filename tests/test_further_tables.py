@@ -9,15 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fairseq_run import (
-    TASK,
-    TRANSLATION,
-    run,
-    symbols,
-    train,
-    train_translation,
-    valid_losses,
-)
+from fairseq_run import TASK, TRANSLATION, run, symbols, train, train_translation, valid_losses
 from tiny_models import COMPOSITIONS, build
 from torch import Tensor
 

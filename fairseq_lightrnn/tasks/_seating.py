@@ -29,10 +29,7 @@ from fairseq_lightrnn.tasks._reallocation import (
     reallocation_report,
 )
 from fairseq_lightrnn.tasks._schedule import reallocation_epochs
-from fairseq_lightrnn.tasks._seating_config import (
-    check_checkpoints,
-    check_seating,
-)
+from fairseq_lightrnn.tasks._seating_config import check_checkpoints, check_seating
 from fairseq_lightrnn.tasks._statistics import (
     gather_statistics,
     rank,
@@ -194,25 +191,29 @@ class SeatingMixin:
         decoder: Any = model.decoder
         dictionary = self.target_dictionary  # type: ignore[attr-defined]
         maker = TableMaker(dictionary, self.training_text, self.args.table_seed)
-        kind, lookup = self.args.initial_table, decoder.table
-        self.seat(lookup, kind, self._given_table, maker, "word_table")
+        kind, given = self.args.initial_table, self._given_table
+        first = self.seat(decoder.table, kind, given, maker, "word_table")
         if decoder.input_vectors.input_table is not None:
-            decoder.input_vectors.input_table.seat(lookup.table())
+            decoder.input_vectors.input_table.seat(first)
         if decoder.further is not None:
-            self._seat_further_tables([lookup, *decoder.further.tables], maker)
+            self._seat_further_tables(first, decoder.further.tables, maker)
         decoder.reallocation_round.fill_(0)
 
-    def _seat_further_tables(self, lookups: Sequence[Any], maker: TableMaker) -> None:
+    def _seat_further_tables(
+        self, first: WordTable, lookups: Iterable[Any], maker: TableMaker
+    ) -> None:
         """Seats the words of all tables but the first."""
         kind = "random" if self.args.initial_table == "random" else "cooccurrence"
-        for number, lookup in enumerate(lookups[1:], 1):
+        seated = [first]
+        for number, lookup in enumerate(lookups, 1):
             given = self._given_further[number - 1] if self._given_further else None
-            self.seat(lookup, kind, given, maker, f"further_word_table{number}", number)
-            if any(lookup.table() == other.table() for other in lookups[:number]):
+            table = self.seat(lookup, kind, given, maker, f"further_word_table{number}", number)
+            if table in seated:
                 logger.warning(
                     f"further table {number} seats all words as one before it does, and tells no "
                     "more of them apart: give another one or fewer of them"
                 )
+            seated.append(table)
 
     def seat(
         self,
@@ -222,7 +223,7 @@ class SeatingMixin:
         maker: TableMaker,
         file_name: str,
         further: int = 0,
-    ) -> None:
+    ) -> WordTable:
         """Seats the words of a table for the first time, alike on all workers, and saves it.
 
         Args:
@@ -232,17 +233,21 @@ class SeatingMixin:
             maker: makes tables of these words.
             file_name: the table's file in the save directory, without ``.txt``.
             further: which further table it is, from 1 on; 0 for a first one.
+
+        Returns:
+            The table.
         """
         start = time.monotonic()
         table = None
         if rank() == 0:
             table = given or maker.make(kind, lookup.shape, further)
-        lookup.seat(broadcast_table(table, lookup))
-        table = lookup.table()
+        table = broadcast_table(table, lookup)
+        lookup.seat(table)
         name = file_name.replace("word_table", "table ").replace("_", " ").strip()
         how = "" if further else f"{kind}, "
         logger.info(f"initial {name}: {how}{table}, {time.monotonic() - start:.1f} seconds")
         self._save_table(table, 0, maker.dictionary, file_name)
+        return table
 
     def _reallocate(self, epoch: int, model: nn.Module) -> None:
         decoder: Any = model.decoder
