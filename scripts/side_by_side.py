@@ -271,13 +271,15 @@ def count_parameters(folder: Path, vocabulary: Iterable[str]) -> dict[str, int]:
     import torch
 
     state = torch.load(folder / "checkpoint_best.pt", map_location="cpu", weights_only=False)
-    buffers = ("table.", "carried_state.", "reallocation_", "version", "_float_tensor")
+    buffers = ("carried_state.", "version", "_float_tensor")
     # fairseq's transformer encoder keeps copies of its weights that nothing uses.
     copies = tuple(f"{part}_{kind}" for part in ("fc1", "fc2", "in_proj", "out_proj")
                    for kind in ("weight", "bias"))  # fmt: skip
     sizes, seen = {}, set()
     for name, tensor in state["model"].items():
-        if any(part in name for part in buffers) or name.endswith(copies):
+        # Words' places in tables, and what counts reallocations, are integers.
+        kept = tensor.is_floating_point() and not name.endswith(copies)
+        if not kept or any(part in name for part in buffers):
             continue
         # What input and output share counts once; a checkpoint from a GPU holds it twice.
         varied = bool((tensor != tensor.flatten()[:1]).any())

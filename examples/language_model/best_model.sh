@@ -22,14 +22,15 @@ if [ ! -f "$out/bin/test.idx" ]; then
         --trainpref "$text"/*train.t* --validpref "$text"/*valid.t* --testpref "$text"/*test.t*
 fi
 "$python" -m fairseq_cli.train "$out/bin" "${task[@]}" "${device[@]}" --tokens-per-sample 70 \
-    --random-block-lengths --batch-size 40 --arch lightrnn_lm_gated --embed-dim 512 \
-    --hidden-size 512 --num-layers 2 --share-component-vectors --word-bias --share-residuals \
-    --input-residual-dim 128 --output-residual-dim 128 --output-ffn-dim 2048 \
-    --locked-dropout --dropout 0.4 --dropout-in 0.3 --dropout-between 0.3 --weight-dropout 0.4 \
-    --component-dropout 0.05 --criterion two_component_cross_entropy \
+    --random-block-lengths --batch-size 64 --arch lightrnn_lm_gated --embed-dim 1024 \
+    --hidden-size 1024 --num-layers 2 --share-component-vectors --word-bias --share-residuals \
+    --input-residual-dim 256 --output-residual-dim 256 --output-ffn-dim 2048 \
+    --locked-dropout --dropout 0.5 --dropout-in 0.4 --dropout-between 0.4 --weight-dropout 0.5 \
+    --component-dropout 0.1 --criterion two_component_cross_entropy \
     --activation-regularisation 1 --temporal-activation-regularisation 0.5 \
-    --optimizer adam --weight-decay 1e-6 --lr 0.003 --lr-scheduler cosine --warmup-updates 200 \
-    --max-update 7000 --clip-norm 0.5 --seed 1 --save-dir "$out/best" --no-epoch-checkpoints \
+    --optimizer adam --weight-decay 0.03 --lr 0.002 --lr-scheduler tri_stage --warmup-steps 200 \
+    --hold-steps 7000 --decay-steps 5000 --max-update 12200 --clip-norm 0.5 --seed 1 \
+    --save-dir "$out/best" --no-epoch-checkpoints \
     --num-workers 0 --log-format json --log-interval 100 --log-file "$out/best/train.log" "$@"
 "$python" -m fairseq_cli.eval_lm "$out/bin" "${task[@]}" "${device[@]}" --tokens-per-sample 70 \
     --batch-size 40 --path "$out/best/checkpoint_best.pt" --gen-subset test 2>&1 |
