@@ -32,6 +32,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -138,11 +139,16 @@ def parse() -> argparse.Namespace:
     add("--step", type=int, default=5,
         help="epochs of a process; the next one does not lower the learning rate for what the last "
         "validation of this one said (default: %(default)s)")  # fmt: skip
+    add("--lr-schedule", choices=["halved", "linear"], default="halved",
+        help="the learning rate is halved when validation gets worse, or falls to nothing on a "
+        "line over all --epochs (default: %(default)s)")  # fmt: skip
     add("--report", action="store_true", help="train nothing, sum up what there is")
     args = parser.parse_args()
     moving = [name for name in args.systems if name.endswith("moved") or name == "authors"]
     if args.for_seconds is not None and moving:
         parser.error(f"--for-seconds moves no words after epochs; leave {', '.join(moving)} out")
+    if args.for_seconds is not None and args.lr_schedule == "linear":
+        parser.error("--lr-schedule linear needs to know its end: --epochs, not --for-seconds")
     return args
 
 
@@ -155,6 +161,12 @@ def find_text(folder: Path) -> dict[str, Path]:
             raise SystemExit(f"{folder}: expected one file *{split}.txt, found {len(found)}")
         files[split] = found[0]
     return files
+
+
+def count_tokens(text: Path) -> int:
+    """Returns the words of the training text and the ends of its lines."""
+    with open(find_text(text)["train"], encoding="utf-8") as file:
+        return sum(len(line.split()) + 1 for line in file)
 
 
 def binarise(text: Path, out: Path) -> Path:
@@ -189,14 +201,23 @@ def model_flags(system: str, args: argparse.Namespace, num_words: int) -> list[A
             "--ddp-backend", "legacy_ddp"]  # fmt: skip
 
 
+def schedule_flags(args: argparse.Namespace) -> list[Any]:
+    """Returns the flags of the learning rate's schedule."""
+    if args.lr_schedule == "halved":
+        return ["--lr-scheduler", "reduce_lr_on_plateau", "--lr-shrink", 0.5]
+    updates = math.ceil(count_tokens(args.text) / (args.batch_size * args.block))
+    total = updates * args.epochs
+    return ["--lr-scheduler", "polynomial_decay", "--total-num-update", total]
+
+
 def train(system: str, seed: int, data: Path, folder: Path, args: argparse.Namespace) -> None:
     """Trains until the epochs or the seconds are spent, a few epochs a process."""
     num_words = len((data / "dict.txt").read_text(encoding="utf-8").splitlines()) + 4
     flags = [
         data, *model_flags(system, args, num_words), "--dropout", args.dropout,
         "--tokens-per-sample", args.block, "--batch-size", args.batch_size, "--optimizer", "adam",
-        "--lr", args.lr, "--lr-scheduler", "reduce_lr_on_plateau", "--lr-shrink", 0.5,
-        "--clip-norm", 1, "--seed", seed, *device_flags(args),
+        "--lr", args.lr, *schedule_flags(args), "--clip-norm", 1, "--seed", seed,
+        *device_flags(args),
     ]  # fmt: skip
     if args.for_seconds is not None:
         train_for(folder, flags, args.for_seconds, args.validate_updates)
@@ -284,15 +305,13 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         split: hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         for split, path in find_text(args.text).items()
     }
-    with open(find_text(args.text)["train"], encoding="utf-8") as file:
-        tokens = sum(len(line.split()) + 1 for line in file)
     # benchmark_tables.py has no such flag.
     by_clock = getattr(args, "for_seconds", None) is not None
-    names = ("width", "layers", "dropout", "lr", "batch_size", "block")
+    names = ("width", "layers", "dropout", "lr", "batch_size", "block", "lr_schedule")
     return {
-        "settings": {name: getattr(args, name) for name in names},
+        "settings": {name: getattr(args, name) for name in names if hasattr(args, name)},
         "sha256": digests,
-        "train_tokens": tokens,
+        "train_tokens": count_tokens(args.text),
         "clock": "seconds" if args.gpu or by_clock else "cpu_seconds",
         "shared": args.gpu,
         **machine(),

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains one gated model of two layers with every regulariser, and scores the test split. Uses the
 # GPU where there is one. What stands behind OUTPUT goes to fairseq-train and overrides the flags
-# here; --max-update is also where the learning rate reaches nothing.
+# here. The learning rate is held, then decays: with more time give all three of --hold-steps,
+# --decay-steps and --max-update.
 #
 #   bash examples/language_model/best_model.sh FOLDER OUTPUT [FLAG …]
 #
@@ -29,7 +30,7 @@ fi
     --component-dropout 0.1 --criterion two_component_cross_entropy \
     --activation-regularisation 1 --temporal-activation-regularisation 0.5 \
     --optimizer adam --weight-decay 0.03 --lr 0.002 --lr-scheduler tri_stage --warmup-steps 200 \
-    --hold-steps 7000 --decay-steps 5000 --max-update 12200 --clip-norm 0.5 --seed 1 \
+    --hold-steps 2200 --decay-steps 1900 --max-update 4300 --clip-norm 0.5 --seed 1 \
     --save-dir "$out/best" --no-epoch-checkpoints \
     --num-workers 0 --log-format json --log-interval 100 --log-file "$out/best/train.log" "$@"
 "$python" -m fairseq_cli.eval_lm "$out/bin" "${task[@]}" "${device[@]}" --tokens-per-sample 70 \
