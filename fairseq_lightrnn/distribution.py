@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fairseq_lightrnn.components import ComponentSoftmax, at_least_float32
-from fairseq_lightrnn.top_words import TopWords, component_log_probs, top_words
+from fairseq_lightrnn.top_words import EXPANSIONS, TopWords, component_log_probs, top_words
 
 if TYPE_CHECKING:
     from fairseq_lightrnn.composition import Context, Prediction
@@ -30,8 +30,6 @@ __all__ = [
     "top_words",
 ]
 
-# Prefixes conditioned on at once; bounds the memory of the expanded contexts.
-_EXPANSIONS = 4096
 _FIRST_NUCLEUS = 64
 
 
@@ -111,7 +109,7 @@ def _lengthen(composition: Prediction, known: _Prefixes, scores: Tensor) -> Iter
     component, size = prefix.size(1), scores.size(1)
     parents, values = torch.isfinite(scores).nonzero(as_tuple=True)
     every = len(values) == scores.numel()
-    count = max(1, _EXPANSIONS // size) * size if every else _EXPANSIONS  # whole texts
+    count = max(1, EXPANSIONS // size) * size if every else EXPANSIONS  # whole texts
     for index, value in zip(parents.split(count), values.split(count), strict=True):
         if every:
             some = context.select(index[::size])

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from fairseq_lightrnn.composition import Context, Prediction
     from fairseq_lightrnn.table_lookup import TableLookup
 
-__all__ = ["TopWords", "component_log_probs", "top_words"]
+__all__ = ["EXPANSIONS", "TopWords", "component_log_probs", "top_words"]
 
 # Prefixes of a text expanded in the first round; each round takes twice as many as that before.
 _FIRST_ROUND = 4
 _LAST_ROUND = 256
-# Prefixes of all texts expanded at once; bounds the memory of their words.
-_EXPANSIONS = 4096
+# Prefixes of all texts expanded at once; bounds the memory of their contexts and words.
+EXPANSIONS = 4096
 _IMPOSSIBLE = float("-inf")
 
 
@@ -235,7 +235,7 @@ def top_words(
             return None
         for component, pick in picked:
             expanded += torch.bincount(pick.text, minlength=len(expanded))
-            for some in torch.arange(len(pick.text), device=text.device).split(_EXPANSIONS):
+            for some in torch.arange(len(pick.text), device=text.device).split(EXPANSIONS):
                 deeper = _expand(composition, softmax, levels[component], pick.where(some))
                 if component + 2 == table.num_components:
                     best.add(deeper.text, deeper.prefix, deeper.bounds)

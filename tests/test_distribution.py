@@ -188,7 +188,7 @@ def test_rows_are_expanded_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     context = model.context(5)
     whole, top = next_word_log_probs(*model, context), top_words(*model, context, 4)
     for module in ("distribution", "top_words"):
-        monkeypatch.setattr(f"fairseq_lightrnn.{module}._EXPANSIONS", 2)
+        monkeypatch.setattr(f"fairseq_lightrnn.{module}.EXPANSIONS", 2)
     torch.testing.assert_close(next_word_log_probs(*model, context), whole)
     found = top_words(*model, context, 4)
     assert torch.equal(found.words, top.words)

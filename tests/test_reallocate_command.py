@@ -61,6 +61,30 @@ def test_a_margin(data: Path, trained: Path, tmp_path: Path) -> None:
             reallocate(trained / "checkpoint1.pt", data, tmp_path / "new.pt", *flags)
 
 
+def test_columns_from_statistics_gathered_again(data: Path, tmp_path: Path) -> None:
+    """As training does with --reallocation-regather, the table that words are read by kept."""
+    train(
+        data, tmp_path, "--keep-input-table", "--reallocation-regather", arch="lightrnn_lm_gated",
+        reallocate_epochs=1, max_epoch=2, initial_table="random",
+    )  # fmt: skip
+    checkpoint = tmp_path / "checkpoint1.pt"
+    record = json.loads((tmp_path / "reallocations.jsonl").read_text())
+    report = reallocate(checkpoint, data, tmp_path / "new.pt", "--regather")
+    same = ("objective", "moved", "words", "tokens", "table")
+    assert {key: report[key] for key in same} == {key: record[key] for key in same}
+    assert report["cost_after"] == pytest.approx(record["cost_after"], abs=1e-6)
+    once = reallocate(checkpoint, data, tmp_path / "once.pt")
+    assert once["cost_after"] == pytest.approx(record["cost_after"], abs=1e-6)  # the rows
+    assert once["table"] != report["table"]
+    for flags, message in (
+        (("--objective", "joint"), "--regather belongs to --objective row-first"),
+        (("--margin", 1), "--margin and --regather: give one of them"),
+        (("--table-shape", "6x8"), "--regather: --table and --table-shape seat"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            reallocate(checkpoint, data, tmp_path / "new.pt", "--regather", *flags)
+
+
 def test_the_same_table_with_carried_state(data: Path, tmp_path: Path) -> None:
     """Statistics of a model that carries its state are those of its lanes."""
     train(

@@ -194,3 +194,21 @@ def test_systems_that_differ_in_a_size_alone(
         "window-5": runs(50, 130.0),
     }
     assert families(systems) == {"own": [(100, 91.0), (300, 80.0)]}
+
+
+def test_parameters_are_what_is_learnt(books: ModuleType, tmp_path: Path) -> None:
+    """Places in tables and carried states are not, and what two names share counts once."""
+    vectors = torch.arange(6.0).reshape(2, 3)
+    model = {
+        "decoder.table.coordinates": torch.zeros(5, 2, dtype=torch.int32),
+        "decoder.further.tables.0.coordinates": torch.zeros(5, 2, dtype=torch.int32),
+        "decoder.reallocation_round": torch.tensor(0),
+        "decoder.carried_state.states": torch.zeros(2, 1, 3),
+        "decoder.composition.embedding.weight": vectors,
+        "decoder.softmax.weight": vectors.clone(),
+        "decoder.softmax.bias": torch.zeros(2),
+        "decoder.lstm.weight": torch.ones(4, 3),
+    }
+    torch.save({"model": model}, tmp_path / "checkpoint_best.pt")
+    counted = books.count_parameters(tmp_path, ("embedding", "softmax"))
+    assert counted == {"parameters": 6 + 2 + 12, "vocabulary_parameters": 6 + 2}

@@ -31,7 +31,7 @@ from fairseq_lightrnn.allocation.reshaping import (
 from fairseq_lightrnn.commands._text import whole_file
 from fairseq_lightrnn.errors import UsageError, usage_errors
 from fairseq_lightrnn.models._table import parse_shape
-from fairseq_lightrnn.tasks._reallocation import log_reallocation, reallocation_report
+from fairseq_lightrnn.tasks._reallocation import log_reallocation
 from fairseq_lightrnn.tasks._statistics import Gathered, gather_statistics, statistics_storage
 from fairseq_lightrnn.word_table import WordTable, check_shape
 
@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--margin", type=float, default=0.0, metavar="X",
         help="nats that a word must gain, each time it occurs, to change its row, and again its "
         "column (default: 0)")  # fmt: skip
+    add("--regather", action="store_true",
+        help="gather statistics again before words choose columns in their new rows; takes twice "
+        "as long, and pays for models trained with --keep-input-table")  # fmt: skip
     add("--table-shape", metavar="RxC",
         help="seat the words in a table of this shape, such as 100x100 or 30x30x30; its vectors "
         "are means of the old ones, so the model must be trained further")  # fmt: skip
@@ -102,6 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UsageError(f"--table and --{other.replace('_', '-')}: give one of them")
     if args.margin and (args.table or args.table_shape):
         raise UsageError("--margin: --table and --table-shape seat all words anew; leave it out")
+    if args.regather:
+        _check_regather(args)
     if not 0 <= args.margin < float("inf"):
         raise UsageError(f"--margin {args.margin}: must not be negative")
     started = time.monotonic()
@@ -115,19 +120,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     shape = _new_shape(args, state, decoder)
     task.load_dataset(args.split)
-    size = decoder.table.num_words, *decoder.statistics_shape()
-    with statistics_storage(args.memory, size, tempfile.gettempdir()) as storage:
-        gathered = gather_statistics(model, task.training_batches(), storage.arguments)
-        gathering = time.monotonic() - started
+    folder = tempfile.gettempdir()
+
+    def export(gathered: Gathered) -> None:
         if args.export:
             _export(Path(args.export), decoder, gathered)
-        if shape is None:
-            memory = storage.solver_memory
-            report, table = _reallocate(args, state, task, decoder, gathered, memory)
-        else:
+
+    if shape is None:
+        report, solving = task.move_words("reallocation", model, folder, export)
+        table = _put_into_force(state, decoder.table.table())
+    else:
+        size = decoder.table.num_words, *decoder.statistics_shape()
+        with statistics_storage(args.memory, size, folder) as storage:
+            gathered = gather_statistics(model, task.training_batches(), storage.arguments)
+            export(gathered)
+            begun = time.monotonic()
             report, table = _reshape(state, decoder, gathered, shape)
+            solving = time.monotonic() - begun
     total = time.monotonic() - started
-    report["seconds"] = {"statistics": gathering, "solve": total - gathering, "total": total}
+    report["seconds"] = {"statistics": total - solving, "solve": solving, "total": total}
     if shape is None:
         log_reallocation("reallocation", report, table)
     _finish(args, state, report, table)
@@ -137,6 +148,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"--num-components {len(shape)} --table-shape {'x'.join(map(str, shape))}"
         )
     return 0
+
+
+def _check_regather(args: argparse.Namespace) -> None:
+    """Refuses --regather beside flags that it has no meaning with."""
+    if args.table or args.table_shape:
+        raise UsageError("--regather: --table and --table-shape seat all words anew; leave it out")
+    if args.objective == "joint":
+        raise UsageError(
+            "--regather belongs to --objective row-first; joint chooses rows and columns at once"
+        )
+    if args.margin:
+        raise UsageError("--margin and --regather: give one of them")
 
 
 def _finish(
@@ -160,7 +183,7 @@ def _load(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         "reallocation_objective": args.objective,
         "reallocation_row_weight": args.row_weight,
         "reallocation_margin": args.margin,
-        "reallocation_regather": False,
+        "reallocation_regather": args.regather,
         "reallocation_words": args.words,
         "reallocation_memory": args.memory,
         "initial_table": "random",
@@ -206,20 +229,12 @@ def _new_shape(
     return shape
 
 
-def _reallocate(
-    args: argparse.Namespace,
-    state: dict[str, Any],
-    task: Any,
-    decoder: Any,
-    gathered: Gathered,
-    memory: dict[str, int],
-) -> tuple[dict[str, Any], WordTable]:
-    result = task.solve_reallocation(decoder, gathered.statistics, memory)
-    report = reallocation_report(result, gathered, args.objective, args.row_weight)
+def _put_into_force(state: dict[str, Any], table: WordTable) -> WordTable:
+    """Makes a table that of the checkpoint."""
     weights = state["model"]
-    weights["decoder.table.coordinates"] = _coordinates(result.table)
+    weights["decoder.table.coordinates"] = _coordinates(table)
     weights["decoder.reallocation_round"] = weights["decoder.reallocation_round"] + 1
-    return report, result.table
+    return table
 
 
 def _seat(
@@ -232,11 +247,9 @@ def _seat(
     if table.shape != old.shape:
         shapes = ("x".join(map(str, shape)) for shape in (table.shape, old.shape))
         raise UsageError("--table {}: its shape is {}, the model's {}".format(args.table, *shapes))
-    weights = state["model"]
-    weights["decoder.table.coordinates"] = _coordinates(table)
-    weights["decoder.reallocation_round"] = weights["decoder.reallocation_round"] + 1
     moved = int((table.cells != old.cells).sum())
-    return {"moved": moved, "words": table.num_words, "table": table.digest()}, table
+    report = {"moved": moved, "words": table.num_words, "table": table.digest()}
+    return report, _put_into_force(state, table)
 
 
 def _reshape(

@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from fairseq_lightrnn.tasks._reallocation import (
 from fairseq_lightrnn.tasks._schedule import reallocation_epochs
 from fairseq_lightrnn.tasks._seating_config import check_checkpoints, check_seating
 from fairseq_lightrnn.tasks._statistics import (
+    Gathered,
     gather_statistics,
     rank,
     sample_share,
@@ -252,8 +253,9 @@ class SeatingMixin:
     def _reallocate(self, epoch: int, model: nn.Module) -> None:
         decoder: Any = model.decoder
         start = time.monotonic()
-        old = decoder.table.table()
-        report, solving = self._move_words(f"reallocation after epoch {epoch}", model)
+        title = f"reallocation after epoch {epoch}"
+        folder = tempfile.gettempdir() if self.args.no_save else self.args.save_dir
+        report, solving = self.move_words(title, model, folder)
         decoder.reallocation_round += 1
         decoder.reallocation_epoch.fill_(epoch)
         end = time.monotonic()
@@ -264,24 +266,38 @@ class SeatingMixin:
         seconds = {"statistics": total - solving, "solve": solving, "total": total}
         share = self._reallocation_seconds / (end - (self._started or start))
         report |= {
-            "moved": int((table.cells != old.cells).sum()),
-            "table": table.digest(),
             "epoch": epoch,
             "round": int(decoder.reallocation_round),
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "share_of_training": round(share, 5),
         }
-        log_reallocation(f"reallocation after epoch {epoch}", report, table)
+        log_reallocation(title, report, table)
         dictionary = self.target_dictionary  # type: ignore[attr-defined]
         self._save_table(table, epoch, dictionary, "word_table")
         if not self.args.no_save:
             with open(Path(self.args.save_dir) / "reallocations.jsonl", "a") as file:
                 file.write(json.dumps(report) + "\n")
 
-    def _move_words(self, title: str, model: nn.Module) -> tuple[dict[str, Any] | None, float]:
-        """Puts a better table into force; returns a report, on the first worker, and seconds."""
+    def move_words(
+        self,
+        title: str,
+        model: nn.Module,
+        folder: str,
+        export: Callable[[Gathered], None] | None = None,
+    ) -> tuple[dict[str, Any] | None, float]:
+        """Puts a better table into force, as the flags ask for.
+
+        Args:
+            title: of the log.
+            model: whose words are moved.
+            folder: where statistics that do not fit into memory may go.
+            export: called with the first statistics.
+
+        Returns:
+            A report, on the first worker, and the seconds that the solver took.
+        """
         decoder: Any = model.decoder
-        folder = tempfile.gettempdir() if self.args.no_save else self.args.save_dir
+        old = decoder.table.table()
         size = decoder.table.num_words, *decoder.statistics_shape()
         passes = decoder.table.num_components if self.args.reallocation_regather else 1
         report, solving = None, 0.0
@@ -290,10 +306,12 @@ class SeatingMixin:
                 what = f"{title}, component {fixed + 1}" if passes > 1 else title
                 logger.info(f"{what}: gathering statistics")
                 gathered = gather_statistics(model, self.training_batches(), storage.arguments)
+                if export is not None and fixed == 0:
+                    export(gathered)
                 begun, table = time.monotonic(), None
                 if rank() == 0:
                     logger.info(f"{what}: solving")
-                    found = self.solve_reallocation(
+                    found = self._solve_reallocation(
                         decoder, gathered.statistics, storage.solver_memory, fixed
                     )
                     table = found.table
@@ -304,9 +322,13 @@ class SeatingMixin:
                 decoder.table.seat(broadcast_table(table, decoder.table))
                 solving += time.monotonic() - begun
                 del gathered  # before the next ones take as much memory
+        if report is not None:
+            table = decoder.table.table()
+            moved = int((table.cells != old.cells).sum())
+            report |= {"moved": moved, "table": table.digest()}
         return report, solving
 
-    def solve_reallocation(
+    def _solve_reallocation(
         self,
         decoder: Any,
         statistics: AllocationStatistics,
