@@ -121,7 +121,8 @@ class Prediction(nn.Module):
 
     Attributes:
         reads_components: whether a component changes the recurrent state.
-        dropout_out: dropout on what predicts a component, or is transformed to do so.
+        dropout_out: dropout on what predicts a component.
+        dropout_hidden: dropout on what is transformed to predict a component.
         query: projects outputs to what the words' output residuals are multiplied with, or None.
         ffn: what outputs pass before they predict anything, or None. An ordinary softmax sums over
             words in every row's place; logits of rows that are linear in h say less than that.
@@ -129,6 +130,7 @@ class Prediction(nn.Module):
 
     reads_components = True
     dropout_out: nn.Module
+    dropout_hidden: nn.Module
     query: nn.Linear | None
     ffn: FeedForward | None
 
@@ -187,7 +189,9 @@ class Composition(Prediction):
         num_layers: the layers of the LSTM.
         dropout_in: dropout on the input vectors.
         dropout_between: dropout between the layers.
-        dropout_out: dropout on the outputs, and within the feed-forward layer.
+        dropout_out: dropout on the outputs.
+        dropout_hidden: dropout within the feed-forward layer, and on outputs that are transformed
+            before they predict.
         query_sizes: the widths of what the words' output residuals are multiplied with; their sum
             is e.
         locked_dropout: each of these dropouts has one mask for a text, shared over time.
@@ -203,6 +207,7 @@ class Composition(Prediction):
         dropout_in: float = 0.0,
         dropout_between: float = 0.0,
         dropout_out: float = 0.0,
+        dropout_hidden: float = 0.0,
         query_sizes: Sequence[int] = (),
         locked_dropout: bool = False,
         weight_dropout: float = 0.0,
@@ -213,6 +218,7 @@ class Composition(Prediction):
         dropout = LockedDropout if locked_dropout else nn.Dropout
         self.dropout_in = dropout(dropout_in)
         self.dropout_out = dropout(dropout_out)
+        self.dropout_hidden = dropout(dropout_hidden)
         self.lstm = RegularisedLSTM(
             embedding.weight.size(1),
             hidden_size,
@@ -222,7 +228,7 @@ class Composition(Prediction):
             weight_dropout,
         )
         self.query = query_layer(hidden_size, query_sizes)
-        self.ffn = FeedForward(hidden_size, ffn_dim, dropout(dropout_out)) if ffn_dim else None
+        self.ffn = FeedForward(hidden_size, ffn_dim, self.dropout_hidden) if ffn_dim else None
 
     @property
     def num_components(self) -> int:

@@ -110,7 +110,7 @@ class GatedPrediction(Prediction):
     def _project(self, base: Tensor) -> list[Tensor]:
         """Returns h and, for every component but the first, W_i h + u_i."""
         base = self._feed_forward(base)
-        return [base, *(transform(self.dropout_out(base)) for transform in self.transforms)]
+        return [base, *(transform(self.dropout_hidden(base)) for transform in self.transforms)]
 
     def _output(self, projections: Sequence[Tensor], prefix: Tensor) -> Tensor:
         """Returns what predicts the component after a prefix (…, i): (…, d)."""
@@ -128,7 +128,7 @@ class GatedPredictor(GatedPrediction):
     Args:
         shape: the k sizes of the table.
         dim: d, the width of the network's outputs.
-        dropout_out: dropout on what predicts a component.
+        dropout_out: dropout on what predicts a component, and on what is transformed to do so.
         query_sizes: the widths of what the words' output residuals are multiplied with; their sum
             is e.
         ffn_dim: units of the feed-forward layer before all predictions; 0 for none.
@@ -145,7 +145,7 @@ class GatedPredictor(GatedPrediction):
         ffn_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.dropout_out = nn.Dropout(dropout_out)
+        self.dropout_out = self.dropout_hidden = nn.Dropout(dropout_out)
         self.query = query_layer(dim, query_sizes)
         self.ffn = FeedForward(dim, ffn_dim, nn.Dropout(ffn_dropout)) if ffn_dim else None
         self._add_gates(shape, dim)

@@ -96,6 +96,11 @@ def test_dropouts_follow_the_common_flag_unless_told_otherwise() -> None:
     composition = LightRNNDecoder(cfg, Words(100)).composition
     rates = composition.dropout_in.p, composition.lstm.dropout, composition.dropout_out.p
     assert rates == (0.3, 0.1, 0.0)
+    for hidden, rate in ((None, 0.2), (0.0, 0.0)):
+        cfg = config("lightrnn_lm_gated", dropout=0.3, dropout_out=0.2, dropout_hidden=hidden)
+        composition = LightRNNDecoder(cfg, Words(100)).composition
+        rates = composition.dropout_hidden.p, composition.ffn.dropout.p, composition.dropout_out.p
+        assert rates == (rate, rate, 0.2)
 
 
 def test_targets_that_end_before_padding_are_read_themselves() -> None:

@@ -206,10 +206,11 @@ def test_locked_dropout_of_compositions(
     kind: type[Composition], shape: tuple[int, ...], carried: bool
 ) -> None:
     model = composition(
-        kind, shape, dropout_in=RATE, dropout_out=RATE, dropout_between=RATE, locked_dropout=True
-    )
+        kind, shape, dropout_in=RATE, dropout_between=RATE, dropout_out=RATE, dropout_hidden=RATE,
+        locked_dropout=True,
+    )  # fmt: skip
     calls: list[tuple[Tensor, Tensor]] = []
-    for dropout in (model.dropout_in, model.dropout_out):
+    for dropout in (model.dropout_in, model.dropout_out, model.dropout_hidden):
         dropout.register_forward_hook(lambda _, given, out: calls.append((out, given[0])))
     state = model(texts(shape))[1] if carried else None
     assert len(calls) == carried * (2 if kind is COMPOSITIONS[0] else 2 * len(shape))
@@ -225,7 +226,7 @@ def test_locked_dropout_of_compositions(
 @pytest.mark.parametrize("locked", [False, True])
 @pytest.mark.parametrize("kind", COMPOSITIONS)
 def test_dropout_within_the_feed_forward_layer(kind: type[Composition], locked: bool) -> None:
-    model = composition(kind, (3, 4), dropout_out=RATE, ffn_dim=8, locked_dropout=locked)
+    model = composition(kind, (3, 4), dropout_hidden=RATE, ffn_dim=8, locked_dropout=locked)
     ffn = model.ffn
     assert ffn is not None
     calls: list[tuple[Tensor, Tensor]] = []
@@ -240,6 +241,15 @@ def test_dropout_within_the_feed_forward_layer(kind: type[Composition], locked: 
     assert 0 < kept.double().mean() < 1
     ever = (dropped.ne(0).any(dim=1) & (units.gt(0) & ~kept).any(dim=1)).any()
     assert bool(ever) is not locked  # a unit is dropped at all steps of a text or at none
+
+
+@pytest.mark.parametrize("component", [0, 1])
+def test_dropout_of_what_is_transformed_is_one_of_its_own(component: int) -> None:
+    """Rows are predicted from outputs as they are, columns from a transformation of them."""
+    model = composition(COMPOSITIONS[1], (3, 4), dropout_hidden=RATE)
+    words = texts((3, 4))
+    once, again = (model(words)[0][:, :, component] for _ in range(2))
+    assert torch.equal(once, again) is (component == 0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

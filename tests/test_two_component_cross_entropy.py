@@ -173,7 +173,8 @@ def test_gradients_of_penalties(criterion, kind: str) -> None:
 def test_penalties_are_per_word(criterion) -> None:
     """Of two equal batches, loss and words are twice those of one, as fairseq adds them up."""
     model, sample = lightrnn("gated", 2), lm_batch()
-    model.decoder.composition.dropout_out.p = 0.0
+    for dropout in ("dropout_out", "dropout_hidden"):
+        getattr(model.decoder.composition, dropout).p = 0.0
     penalising = TwoComponentCrossEntropyCriterion(criterion.task, **WEIGHTS)
     twice = {"net_input": {}, "target": torch.cat([sample["target"]] * 2)}
     twice["ntokens"] = 2 * sample["ntokens"]

@@ -85,6 +85,13 @@ class LightRNNLanguageModelConfig(TableConfig):
     dropout_out: Optional[float] = field(
         default=None, metadata={"help": "dropout on the LSTM's outputs (default: --dropout)"}
     )
+    dropout_hidden: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "dropout within the feed-forward layer, and on what is transformed to predict "
+            "columns: 0 for small models that do not overfit (default: --dropout-out)"
+        },
+    )
     locked_dropout: bool = field(
         default=False,
         metadata={
@@ -122,6 +129,7 @@ def check_config(cfg: LightRNNLanguageModelConfig) -> None:
             "dropout_in",
             "dropout_between",
             "dropout_out",
+            "dropout_hidden",
             "component_dropout",
             "weight_dropout",
         ),
@@ -177,13 +185,15 @@ def build_composition(
     def dropout(value: float | None) -> float:
         return cfg.dropout if value is None else value
 
+    dropout_out = dropout(cfg.dropout_out)
     return kinds[str(cfg.composition)](
         embedding,
         cfg.hidden_size,
         cfg.num_layers,
         dropout_in=dropout(cfg.dropout_in),
         dropout_between=dropout(cfg.dropout_between),
-        dropout_out=dropout(cfg.dropout_out),
+        dropout_out=dropout_out,
+        dropout_hidden=dropout_out if cfg.dropout_hidden is None else cfg.dropout_hidden,
         query_sizes=query_sizes(cfg, cfg.hidden_size),
         locked_dropout=cfg.locked_dropout,
         weight_dropout=cfg.weight_dropout,
