@@ -10,8 +10,11 @@ each word, carried state in 64 lanes, Adam at a constant rate. A seed is one of 
 table. ``--tables`` names what is compared:
 
 * ``random``, ``frequency``, ``cooccurrence``: the initial tables of the task, never reallocated;
-* ``power-0.5``, ``power-1``, ``window-2``, ``window-5``, ``left``, ``right``, ``dim-300``: what a
-  co-occurrence table counts and weighs, one thing changed at a time;
+* ``roots``, ``one-window``, ``columns-3``, ``columns-10``: what a co-occurrence table counts and
+  weighs, one thing changed at a time;
+* ``former``: one window for rows and columns, and roots of the singular values; ``power-0.5``,
+  ``power-1``, ``window-2``, ``window-5``, ``left``, ``right``, ``dim-25``, ``dim-50``, ``dim-300``:
+  one thing changed in that;
 * ``50x201``, ``201x50``, ``22x22x22``: other shapes, and three components;
 * ``tied``: input and output share component vectors;
 * ``further-1``, ``further-3``, ``further-6``: so many further tables from co-occurrence;
@@ -77,6 +80,11 @@ class Table:
     reallocation: tuple[str, ...] | None = None
 
 
+def former(**how: Any) -> Table:
+    """A co-occurrence table with one window and roots of singular values, one thing changed."""
+    return Table(how=CoOccurrence(column_window=None, singular_power=0.5, **how))
+
+
 def own(numbers: int, further: int = 0) -> Table:
     """Words have so many numbers of their own, a co-occurrence table and further ones."""
     size = str(numbers)
@@ -88,15 +96,20 @@ TABLES = {
     "random": Table("random"),
     "frequency": Table("frequency"),
     "cooccurrence": Table(),
-    "power-0.5": Table(how=CoOccurrence(weight_power=0.5)),
-    "power-1": Table(how=CoOccurrence(weight_power=1.0)),
-    "window-2": Table(how=CoOccurrence(window=2)),
-    "window-5": Table(how=CoOccurrence(window=5)),
-    "left": Table(how=CoOccurrence(sides="left")),
-    "right": Table(how=CoOccurrence(sides="right")),
-    "dim-25": Table(how=CoOccurrence(dim=25)),
-    "dim-50": Table(how=CoOccurrence(dim=50)),
-    "dim-300": Table(how=CoOccurrence(dim=300)),
+    "roots": Table(how=CoOccurrence(singular_power=0.5)),
+    "one-window": Table(how=CoOccurrence(column_window=None)),
+    "columns-3": Table(how=CoOccurrence(column_window=3)),
+    "columns-10": Table(how=CoOccurrence(column_window=10)),
+    "former": former(),
+    "power-0.5": former(weight_power=0.5),
+    "power-1": former(weight_power=1.0),
+    "window-2": former(window=2),
+    "window-5": former(window=5),
+    "left": former(sides="left"),
+    "right": former(sides="right"),
+    "dim-25": former(dim=25),
+    "dim-50": former(dim=50),
+    "dim-300": former(dim=300),
     "50x201": Table(shape=(50, 201)),
     "201x50": Table(shape=(201, 50)),
     "22x22x22": Table(shape=(22, 22, 22)),

@@ -85,7 +85,7 @@ def test_rounds_go_on_until_rows_settle(monkeypatch, sampled):
         found = []
         for seed in range(12):
             vectors, weights = clusters(seed), np.random.default_rng(seed).uniform(1, 2, 120)
-            rows = table_of_vectors(vectors, weights, (8, 15), seed=seed).coordinates[:, 0]
+            rows = table_of_vectors(vectors, weights, shape=(8, 15), seed=seed).coordinates[:, 0]
             assert np.bincount(rows).tolist() == [15] * 8
             found.append(spread(vectors, rows))
         return found
@@ -131,17 +131,48 @@ def test_what_a_cooccurrence_table_counts_makes_a_difference():
     text = [grammar(6, 6, 3000, 0)]
     tables = [
         initial_table("cooccurrence", 36, (6, 6), tokens=text, how=how)
-        for how in (CoOccurrence(), CoOccurrence(window=4), CoOccurrence(sides="right"))
-    ]
+        for how in (
+            CoOccurrence(), CoOccurrence(window=4, column_window=None), CoOccurrence(sides="right"),
+            CoOccurrence(column_window=None), CoOccurrence(singular_power=0),
+        )
+    ]  # fmt: skip
     assert tables[0] == initial_table("cooccurrence", 36, (6, 6), tokens=text)
-    assert len({table.digest() for table in tables}) == 3
+    assert len({table.digest() for table in tables}) == len(tables)
+
+
+def test_columns_are_chosen_by_vectors_of_their_own():
+    """Six classes follow each other; who follows three words later makes six groups in each."""
+    random = np.random.default_rng(0)
+    classes = np.repeat(np.eye(6), 6, axis=0) + 0.01 * random.normal(size=(36, 6))
+    groups = np.tile(np.eye(6), (6, 1)) + 0.01 * random.normal(size=(36, 6))
+    # A row's mean is not told from a column by vectors that have both: it is taken off.
+    mixed = groups + 10 * classes
+    for columns in (groups, mixed):
+        table = table_of_vectors(classes, np.ones(36), columns, shape=(6, 6))
+        by_class, by_group = table.coordinates.T
+        for number in range(6):
+            assert len(set(by_class[6 * number : 6 * number + 6])) == 1
+            assert len(set(by_group[number::6])) == 1
+    alone = table_of_vectors(classes, np.ones(36), shape=(6, 6)).coordinates[:, 1]
+    assert any(len(set(alone[number::6])) > 1 for number in range(6))
+
+
+def test_the_same_window_makes_the_same_vectors():
+    text = [grammar(6, 6, 3000, 0)]
+    for how in (CoOccurrence(column_window=None), CoOccurrence(window=3, column_window=3)):
+        words = module.cooccurrence_vectors(text, 36, how)
+        assert words.columns is words.vectors
+    far = module.cooccurrence_vectors(iter(text), 36, CoOccurrence(column_window=3))
+    assert np.array_equal(far.columns, words.vectors)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"window": 0}, "window must be at least 1, got 0"),
+        ({"column_window": 0}, "column_window must be at least 1, got 0"),
         ({"dim": 0}, "dim must be at least 1, got 0"),
+        ({"singular_power": -1}, "singular_power must not be negative, got -1"),
         ({"num_contexts": -1}, "num_contexts must be at least 1, got -1"),
         ({"sides": "up"}, "sides must be one of both, left, right, got 'up'"),
         ({"weight_power": -0.5}, "weight_power must not be negative, got -0.5"),
@@ -173,10 +204,11 @@ def test_vectors_of_a_small_matrix_are_its_singular_vectors():
     counts, _ = neighbour_counts([np.random.default_rng(2).integers(12, size=500)], 12, 12)
     information = positive_information(counts)
     assert (information.data > 0).all()
-    vectors = word_vectors(information, 4, seed=0)
     left, values, _ = np.linalg.svd(information.toarray())
-    expected = left[:, :4] * np.sqrt(values[:4])
-    assert np.abs(vectors) == pytest.approx(np.abs(expected), abs=1e-8)
+    for power in (0.5, 1.0):
+        vectors = word_vectors(information, 4, seed=0, power=power)
+        expected = left[:, :4] * values[:4] ** power
+        assert np.abs(vectors) == pytest.approx(np.abs(expected), abs=1e-8)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ SVD.
 
 The vectors of Bullinaria and Levy ("Extracting semantic representations from word co-occurrence
 statistics", 2007), left and right neighbours kept apart: words that can stand in the same place are
-alike.
+alike. The nearer the neighbours, the more the vectors tell of grammar, the farther, of topics.
 """
 
 from __future__ import annotations
@@ -28,31 +28,40 @@ _OVERSAMPLING = 16
 class CoOccurrence:
     """How a co-occurrence table is made; what the defaults are worth is in examples/tables.
 
+    Rows gather words that are alike, and columns words that differ from their rows in a like way.
+    What a row has in common should be what precedes and follows it; within a row topics tell more.
+
     Attributes:
-      window: neighbours up to this distance count, one at distance n as 1/n.
+      window: for rows, neighbours up to this distance count, one at distance n as 1/n.
+      column_window: likewise for the components after the first; None for the same window.
       sides: ``both``, or neighbours on the ``left`` or on the ``right`` alone.
       weight_power: a word weighs its count to this power; frequent words matter more to a row.
       num_contexts: only so many of the most frequent words count as neighbours; bounds the memory.
       dim: of the word vectors.
+      singular_power: singular vectors are multiplied with the singular values to this power.
 
     Raises:
       ValueError: a value is out of range.
     """
 
     window: int = 1
+    column_window: int | None = 5
     sides: str = "both"
     weight_power: float = 0.75
     num_contexts: int = 20_000
     dim: int = 100
+    singular_power: float = 1.0
 
     def __post_init__(self) -> None:
         if self.sides not in SIDES:
             raise ValueError(f"sides must be one of {', '.join(SIDES)}, got {self.sides!r}")
-        for name in ("window", "num_contexts", "dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.weight_power < np.inf:
-            raise ValueError(f"weight_power must not be negative, got {self.weight_power}")
+        for name in ("window", "column_window", "num_contexts", "dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("weight_power", "singular_power"):
+            if not 0 <= getattr(self, name) < np.inf:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
 
 def neighbour_counts(
@@ -142,8 +151,10 @@ def positive_information(counts: sparse.csr_array) -> sparse.csr_array:
     return sparse.coo_array((values[kept], places), shape=counts.shape).tocsr()
 
 
-def word_vectors(information: sparse.csr_array, dim: int, seed: int) -> np.ndarray:
-    """Returns the left singular vectors times the roots of the singular values, (V, at most dim).
+def word_vectors(
+    information: sparse.csr_array, dim: int, seed: int, power: float = 1.0
+) -> np.ndarray:
+    """Returns the left singular vectors times a power of the singular values, (V, at most dim).
 
     Randomised subspace iteration (Halko, Martinsson and Tropp, 2011); deterministic for a seed.
     """
@@ -160,4 +171,4 @@ def word_vectors(information: sparse.csr_array, dim: int, seed: int) -> np.ndarr
     basis, _ = np.linalg.qr(basis)
     left, values, _ = np.linalg.svd((transposed @ basis).T, full_matrices=False)
     kept = min(dim, width)
-    return (basis @ left[:, :kept]) * np.sqrt(values[:kept])
+    return (basis @ left[:, :kept]) * values[:kept] ** power

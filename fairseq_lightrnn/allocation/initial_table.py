@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,13 @@ from fairseq_lightrnn.allocation.cooccurrence import (
 from fairseq_lightrnn.allocation.costs import LowRankCosts
 from fairseq_lightrnn.word_table import WordTable, balanced_cells
 
-__all__ = ["INITIAL_TABLES", "cooccurrence_vectors", "initial_table", "table_of_vectors"]
+__all__ = [
+    "INITIAL_TABLES",
+    "WordVectors",
+    "cooccurrence_vectors",
+    "initial_table",
+    "table_of_vectors",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +44,20 @@ _ROUGH_GAP = 0.05
 _GAP = 0.01
 # Costs that a round forms at most; beyond, the words of least weight sit only in the end.
 _ROUND_ENTRIES = 1 << 28
+
+
+class WordVectors(NamedTuple):
+    """What a table is made from.
+
+    Attributes:
+      vectors: (V, d), by which words are seated in rows.
+      weights: (V,) weight of each word.
+      columns: (V, e), by which the words of a row are seated in columns.
+    """
+
+    vectors: np.ndarray
+    weights: np.ndarray
+    columns: np.ndarray
 
 
 def initial_table(
@@ -54,8 +75,9 @@ def initial_table(
 
     ``random`` permutes the words, as in arXiv 1610.09893. ``frequency`` fills the table row by row
     from the most frequent word to the rarest. ``cooccurrence`` puts words with similar neighbours
-    into a row, and within the rows words that differ from their row in the same way into a column:
-    balanced k-means on word vectors. Those are rounded by the linear algebra library, so that
+    into a row, and within the rows words that differ from their row in the same way into a column,
+    for which neighbours further away count too: balanced k-means on word vectors. Those are
+    rounded by the linear algebra library, so that
     another number of its threads (``OMP_NUM_THREADS``) may give another table for the same seed.
 
     Args:
@@ -90,7 +112,7 @@ def initial_table(
             raise ValueError("a co-occurrence table needs the training text; give tokens")
         started = time.monotonic()
         words = cooccurrence_vectors(tokens, num_words, how or CoOccurrence(), seed)
-        table = table_of_vectors(*words, shape, seed=seed, num_threads=num_threads)
+        table = table_of_vectors(*words, shape=shape, seed=seed, num_threads=num_threads)
         logger.info("co-occurrence table took %.1f s", time.monotonic() - started)
         return table
     return WordTable.from_cells(cells[order], shape)
@@ -116,8 +138,9 @@ def _occurrences(
 def table_of_vectors(
     vectors: np.ndarray,
     weights: np.ndarray,
-    shape: Sequence[int],
+    columns: np.ndarray | None = None,
     *,
+    shape: Sequence[int],
     seed: int = 1,
     num_threads: int | None = None,
 ) -> WordTable:
@@ -126,6 +149,8 @@ def table_of_vectors(
     Args:
       vectors: (V, d) word vectors.
       weights: (V,) weight of each word.
+      columns: (V, e) other vectors for the coordinates after the first, if these are not to go on
+        with the same.
       shape: k sizes of the table, with at least V cells.
       seed: of the k-means.
       num_threads: threads; the table does not depend on it.
@@ -147,6 +172,11 @@ def table_of_vectors(
                 vectors, weights, groups, capacities, random, executor
             )
             coordinates[:, stage] = clusters
+            if stage == 0 and columns is not None:
+                vectors = columns
+                centroids = _centroids(
+                    columns, weights, clusters, np.zeros((size, vectors.shape[1]))
+                )
             vectors = vectors - centroids[clusters]
             groups = groups * size + clusters
     return WordTable(coordinates, shape)
@@ -154,7 +184,7 @@ def table_of_vectors(
 
 def cooccurrence_vectors(
     tokens: Iterable[np.ndarray], num_words: int, how: CoOccurrence, seed: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
+) -> WordVectors:
     """Describes words by their neighbours in a text.
 
     Args:
@@ -164,16 +194,25 @@ def cooccurrence_vectors(
       seed: of the decomposition.
 
     Returns:
-      Word vectors of shape (V, d) and weights of shape (V,), for `table_of_vectors`. Further tables
-      of the same words can be made from them with other seeds.
+      What `table_of_vectors` takes. Further tables of the same words can be made from it with other
+      seeds.
     """
     started = time.monotonic()
-    co_occurrences, counts = neighbour_counts(
-        tokens, num_words, how.num_contexts, how.window, how.sides
-    )
-    vectors = word_vectors(positive_information(co_occurrences), how.dim, seed)
+    tokens = list(tokens)
+
+    def vectors(window: int) -> tuple[np.ndarray, np.ndarray]:
+        neighbours, counts = neighbour_counts(
+            tokens, num_words, how.num_contexts, window, how.sides
+        )
+        information = positive_information(neighbours)
+        return word_vectors(information, how.dim, seed, how.singular_power), counts
+
+    rows, counts = vectors(how.window)
+    columns = rows
+    if how.column_window not in (None, how.window):
+        columns, _ = vectors(how.column_window)
     logger.info("word vectors of %d words took %.1f s", num_words, time.monotonic() - started)
-    return vectors, counts.astype(np.float64) ** how.weight_power
+    return WordVectors(rows, counts.astype(np.float64) ** how.weight_power, columns)
 
 
 def _balanced_clusters(

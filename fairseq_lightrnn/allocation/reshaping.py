@@ -36,7 +36,7 @@ def table_of_statistics(
         mean = sums.cpu().double() / counts.clamp(min=1)[:, None]
         parts.append(mean / mean.norm(dim=1, keepdim=True).clamp(min=1e-12))
     vectors = torch.cat(parts, dim=1).numpy()
-    return table_of_vectors(vectors, counts.numpy() ** _WEIGHT_POWER, shape, seed=seed)
+    return table_of_vectors(vectors, counts.numpy() ** _WEIGHT_POWER, shape=shape, seed=seed)
 
 
 def _sources(old: WordTable, new: WordTable) -> list[int]:

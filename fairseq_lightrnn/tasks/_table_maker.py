@@ -11,6 +11,7 @@ import numpy as np
 
 from fairseq_lightrnn.allocation.cooccurrence import CoOccurrence
 from fairseq_lightrnn.allocation.initial_table import (
+    WordVectors,
     cooccurrence_vectors,
     initial_table,
     table_of_vectors,
@@ -69,8 +70,7 @@ class TableMaker:
         self.seed = seed
 
     @cached_property
-    def _words(self) -> tuple[np.ndarray, np.ndarray]:
-        """Vectors and weights of the words."""
+    def _words(self) -> WordVectors:
         return cooccurrence_vectors(self.text(), len(self.dictionary), CoOccurrence(), self.seed)
 
     def make(self, kind: str, shape: Sequence[int], further: int = 0) -> WordTable:
@@ -85,6 +85,6 @@ class TableMaker:
         if further:  # one that nobody gives a first table, which this one would repeat
             seed = int(np.random.SeedSequence(seed).generate_state(further)[-1])
         if kind == "cooccurrence":
-            return table_of_vectors(*self._words, shape, seed=seed)
+            return table_of_vectors(*self._words, shape=shape, seed=seed)
         counts = np.array(self.dictionary.count, dtype=np.int64)
         return initial_table(kind, len(self.dictionary), shape, seed=seed, counts=counts)
