@@ -127,6 +127,25 @@ def test_far_neighbours_count_less_and_sides_can_be_left_out(sides: str):
     assert counts.toarray() == pytest.approx(expected)
 
 
+def test_wide_windows_see_a_sample_of_frequent_words(monkeypatch):
+    """Its counts are right on average, those of rare words exactly."""
+    random = np.random.default_rng(5)
+    text = random.choice(40, size=60_000, p=np.r_[[0.03] * 32, [0.005] * 8])
+    whole, occurrences = neighbour_counts([text], 40, 40, window=3)
+    monkeypatch.setattr("fairseq_lightrnn.allocation.cooccurrence._WIDE_OCCURRENCES", 20_000)
+    sampled, same = neighbour_counts([text], 40, 40, window=3)
+    again, _ = neighbour_counts([text], 40, 40, window=3)
+    assert np.array_equal(same, occurrences) and (sampled != again).nnz == 0
+    whole, sampled = whole.toarray(), sampled.toarray()
+    rare = occurrences < 400
+    assert rare.sum() == 8
+    assert sampled[rare] == pytest.approx(whole[rare])
+    assert not np.allclose(sampled[~rare], whole[~rare])
+    assert sampled.sum(axis=1) == pytest.approx(whole.sum(axis=1), rel=0.1)
+    nearest, _ = neighbour_counts([text], 40, 40, window=1)  # not sampled
+    assert nearest.sum() == 2 * (len(text) - 1)
+
+
 def test_what_a_cooccurrence_table_counts_makes_a_difference():
     text = [grammar(6, 6, 3000, 0)]
     tables = [

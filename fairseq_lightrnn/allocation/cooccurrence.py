@@ -20,6 +20,8 @@ SIDES = ("both", "left", "right")
 
 _CHUNK = 1 << 22  # tokens that are counted at once
 _CONTEXT_POWER = 0.75  # flattens the context distribution, so that rare contexts do not dominate
+# Of longer texts, wide windows see a sample: of frequent words fewer occurrences, of rare ones all.
+_WIDE_OCCURRENCES = 1 << 24
 _POWER_ITERATIONS = 4
 _OVERSAMPLING = 16
 
@@ -73,6 +75,9 @@ def neighbour_counts(
 ) -> tuple[sparse.csr_array, np.ndarray]:
     """Counts how often each word has each other word on its left and on its right.
 
+    Of texts beyond 2^24 words, windows wider than 1 count a sample: all occurrences of rare words,
+    some of frequent ones, each for those left out.
+
     Args:
       tokens: pieces of consecutive text, 1-D arrays of word ids; nothing is counted across pieces.
       num_words: V, size of the dictionary.
@@ -96,6 +101,8 @@ def neighbour_counts(
     column = np.full(num_words, -1, np.int64)
     column[order] = np.arange(len(order))
     total = sparse.csr_array((num_words, 2 * len(order)), dtype=np.float64)
+    share = _shares(counts) if window > 1 else np.ones(num_words)
+    random = np.random.default_rng(0)
     for distance in range(1, window + 1):
         for left, right in _pairs(pieces, distance):
             directions = {"right": (left, right, 0), "left": (right, left, len(order))}
@@ -103,10 +110,26 @@ def neighbour_counts(
                 if sides not in ("both", side):
                     continue
                 known = column[neighbour] >= 0
+                if share.min() < 1:
+                    known &= random.random(len(centre)) < share[centre]
                 places = (centre[known], column[neighbour[known]] + offset)
-                values = np.full(int(known.sum()), 1 / distance)
+                values = 1 / (distance * share[centre[known]])
                 total = total + sparse.coo_array((values, places), shape=total.shape).tocsr()
     return sparse.csr_array(total), counts
+
+
+def _shares(counts: np.ndarray) -> np.ndarray:
+    """Returns which share of each word's occurrences a sample of bounded size takes, (V,)."""
+    low, most = 0.0, float(counts.max(initial=0))
+    if counts.sum() <= _WIDE_OCCURRENCES:
+        return np.ones(len(counts))
+    for _ in range(50):  # how many of a word at most
+        middle = (low + most) / 2
+        if np.minimum(counts, middle).sum() > _WIDE_OCCURRENCES:
+            most = middle
+        else:
+            low = middle
+    return np.minimum(1.0, low / np.maximum(counts, 1))
 
 
 def _piece(piece: np.ndarray, num_words: int) -> np.ndarray:
