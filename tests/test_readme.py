@@ -58,7 +58,7 @@ def test_fairseq_commands_run_one_after_the_other(
         "fairseq-train",
         "fairseq-generate",
     ]
-    assert (tmp_path / "checkpoints" / "reallocations.jsonl").exists()
+    assert (tmp_path / "checkpoints" / "further_word_table3.txt").exists()
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("H-0") for line in lines)
     assert "BLEU = " in lines[-1]
