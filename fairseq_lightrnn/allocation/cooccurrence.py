@@ -102,7 +102,7 @@ def neighbour_counts(
     column[order] = np.arange(len(order))
     total = sparse.csr_array((num_words, 2 * len(order)), dtype=np.float64)
     share = _shares(counts) if window > 1 else np.ones(num_words)
-    random = np.random.default_rng(0)
+    sampled, random = bool((share < 1).any()), np.random.default_rng(0)
     for distance in range(1, window + 1):
         for left, right in _pairs(pieces, distance):
             directions = {"right": (left, right, 0), "left": (right, left, len(order))}
@@ -110,7 +110,7 @@ def neighbour_counts(
                 if sides not in ("both", side):
                     continue
                 known = column[neighbour] >= 0
-                if share.min() < 1:
+                if sampled:
                     known &= random.random(len(centre)) < share[centre]
                 places = (centre[known], column[neighbour[known]] + offset)
                 values = 1 / (distance * share[centre[known]])

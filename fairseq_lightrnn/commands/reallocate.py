@@ -103,8 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for other in ("table_shape", "export"):
         if args.table and getattr(args, other):
             raise UsageError(f"--table and --{other.replace('_', '-')}: give one of them")
-    if args.margin and (args.table or args.table_shape):
-        raise UsageError("--margin: --table and --table-shape seat all words anew; leave it out")
+    for flag in ("margin", "regather"):
+        if getattr(args, flag) and (args.table or args.table_shape):
+            raise UsageError(
+                f"--{flag}: --table and --table-shape seat all words anew; leave it out"
+            )
     if args.regather:
         _check_regather(args)
     if not 0 <= args.margin < float("inf"):
@@ -151,9 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check_regather(args: argparse.Namespace) -> None:
-    """Refuses --regather beside flags that it has no meaning with."""
-    if args.table or args.table_shape:
-        raise UsageError("--regather: --table and --table-shape seat all words anew; leave it out")
+    """Refuses --regather beside flags of a reallocation that it has no meaning with."""
     if args.objective == "joint":
         raise UsageError(
             "--regather belongs to --objective row-first; joint chooses rows and columns at once"

@@ -182,8 +182,8 @@ def build_composition(
         more: further arguments of these classes.
     """
 
-    def dropout(value: float | None) -> float:
-        return cfg.dropout if value is None else value
+    def dropout(value: float | None, otherwise: float = cfg.dropout) -> float:
+        return otherwise if value is None else value
 
     dropout_out = dropout(cfg.dropout_out)
     return kinds[str(cfg.composition)](
@@ -193,7 +193,7 @@ def build_composition(
         dropout_in=dropout(cfg.dropout_in),
         dropout_between=dropout(cfg.dropout_between),
         dropout_out=dropout_out,
-        dropout_hidden=dropout_out if cfg.dropout_hidden is None else cfg.dropout_hidden,
+        dropout_hidden=dropout(cfg.dropout_hidden, dropout_out),
         query_sizes=query_sizes(cfg, cfg.hidden_size),
         locked_dropout=cfg.locked_dropout,
         weight_dropout=cfg.weight_dropout,
