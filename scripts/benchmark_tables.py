@@ -10,12 +10,13 @@ each word, carried state in 64 lanes, Adam at a constant rate. A seed is one of 
 table. ``--tables`` names what is compared:
 
 * ``random``, ``frequency``, ``cooccurrence``: the initial tables of the task, never reallocated;
-* ``roots``, ``one-window``, ``columns-3``, ``columns-10``: what a co-occurrence table counts and
-  weighs, one thing changed at a time;
-* ``former``: one window for rows and columns, and roots of the singular values; ``power-0.5``,
+* ``unequal-lengths``, ``apart``, ``roots``, ``one-window``, ``columns-3``, ``columns-10``: what a
+  co-occurrence table counts and weighs, one thing changed at a time: words of unequal length,
+  rows and columns that do not settle together, and so on; ``unsettled``: the first two at once;
+* ``former``: these, one window for rows and columns, and roots of the values; ``power-0.5``,
   ``power-1``, ``window-2``, ``window-5``, ``left``, ``right``, ``dim-25``, ``dim-50``, ``dim-300``:
   one thing changed in that;
-* ``50x201``, ``201x50``, ``22x22x22``: other shapes, and three components;
+* ``50x201``, ``201x50``, ``401x25``, ``22x22x22``: other shapes, and three components;
 * ``tied``: input and output share component vectors;
 * ``further-1``, ``further-3``, ``further-6``: so many further tables from co-occurrence;
   ``random-further-3``: three random ones beside a co-occurrence table;
@@ -81,8 +82,12 @@ class Table:
 
 
 def former(**how: Any) -> Table:
-    """A co-occurrence table with one window and roots of singular values, one thing changed."""
-    return Table(how=CoOccurrence(column_window=None, singular_power=0.5, **how))
+    """The co-occurrence table of an earlier revision, one thing changed."""
+    return Table(
+        how=CoOccurrence(
+            column_window=None, singular_power=0.5, unit_length=False, joint=False, **how
+        )
+    )
 
 
 def own(numbers: int, further: int = 0) -> Table:
@@ -96,6 +101,9 @@ TABLES = {
     "random": Table("random"),
     "frequency": Table("frequency"),
     "cooccurrence": Table(),
+    "unequal-lengths": Table(how=CoOccurrence(unit_length=False)),
+    "apart": Table(how=CoOccurrence(joint=False)),
+    "unsettled": Table(how=CoOccurrence(unit_length=False, joint=False)),
     "roots": Table(how=CoOccurrence(singular_power=0.5)),
     "one-window": Table(how=CoOccurrence(column_window=None)),
     "columns-3": Table(how=CoOccurrence(column_window=3)),
@@ -112,6 +120,7 @@ TABLES = {
     "dim-300": former(dim=300),
     "50x201": Table(shape=(50, 201)),
     "201x50": Table(shape=(201, 50)),
+    "401x25": Table(shape=(401, 25)),
     "22x22x22": Table(shape=(22, 22, 22)),
     "tied": Table(flags=("--share-component-vectors",)),
     "further-1": Table(further=1),
@@ -173,6 +182,19 @@ def make_table(table: Table, data: Path, path: Path, seed: int) -> None:
     ).save(path, dictionary.symbols)
 
 
+def further_tables(name: str, seed: int, data: Path, args: argparse.Namespace) -> str:
+    """Returns how many further tables there are to make, or the files of random ones."""
+    table = TABLES[name]
+    if table.further_kind == "cooccurrence":
+        return str(table.further)
+    files = []
+    for number in range(1, table.further + 1):
+        files.append(args.out / f"{name}.{seed}.further{number}.table.txt")
+        # Far from the seeds of first tables.
+        make_table(Table(table.further_kind), data, files[-1], 100 * seed + number)
+    return ",".join(map(str, files))
+
+
 def train(name: str, seed: int, data: Path, args: argparse.Namespace) -> Path:
     """Trains a model on a table and returns its folder."""
     table, folder = TABLES[name], args.out / f"{name}-{seed}"
@@ -182,22 +204,18 @@ def train(name: str, seed: int, data: Path, args: argparse.Namespace) -> Path:
         data, "--user-dir", PLUGIN, "--task", "lightrnn_language_modeling", "--carry-hidden-state",
         "--arch", "lightrnn_lm_gated", "--criterion", "two_component_cross_entropy", "--word-bias",
         "--embed-dim", args.width, "--hidden-size", args.width, "--num-layers", args.layers,
-        "--output-ffn-dim", 0, "--initial-table", file, *table.flags, "--dropout", args.dropout,
+        "--output-ffn-dim", 0, "--initial-table", file, "--table-seed", seed, *table.flags,
+        "--dropout", args.dropout,
         "--tokens-per-sample", args.block, "--batch-size", args.batch_size, "--optimizer", "adam",
         "--lr", args.lr, "--clip-norm", 1, "--seed", seed, *device_flags(args),
     ]  # fmt: skip
-    further = []
-    for number in range(1, table.further + 1):
-        further.append(args.out / f"{name}.{seed}.further{number}.table.txt")
-        # Far from the seeds of first tables.
-        make_table(Table(table.further_kind), data, further[-1], 100 * seed + number)
-    if further:
-        flags += ["--further-tables", ",".join(map(str, further))]
+    if table.further:
+        flags += ["--further-tables", further_tables(name, seed, data, args)]
     if table.reallocation is None or "--reallocate-epochs" in table.reallocation:
         train_in_steps(folder, flags + list(table.reallocation or ()), args.epochs, args.epochs)
         return folder
     # Before a reallocation there is nothing to keep: all tables of a kind start alike.
-    kind = f"{table.kind}-further" if further else table.kind
+    kind = f"{table.kind}-further" if table.further else table.kind
     start = args.out / f"start-{kind}-{args.reallocate_after}-{seed}"
     without = [flag for flag in flags if flag not in KEPT]
     train_in_steps(start, without, args.reallocate_after, args.reallocate_after)

@@ -13,7 +13,7 @@ from fairseq_lightrnn.allocation.cooccurrence import (
     positive_information,
     word_vectors,
 )
-from fairseq_lightrnn.allocation.initial_table import initial_table, table_of_vectors
+from fairseq_lightrnn.allocation.initial_table import initial_table
 from fairseq_lightrnn.word_table import balanced_cells
 
 # The package's attribute of this name is the function.
@@ -59,41 +59,6 @@ def test_words_that_stand_in_the_same_places_share_a_row():
     classes = np.arange(36) // 6
     for row in range(6):
         assert len(set(classes[table.coordinates[:, 0] == row])) == 1
-
-
-def clusters(seed: int, members: int = 15) -> np.ndarray:
-    """Vectors about 8 corners of a cube, some corners near each other."""
-    random = np.random.default_rng(seed)
-    corners = random.normal(size=(8, 6))
-    return np.repeat(corners, members, axis=0) + 0.05 * random.normal(size=(8 * members, 6))
-
-
-def spread(vectors: np.ndarray, rows: np.ndarray) -> float:
-    """Returns the sum of squared distances to the means of the rows."""
-    means = [vectors[rows == row].mean(axis=0) for row in range(8)]
-    return sum(float(((vectors[rows == row] - means[row]) ** 2).sum()) for row in range(8))
-
-
-@pytest.mark.parametrize("sampled", [False, True])
-def test_rounds_go_on_until_rows_settle(monkeypatch, sampled):
-    """Rows about words drawn at random are far wider."""
-    if sampled:  # rounds of the heaviest 64 words, all words in the end
-        monkeypatch.setattr(module, "_ROUND_ENTRIES", 64)
-
-    def widths(rounds: int) -> list[float]:
-        monkeypatch.setattr(module, "_ROUNDS", rounds)
-        found = []
-        for seed in range(12):
-            vectors, weights = clusters(seed), np.random.default_rng(seed).uniform(1, 2, 120)
-            rows = table_of_vectors(vectors, weights, shape=(8, 15), seed=seed).coordinates[:, 0]
-            assert np.bincount(rows).tolist() == [15] * 8
-            found.append(spread(vectors, rows))
-        return found
-
-    settled = widths(16)
-    assert max(settled) < 4  # the corners themselves: 8 · 15 · 6 · 0.05² = 1.8
-    if not sampled:
-        assert sum(widths(0)) > 10 * sum(settled)
 
 
 def test_words_without_occurrences_fill_what_is_left():
@@ -157,23 +122,6 @@ def test_what_a_cooccurrence_table_counts_makes_a_difference():
     ]  # fmt: skip
     assert tables[0] == initial_table("cooccurrence", 36, (6, 6), tokens=text)
     assert len({table.digest() for table in tables}) == len(tables)
-
-
-def test_columns_are_chosen_by_vectors_of_their_own():
-    """Six classes follow each other; who follows three words later makes six groups in each."""
-    random = np.random.default_rng(0)
-    classes = np.repeat(np.eye(6), 6, axis=0) + 0.01 * random.normal(size=(36, 6))
-    groups = np.tile(np.eye(6), (6, 1)) + 0.01 * random.normal(size=(36, 6))
-    # A row's mean is not told from a column by vectors that have both: it is taken off.
-    mixed = groups + 10 * classes
-    for columns in (groups, mixed):
-        table = table_of_vectors(classes, np.ones(36), columns, shape=(6, 6))
-        by_class, by_group = table.coordinates.T
-        for number in range(6):
-            assert len(set(by_class[6 * number : 6 * number + 6])) == 1
-            assert len(set(by_group[number::6])) == 1
-    alone = table_of_vectors(classes, np.ones(36), shape=(6, 6)).coordinates[:, 1]
-    assert any(len(set(alone[number::6])) > 1 for number in range(6))
 
 
 def test_the_same_window_makes_the_same_vectors():

@@ -41,6 +41,8 @@ class CoOccurrence:
       num_contexts: only so many of the most frequent words count as neighbours; bounds the memory.
       dim: of the word vectors.
       singular_power: singular vectors are multiplied with the singular values to this power.
+      unit_length: scale word vectors to length 1; those of frequent words are longer otherwise.
+      joint: settle rows and columns together in the end (`table_of_vectors`).
 
     Raises:
       ValueError: a value is out of range.
@@ -53,6 +55,8 @@ class CoOccurrence:
     num_contexts: int = 20_000
     dim: int = 100
     singular_power: float = 1.0
+    unit_length: bool = True
+    joint: bool = True
 
     def __post_init__(self) -> None:
         if self.sides not in SIDES:

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
-import os
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from fairseq_lightrnn.allocation.balanced_assignment import balanced_assignment
+from fairseq_lightrnn.allocation.clustering import table_of_vectors
 from fairseq_lightrnn.allocation.cooccurrence import (
     CoOccurrence,
     neighbour_counts,
     positive_information,
     word_vectors,
 )
-from fairseq_lightrnn.allocation.costs import LowRankCosts
 from fairseq_lightrnn.word_table import WordTable, balanced_cells
 
 __all__ = [
@@ -28,22 +23,11 @@ __all__ = [
     "WordVectors",
     "cooccurrence_vectors",
     "initial_table",
-    "table_of_vectors",
 ]
 
 logger = logging.getLogger(__name__)
 
 INITIAL_TABLES = ("random", "frequency", "cooccurrence")
-
-# k-means: rounds at most, and the share of the cost that another one must save.
-_ROUNDS = 16
-_TOLERANCE = 1e-3
-# Assignments of words to centroids stop at this share of what there is to gain; those of the rounds
-# may be rough, since the centroids move after each of them.
-_ROUGH_GAP = 0.05
-_GAP = 0.01
-# Costs that a round forms at most; beyond, the words of least weight sit only in the end.
-_ROUND_ENTRIES = 1 << 28
 
 
 class WordVectors(NamedTuple):
@@ -111,8 +95,11 @@ def initial_table(
         if tokens is None:
             raise ValueError("a co-occurrence table needs the training text; give tokens")
         started = time.monotonic()
-        words = cooccurrence_vectors(tokens, num_words, how or CoOccurrence(), seed)
-        table = table_of_vectors(*words, shape=shape, seed=seed, num_threads=num_threads)
+        how = how or CoOccurrence()
+        words = cooccurrence_vectors(tokens, num_words, how, seed)
+        table = table_of_vectors(
+            *words, shape=shape, seed=seed, num_threads=num_threads, joint=how.joint
+        )
         logger.info("co-occurrence table took %.1f s", time.monotonic() - started)
         return table
     return WordTable.from_cells(cells[order], shape)
@@ -133,53 +120,6 @@ def _occurrences(
     if counts.shape != (num_words,) or not np.isfinite(counts).all():
         raise ValueError(f"counts must be {num_words} finite numbers, got shape {counts.shape}")
     return counts
-
-
-def table_of_vectors(
-    vectors: np.ndarray,
-    weights: np.ndarray,
-    columns: np.ndarray | None = None,
-    *,
-    shape: Sequence[int],
-    seed: int = 1,
-    num_threads: int | None = None,
-) -> WordTable:
-    """Clusters the words for one coordinate after the other, on what is not explained yet.
-
-    Args:
-      vectors: (V, d) word vectors.
-      weights: (V,) weight of each word.
-      columns: (V, e) other vectors for the coordinates after the first, if these are not to go on
-        with the same.
-      shape: k sizes of the table, with at least V cells.
-      seed: of the k-means.
-      num_threads: threads; the table does not depend on it.
-
-    Returns:
-      The table; the occupied cells are those of `balanced_cells`.
-    """
-    num_words = len(vectors)
-    cells = balanced_cells(num_words, shape)
-    occupied = np.zeros(int(np.prod(shape)), bool)
-    occupied[cells] = True
-    random = np.random.default_rng(seed)
-    groups = np.zeros(num_words, np.int64)
-    coordinates = np.empty((num_words, len(shape)), np.int64)
-    with ThreadPoolExecutor(num_threads or os.cpu_count() or 1) as executor:
-        for stage, size in enumerate(shape):
-            capacities = occupied.reshape(-1, size, int(np.prod(shape[stage + 1 :]))).sum(axis=2)
-            clusters, centroids = _balanced_clusters(
-                vectors, weights, groups, capacities, random, executor
-            )
-            coordinates[:, stage] = clusters
-            if stage == 0 and columns is not None:
-                vectors = columns
-                centroids = _centroids(
-                    columns, weights, clusters, np.zeros((size, vectors.shape[1]))
-                )
-            vectors = vectors - centroids[clusters]
-            groups = groups * size + clusters
-    return WordTable(coordinates, shape)
 
 
 def cooccurrence_vectors(
@@ -205,7 +145,10 @@ def cooccurrence_vectors(
             tokens, num_words, how.num_contexts, window, how.sides
         )
         information = positive_information(neighbours)
-        return word_vectors(information, how.dim, seed, how.singular_power), counts
+        found = word_vectors(information, how.dim, seed, how.singular_power)
+        if how.unit_length:
+            found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+        return found, counts
 
     rows, counts = vectors(how.window)
     columns = rows
@@ -213,113 +156,3 @@ def cooccurrence_vectors(
         columns, _ = vectors(how.column_window)
     logger.info("word vectors of %d words took %.1f s", num_words, time.monotonic() - started)
     return WordVectors(rows, counts.astype(np.float64) ** how.weight_power, columns)
-
-
-def _balanced_clusters(
-    vectors: np.ndarray,
-    weights: np.ndarray,
-    groups: np.ndarray,
-    capacities: np.ndarray,
-    random: np.random.Generator,
-    executor: ThreadPoolExecutor,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Balanced k-means: splits every group of words over the same centroids, by its capacities.
-
-    Args:
-      vectors: (V, d) word vectors.
-      weights: (V,) weight of each word.
-      groups: (V,) group of each word.
-      capacities: (groups, R) words of each group that each cluster takes.
-      random: picks the first centroids.
-      executor: runs the groups in parallel.
-
-    Returns:
-      The cluster of each word and the (R, d) centroids.
-    """
-    size = capacities.shape[1]
-    chance = weights + 1e-12 * max(weights.max(initial=0.0), 1.0)
-    first = random.choice(len(vectors), size, replace=len(vectors) < size, p=chance / chance.sum())
-    centroids = vectors[first].copy()
-    heavy = np.argsort(-weights, kind="stable")[: max(_ROUND_ENTRIES // size, 8 * size)]
-    split = _Split(vectors, weights, groups, capacities, executor)
-    rounds = split if len(heavy) == len(vectors) else split.of(heavy)
-    before = math.inf
-    for _ in range(_ROUNDS):
-        clusters, cost = rounds.assign(centroids, _ROUGH_GAP)
-        centroids = _centroids(rounds.vectors, rounds.weights, clusters, centroids)
-        # A cost of nothing is off by its rounding.
-        if cost >= (1 - _TOLERANCE) * before - 1e-12 * rounds.constant:
-            break
-        before = cost
-    if rounds is not split:  # the others count once
-        clusters, _ = split.assign(centroids, _ROUGH_GAP)
-        centroids = _centroids(vectors, weights, clusters, centroids)
-    clusters, _ = split.assign(centroids, _GAP)
-    return clusters, _centroids(vectors, weights, clusters, centroids)
-
-
-class _Split:
-    """Words in groups, each of which is to be split over the same centroids by its capacities.
-
-    Arguments are those of `_balanced_clusters`.
-    """
-
-    def __init__(
-        self,
-        vectors: np.ndarray,
-        weights: np.ndarray,
-        groups: np.ndarray,
-        capacities: np.ndarray,
-        executor: ThreadPoolExecutor,
-    ) -> None:
-        self.vectors, self.weights = vectors, weights
-        self.groups, self.capacities = groups, capacities
-        self.executor = executor
-        order = np.argsort(groups, kind="stable")
-        starts = np.searchsorted(groups[order], np.arange(len(capacities) + 1))
-        self.members = [order[starts[g] : starts[g + 1]] for g in range(len(capacities))]
-        # weight * |x - c|^2 = weight * |x|^2 - (2 weight x . c + weight * -|c|^2)
-        self.weighted = torch.from_numpy(2.0 * weights[:, None] * vectors)
-        self.counts = torch.from_numpy(weights)
-        self.constant = float((weights * (vectors * vectors).sum(axis=1)).sum())
-        self.prices: list[np.ndarray | None] = [None] * len(capacities)
-
-    def of(self, words: np.ndarray) -> _Split:
-        """Returns some of the words, with as large a share of every capacity."""
-        groups = self.groups[words]
-        whole = np.bincount(self.groups, minlength=len(self.capacities))
-        share = np.bincount(groups, minlength=len(whole)) / np.maximum(whole, 1)
-        capacities = np.ceil(self.capacities * share[:, None]).astype(np.int64)
-        return _Split(self.vectors[words], self.weights[words], groups, capacities, self.executor)
-
-    def assign(self, centroids: np.ndarray, gap: float) -> tuple[np.ndarray, float]:
-        """Returns the cluster of each word, (V,), and the weighted sum of squared distances."""
-        places = torch.from_numpy(centroids)
-        biases = -(places * places).sum(dim=1)
-        clusters = np.zeros(len(self.vectors), np.int64)
-
-        def split(group: int) -> float:
-            words = self.members[group]
-            if len(words) == 0:
-                return 0.0
-            index = torch.from_numpy(words)
-            costs = LowRankCosts(self.weighted[index], places, self.counts[index], biases)
-            found = balanced_assignment(
-                costs, self.capacities[group], gap=gap, prices=self.prices[group], finish=False
-            )
-            clusters[words] = found.assignment
-            self.prices[group] = found.prices
-            return found.cost
-
-        cost = self.constant + sum(self.executor.map(split, range(len(self.members))))
-        return clusters, cost
-
-
-def _centroids(
-    vectors: np.ndarray, weights: np.ndarray, clusters: np.ndarray, previous: np.ndarray
-) -> np.ndarray:
-    """Returns the weighted mean of each cluster; a cluster without weight keeps its centroid."""
-    total = np.bincount(clusters, weights, minlength=len(previous))
-    sums = np.zeros_like(previous)
-    np.add.at(sums, clusters, weights[:, None] * vectors)
-    return np.where(total[:, None] > 0, sums / np.where(total > 0, total, 1.0)[:, None], previous)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq_lightrnn.allocation.initial_table import table_of_vectors
+from fairseq_lightrnn.allocation.clustering import table_of_vectors
 from fairseq_lightrnn.allocation.statistics import AllocationStatistics
 from fairseq_lightrnn.word_table import WordTable
 

@@ -208,7 +208,7 @@ class SeatingMixin:
         seated = [first]
         for number, lookup in enumerate(lookups, 1):
             given = self._given_further[number - 1] if self._given_further else None
-            table = self.seat(lookup, kind, given, maker, f"further_word_table{number}", number)
+            table = self.seat(lookup, kind, given, maker, f"further_word_table{number}", seated)
             if table in seated:
                 logger.warning(
                     f"further table {number} seats all words as one before it does, and tells no "
@@ -223,7 +223,7 @@ class SeatingMixin:
         given: WordTable | None,
         maker: TableMaker,
         file_name: str,
-        further: int = 0,
+        before: Sequence[WordTable] = (),
     ) -> WordTable:
         """Seats the words of a table for the first time, alike on all workers, and saves it.
 
@@ -233,7 +233,7 @@ class SeatingMixin:
             given: the table, if it is not to be made.
             maker: makes tables of these words.
             file_name: the table's file in the save directory, without ``.txt``.
-            further: which further table it is, from 1 on; 0 for a first one.
+            before: of a further table, all tables before it.
 
         Returns:
             The table.
@@ -241,11 +241,11 @@ class SeatingMixin:
         start = time.monotonic()
         table = None
         if rank() == 0:
-            table = given or maker.make(kind, lookup.shape, further)
+            table = given or maker.make(kind, lookup.shape, before)
         table = broadcast_table(table, lookup)
         lookup.seat(table)
         name = file_name.replace("word_table", "table ").replace("_", " ").strip()
-        how = "" if further else f"{kind}, "
+        how = "" if before else f"{kind}, "
         logger.info(f"initial {name}: {how}{table}, {time.monotonic() - start:.1f} seconds")
         self._save_table(table, 0, maker.dictionary, file_name)
         return table

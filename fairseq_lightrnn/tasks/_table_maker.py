@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from fairseq_lightrnn.allocation.clustering import explained, table_of_vectors
 from fairseq_lightrnn.allocation.cooccurrence import CoOccurrence
 from fairseq_lightrnn.allocation.initial_table import (
     WordVectors,
     cooccurrence_vectors,
     initial_table,
-    table_of_vectors,
 )
 from fairseq_lightrnn.errors import UsageError, usage_errors
 from fairseq_lightrnn.models._table import further_files, table_shape
@@ -73,18 +73,30 @@ class TableMaker:
     def _words(self) -> WordVectors:
         return cooccurrence_vectors(self.text(), len(self.dictionary), CoOccurrence(), self.seed)
 
-    def make(self, kind: str, shape: Sequence[int], further: int = 0) -> WordTable:
+    def make(self, kind: str, shape: Sequence[int], before: Sequence[WordTable] = ()) -> WordTable:
         """Makes a table.
 
         Args:
             kind: one of `INITIAL_TABLES`.
             shape: of the table.
-            further: which further table it is, from 1 on; 0 for the first table.
+            before: of a further table, all tables before it: one from co-occurrence seats words by
+                what these do not say of them.
         """
         seed = self.seed
-        if further:  # one that nobody gives a first table, which this one would repeat
-            seed = int(np.random.SeedSequence(seed).generate_state(further)[-1])
+        if before:  # one that nobody gives a first table, which this one would repeat
+            seed = int(np.random.SeedSequence(seed).generate_state(len(before))[-1])
         if kind == "cooccurrence":
-            return table_of_vectors(*self._words, shape=shape, seed=seed)
+            return table_of_vectors(*self._left(before), shape=shape, seed=seed)
         counts = np.array(self.dictionary.count, dtype=np.int64)
         return initial_table(kind, len(self.dictionary), shape, seed=seed, counts=counts)
+
+    def _left(self, before: Sequence[WordTable]) -> WordVectors:
+        """Returns the words' vectors, less what tables say of them."""
+        vectors, weights, columns = self._words
+        if not before:
+            return self._words
+        return WordVectors(
+            vectors - explained(vectors, weights, before),
+            weights,
+            columns - explained(columns, weights, before),
+        )

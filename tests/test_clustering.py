@@ -1,0 +1,180 @@
+"""Tables from word vectors: k-means that settles, columns of their own, coordinates together."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+
+from fairseq_lightrnn.allocation import clustering
+from fairseq_lightrnn.allocation.clustering import explained, table_of_vectors
+from fairseq_lightrnn.word_table import WordTable, balanced_cells
+
+
+def clusters(seed: int, members: int = 15) -> np.ndarray:
+    """Vectors about 8 corners of a cube, some corners near each other."""
+    random = np.random.default_rng(seed)
+    corners = random.normal(size=(8, 6))
+    return np.repeat(corners, members, axis=0) + 0.05 * random.normal(size=(8 * members, 6))
+
+
+def spread(vectors: np.ndarray, rows: np.ndarray) -> float:
+    """Returns the sum of squared distances to the means of the rows."""
+    means = [vectors[rows == row].mean(axis=0) for row in range(8)]
+    return sum(float(((vectors[rows == row] - means[row]) ** 2).sum()) for row in range(8))
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_rounds_go_on_until_rows_settle(monkeypatch, sampled):
+    """Rows about words drawn at random are far wider."""
+    if sampled:  # rounds of the heaviest 64 words, all words in the end
+        monkeypatch.setattr(clustering, "_ROUND_ENTRIES", 64)
+
+    def widths(rounds: int) -> list[float]:
+        monkeypatch.setattr(clustering, "_ROUNDS", rounds)
+        found = []
+        for seed in range(12):
+            vectors, weights = clusters(seed), np.random.default_rng(seed).uniform(1, 2, 120)
+            table = table_of_vectors(vectors, weights, shape=(8, 15), seed=seed, joint=False)
+            rows = table.coordinates[:, 0]
+            assert np.bincount(rows).tolist() == [15] * 8
+            found.append(spread(vectors, rows))
+        return found
+
+    settled = widths(16)
+    assert max(settled) < 4  # the corners themselves: 8 · 15 · 6 · 0.05² = 1.8
+    if not sampled:
+        assert sum(widths(0)) > 10 * sum(settled)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_columns_are_chosen_by_vectors_of_their_own(joint: bool):
+    """Six classes follow each other; who follows three words later makes six groups in each."""
+    random = np.random.default_rng(0)
+    classes = np.repeat(np.eye(6), 6, axis=0) + 0.01 * random.normal(size=(36, 6))
+    groups = np.tile(np.eye(6), (6, 1)) + 0.01 * random.normal(size=(36, 6))
+    # A row's mean is not told from a column by vectors that have both: it is taken off.
+    mixed = groups + 10 * classes
+    for columns in (groups, mixed):
+        table = table_of_vectors(classes, np.ones(36), columns, shape=(6, 6), joint=joint)
+        by_class, by_group = table.coordinates.T
+        for number in range(6):
+            assert len(set(by_class[6 * number : 6 * number + 6])) == 1
+            assert len(set(by_group[number::6])) == 1
+    alone = table_of_vectors(classes, np.ones(36), shape=(6, 6), joint=joint).coordinates[:, 1]
+    assert any(len(set(alone[number::6])) > 1 for number in range(6))
+
+
+def nearest_sums(
+    tables: list[WordTable], vectors: np.ndarray, weights: np.ndarray
+) -> list[np.ndarray]:
+    """Returns each coordinate's centroids, whose sums are nearest to the vectors: least squares."""
+    places = [(table.coordinates[:, i], n) for table in tables for i, n in enumerate(table.shape)]
+    ones = np.hstack([np.eye(size)[place] for place, size in places])
+    root = np.sqrt(weights)[:, None]
+    found, *_ = np.linalg.lstsq(root * ones, root * vectors, rcond=None)
+    return np.split(found, np.cumsum([size for _, size in places])[:-1])
+
+
+def distance(table: WordTable, vectors: np.ndarray, weights: np.ndarray) -> float:
+    """Returns the weighted sum of squared distances between words and sums of centroids."""
+    centroids = nearest_sums([table], vectors, weights)
+    sums = sum(places[table.coordinates[:, i]] for i, places in enumerate(centroids))
+    return weighted_squares(vectors - sums, weights)
+
+
+def weighted_squares(vectors: np.ndarray, weights: np.ndarray) -> float:
+    return float((weights * (vectors**2).sum(axis=1)).sum())
+
+
+SHAPES = [(6, 5), (4, 9), (3, 3, 4), (30, 1), (1, 30)]
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(SHAPES), st.integers(0, 5))
+def test_coordinates_that_settle_together_are_no_farther(seed: int, shape, empty: int):
+    random = np.random.default_rng(seed)
+    num_words = int(np.prod(shape)) - min(empty, min(shape) - 1)
+    vectors, weights = random.normal(size=(num_words, 4)), random.uniform(0.1, 9, num_words)
+    apart, together = (
+        table_of_vectors(vectors, weights, shape=shape, seed=seed, joint=joint)
+        for joint in (False, True)
+    )
+    assert sorted(together.cells) == balanced_cells(num_words, shape).tolist()
+    # A round that saves nothing ends it, and may cost what rounding does.
+    assert distance(together, vectors, weights) <= distance(apart, vectors, weights) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (3, 4, 5)])
+def test_no_exchange_within_a_row_or_column_is_left(monkeypatch, shape: tuple[int, ...]):
+    """Against scipy's assignment of every group of words that agree in all other coordinates."""
+    monkeypatch.setattr(clustering, "_JOINT_ROUNDS", 100)
+    monkeypatch.setattr(clustering, "_JOINT_TOLERANCE", 0.0)
+    random = np.random.default_rng(len(shape))
+    size = int(np.prod(shape))
+    vectors, weights = random.normal(size=(size, 3)), random.uniform(1, 5, size)
+    table = table_of_vectors(vectors, weights, shape=shape)
+    centroids = nearest_sums([table], vectors, weights)
+    saved = 0.0
+    for stage, places in enumerate(centroids):
+        others = sum(centroids[i][table.coordinates[:, i]] for i in range(len(shape)) if i != stage)
+        far = (vectors - others)[:, None] - places
+        costs = weights[:, None] * (far**2).sum(axis=2)
+        keys = np.delete(table.coordinates, stage, axis=1)
+        for key in np.unique(keys, axis=0):
+            words = np.flatnonzero((keys == key).all(axis=1))
+            now = costs[words, table.coordinates[words, stage]].sum()
+            rows, columns = linear_sum_assignment(costs[words])
+            saved += now - costs[words][rows, columns].sum()
+    assert saved <= 0.01 * distance(table, vectors, weights)
+
+
+def test_words_settle_where_both_of_their_vectors_are_nearer():
+    """Rows chosen by one kind of vectors alone leave something to gain for both."""
+    apart, together = [], []
+    for seed in range(8):
+        random = np.random.default_rng(seed)
+        vectors, columns = random.normal(size=(2, 120, 4))
+        weights = random.pareto(1.5, 120) + 0.1
+        for joint, found in ((False, apart), (True, together)):
+            table = table_of_vectors(
+                vectors, weights, columns, shape=(12, 10), seed=seed, joint=joint
+            )
+            found.append(distance(table, np.hstack([vectors, columns]), weights))
+    assert all(near < far for near, far in zip(together, apart, strict=True))
+    assert sum(together) < 0.95 * sum(apart)
+
+
+def test_what_tables_explain_are_least_squares():
+    random = np.random.default_rng(1)
+    vectors, weights = random.normal(size=(300, 5)), random.uniform(1, 3, 300)
+    tables = [
+        WordTable.from_cells(random.permutation(balanced_cells(300, shape)), shape)
+        for shape in ((18, 17), (7, 7, 7), (18, 17))
+    ]
+    places = [table.coordinates[:, i] for table in tables for i in range(table.num_components)]
+    centroids = nearest_sums(tables, vectors, weights)
+    expected = sum(found[place] for found, place in zip(centroids, places, strict=True))
+    least = weighted_squares(vectors - expected, weights)
+    found = weighted_squares(vectors - explained(vectors, weights, tables), weights)
+    assert least < found < 1.02 * least < 0.7 * weighted_squares(vectors, weights)
+    alone = vectors - explained(vectors, weights, tables[:1])
+    assert weighted_squares(alone, weights) > 1.2 * found
+    assert weighted_squares(alone, weights) == pytest.approx(
+        distance(tables[0], vectors, weights), rel=0.01
+    )
+
+
+def test_a_further_table_of_what_is_left_explains_more():
+    random = np.random.default_rng(2)
+    vectors, weights = random.normal(size=(100, 6)), random.uniform(1, 3, 100)
+    first = table_of_vectors(vectors, weights, shape=(10, 10), seed=1)
+    left = vectors - explained(vectors, weights, [first])
+    alike = table_of_vectors(vectors, weights, shape=(10, 10), seed=2)
+    other = table_of_vectors(left, weights, shape=(10, 10), seed=2)
+
+    def lacking(second: WordTable) -> float:
+        return weighted_squares(vectors - explained(vectors, weights, [first, second]), weights)
+
+    assert lacking(other) < 0.9 * lacking(alike)
