@@ -28,13 +28,15 @@ _TOLERANCE = 1e-3
 # may be rough, since the centroids move after each of them.
 _ROUGH_GAP = 0.05
 _GAP = 0.01
-# Words exchange cells for so many rounds at most, each of which must save that share of the cost.
-_JOINT_ROUNDS = 8
+# Costs that a round forms at most; beyond, the words of least weight sit only in the end.
+_ROUND_ENTRIES = 1 << 28
+# Coordinates are chosen anew for so many rounds at most, in which so many costs are formed in all;
+# each round must save that share of the cost.
+_JOINT_ROUNDS = 16
+_JOINT_ENTRIES = 1 << 31
 _JOINT_TOLERANCE = 2e-4
 # Passes of alternating means over tables that are there.
 _FITS = 4
-# Costs that a round forms at most; beyond, the words of least weight sit only in the end.
-_ROUND_ENTRIES = 1 << 28
 
 
 def table_of_vectors(
@@ -57,8 +59,8 @@ def table_of_vectors(
       shape: k sizes of the table, with at least V cells.
       seed: of the k-means.
       num_threads: threads; the table does not depend on it.
-      joint: then move words along every coordinate in turn, by both vectors of theirs, as long as
-        the sums of their coordinates' centroids come nearer.
+      joint: then choose coordinates again, each by what all others do not explain of both vectors,
+        as long as that brings the sums of centroids nearer.
 
     Returns:
       The table; the occupied cells are those of `balanced_cells`.
@@ -67,13 +69,14 @@ def table_of_vectors(
     cells = balanced_cells(num_words, shape)
     occupied = np.zeros(int(np.prod(shape)), bool)
     occupied[cells] = True
+    occupied = occupied.reshape(shape)
     random = np.random.default_rng(seed)
     groups = np.zeros(num_words, np.int64)
     coordinates = np.empty((num_words, len(shape)), np.int64)
     whole = vectors if columns is None or columns is vectors else np.hstack([vectors, columns])
     with ThreadPoolExecutor(num_threads or os.cpu_count() or 1) as executor:
         for stage, size in enumerate(shape):
-            capacities = occupied.reshape(-1, size, int(np.prod(shape[stage + 1 :]))).sum(axis=2)
+            capacities = _capacities(occupied, stage)
             clusters, centroids = _balanced_clusters(
                 vectors, weights, groups, capacities, random, executor
             )
@@ -86,7 +89,7 @@ def table_of_vectors(
             vectors = vectors - centroids[clusters]
             groups = groups * size + clusters
         if joint and len(shape) > 1:
-            _settle(whole, weights, coordinates, occupied.reshape(shape), executor)
+            _settle(whole, weights, coordinates, occupied, executor)
     return WordTable(coordinates, shape)
 
 
@@ -104,8 +107,7 @@ def explained(vectors: np.ndarray, weights: np.ndarray, tables: Sequence[WordTab
     places = [table.coordinates[:, i] for table in tables for i in range(table.num_components)]
     sizes = [size for table in tables for size in table.shape]
     sums = _Sums(vectors, weights, places, sizes)
-    for _ in range(_FITS):
-        sums.fit()
+    sums.fit(_FITS)
     return vectors - sums.rest()
 
 
@@ -134,12 +136,17 @@ class _Sums:
                 rest -= centroids[places]
         return rest
 
-    def fit(self) -> None:
+    def cost(self) -> float:
+        """Returns the weighted sum of squared distances between vectors and sums."""
+        return float((self.weights * (self.rest() ** 2).sum(axis=1)).sum())
+
+    def fit(self, passes: int = 1) -> None:
         """Moves the centroids of each grouping in turn to the means of what all others lack."""
-        for number, places in enumerate(self.places):
-            self.centroids[number] = _centroids(
-                self.rest(number), self.weights, places, self.centroids[number]
-            )
+        for _ in range(passes):
+            for number, places in enumerate(self.places):
+                self.centroids[number] = _centroids(
+                    self.rest(number), self.weights, places, self.centroids[number]
+                )
 
 
 def _settle(
@@ -149,9 +156,7 @@ def _settle(
     occupied: np.ndarray,
     executor: Executor,
 ) -> None:
-    """Moves words to cells that are nearer as sums of centroids, one coordinate at a time.
-
-    Words that agree in all other coordinates exchange theirs among them, at least cost.
+    """Chooses each coordinate again by what all others do not explain, until that saves nothing.
 
     Args:
       vectors: (V, d) word vectors.
@@ -162,18 +167,37 @@ def _settle(
     """
     shape = occupied.shape
     sums = _Sums(vectors, weights, list(coordinates.T), shape)  # the places are views
-    before = math.inf
-    for _ in range(_JOINT_ROUNDS):
+    sums.fit(_FITS)
+    best, kept = sums.cost(), coordinates.copy()
+    for _ in range(min(_JOINT_ROUNDS, _JOINT_ENTRIES // (len(vectors) * sum(shape)))):
+        groups = np.zeros(len(vectors), np.int64)
         for stage, size in enumerate(shape):
-            sums.fit()
-            others = np.delete(coordinates, stage, axis=1).T
-            groups = np.ravel_multi_index(tuple(others), tuple(np.delete(shape, stage)))
-            capacities = np.moveaxis(occupied, stage, -1).reshape(-1, size).astype(np.int64)
+            capacities = _capacities(occupied, stage)
             split = _Split(sums.rest(stage), weights, groups, capacities, executor)
-            coordinates[:, stage], cost = split.assign(sums.centroids[stage], _GAP)
-        if cost >= (1 - _JOINT_TOLERANCE) * before:
+            coordinates[:, stage], _ = split.assign(sums.centroids[stage], _GAP)
+            groups = groups * size + coordinates[:, stage]
+            sums.fit()
+        cost = sums.cost()
+        if cost < best:
+            kept[:] = coordinates
+        if cost >= (1 - _JOINT_TOLERANCE) * best:
             break
-        before = cost
+        best = cost
+    coordinates[:] = kept
+
+
+def _capacities(occupied: np.ndarray, stage: int) -> np.ndarray:
+    """Returns how many words each value of a coordinate takes, for all coordinates before it.
+
+    Args:
+      occupied: which cells of the table have a word, of the table's shape.
+      stage: number of the coordinate.
+
+    Returns:
+      (groups, R) words.
+    """
+    size = occupied.shape[stage]
+    return occupied.reshape(-1, size, int(np.prod(occupied.shape[stage + 1 :]))).sum(axis=2)
 
 
 def _balanced_clusters(
