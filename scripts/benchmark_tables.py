@@ -146,6 +146,7 @@ TABLES = {
     "random-kept": Table("random", flags=KEPT, reallocation=REGATHER),
     "cooccurrence-kept": Table(flags=KEPT, reallocation=()),
     "cooccurrence-kept-regather": Table(flags=KEPT, reallocation=REGATHER),
+    "cooccurrence-kept-margin-2": Table(flags=KEPT, reallocation=REGATHER + WIDE_MARGIN),
     "cooccurrence-kept-early": Table(flags=KEPT, reallocation=REGATHER + EARLY),
     "cooccurrence-kept-often": Table(flags=KEPT, reallocation=REGATHER + OFTEN),
 }
