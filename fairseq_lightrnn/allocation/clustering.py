@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 import numpy as np
@@ -35,6 +35,7 @@ _ROUND_ENTRIES = 1 << 28
 _JOINT_ROUNDS = 16
 _JOINT_ENTRIES = 1 << 31
 _JOINT_TOLERANCE = 2e-4
+_PIECE = 1 << 14  # words
 # Passes of alternating means over tables that are there.
 _FITS = 4
 
@@ -73,7 +74,7 @@ def table_of_vectors(
     random = np.random.default_rng(seed)
     groups = np.zeros(num_words, np.int64)
     coordinates = np.empty((num_words, len(shape)), np.int64)
-    whole = vectors if columns is None or columns is vectors else np.hstack([vectors, columns])
+    parts = [vectors] if columns is None or columns is vectors else [vectors, columns]
     with ThreadPoolExecutor(num_threads or os.cpu_count() or 1) as executor:
         for stage, size in enumerate(shape):
             capacities = _capacities(occupied, stage)
@@ -81,15 +82,16 @@ def table_of_vectors(
                 vectors, weights, groups, capacities, random, executor
             )
             coordinates[:, stage] = clusters
-            if stage == 0 and columns is not None and columns is not vectors:
-                vectors = columns
+            if stage == 0 and len(parts) == 2:
+                vectors = parts[1]
                 centroids = _centroids(
-                    columns, weights, clusters, np.zeros((size, vectors.shape[1]))
+                    vectors, weights, clusters, np.zeros((size, vectors.shape[1]))
                 )
             vectors = vectors - centroids[clusters]
             groups = groups * size + clusters
         if joint and len(shape) > 1:
-            _settle(whole, weights, coordinates, occupied, executor)
+            del vectors  # what is left of them
+            _settle(np.hstack(parts), weights, coordinates, occupied, executor)
     return WordTable(coordinates, shape)
 
 
@@ -132,13 +134,13 @@ class _Sums:
         """Returns what the sums lack, that of one grouping left out, (V, d)."""
         rest = self.vectors.copy()
         for number, (centroids, places) in enumerate(zip(self.centroids, self.places, strict=True)):
-            if number != left_out:
-                rest -= centroids[places]
+            for words in _slices(len(rest) if number != left_out else 0):
+                rest[words] -= centroids[places[words]]
         return rest
 
     def cost(self) -> float:
         """Returns the weighted sum of squared distances between vectors and sums."""
-        return float((self.weights * (self.rest() ** 2).sum(axis=1)).sum())
+        return _squares(self.rest(), self.weights)
 
     def fit(self, passes: int = 1) -> None:
         """Moves the centroids of each grouping in turn to the means of what all others lack."""
@@ -266,7 +268,7 @@ class _Split:
         # weight * |x - c|^2 = weight * |x|^2 - (2 weight x . c + weight * -|c|^2)
         self.weighted = torch.from_numpy(2.0 * weights[:, None] * vectors)
         self.counts = torch.from_numpy(weights)
-        self.constant = float((weights * (vectors * vectors).sum(axis=1)).sum())
+        self.constant = _squares(vectors, weights)
         self.prices: list[np.ndarray | None] = [None] * len(capacities)
 
     def of(self, words: np.ndarray) -> _Split:
@@ -306,5 +308,20 @@ def _centroids(
     """Returns the weighted mean of each cluster; a cluster without weight keeps its centroid."""
     total = np.bincount(clusters, weights, minlength=len(previous))
     sums = np.zeros_like(previous)
-    np.add.at(sums, clusters, weights[:, None] * vectors)
+    for words in _slices(len(vectors)):
+        np.add.at(sums, clusters[words], weights[words, None] * vectors[words])
     return np.where(total[:, None] > 0, sums / np.where(total > 0, total, 1.0)[:, None], previous)
+
+
+def _squares(vectors: np.ndarray, weights: np.ndarray) -> float:
+    """Returns the weighted sum of the vectors' squared lengths."""
+    return sum(
+        float((weights[words] * (vectors[words] ** 2).sum(axis=1)).sum())
+        for words in _slices(len(vectors))
+    )
+
+
+def _slices(num_words: int) -> Iterator[slice]:
+    """Yields all words in pieces, so that temporaries stay small beside the vectors."""
+    for start in range(0, num_words, _PIECE):
+        yield slice(start, start + _PIECE)
