@@ -14,7 +14,9 @@ reallocated once as by the authors' program, greedily (``authors``), and on a co
 (``gated``), with a bias for each word (``gated-bias``), with 25 numbers of each word's own
 (``gated-full``), with further 128 for each of 1,000 frequent words (``gated-frequent``), with 129
 for every word (``gated-wide``), with 65 of which 64 serve input and output alike, as the vectors of
-rows and columns then do too (``gated-shared``), these without that layer (``gated-linear``), and
+rows and columns then do too (``gated-shared``), these without that layer (``gated-linear``),
+``gated`` and ``recurrent`` with 4√V rows of √V/4 columns (``gated-rows``, ``recurrent-rows``) or
+with three further tables (``gated-further``, ``recurrent-further``), and
 ``gated`` and ``gated-shared`` (with vectors of their own) with words reallocated after epochs 1, 2,
 4, 8 and 16 where they are predicted, but not where they are read (``gated-moved``,
 ``gated-shared-moved``); the same program with one component, an ordinary softmax LSTM
@@ -87,14 +89,18 @@ OURS: dict[str, list[str]] = {
     "gated-bias": ["--composition", "gated", "--word-bias"],
     "gated-further": ["--composition", "gated", *FURTHER],
     "gated": ["--composition", "gated"],
+    "gated-rows": ["--composition", "gated"],
     "recurrent-further": FURTHER,
     "recurrent": [],
+    "recurrent-rows": [],
     "random": ["--initial-table", "random"],
     "authors": ["--initial-table", "random"],
     "softmax": ["--num-components", "1", "--initial-table", "random"],
     "softmax-ffn": ["--num-components", "1", "--initial-table", "random"],
 }
-WITHOUT_FFN = ("gated-linear", "recurrent-further", "recurrent", "random", "authors", "softmax")
+WITHOUT_FFN = (
+    "gated-linear", "recurrent-further", "recurrent", "recurrent-rows", "random", "authors", "softmax",
+)  # fmt: skip
 PEERS = ("lstm_lm", "lstm_lm-adaptive")
 
 
@@ -182,11 +188,15 @@ def model_flags(system: str, args: argparse.Namespace, num_words: int) -> list[A
     """Returns the flags of a system's task, model and criterion."""
     if system in OURS:
         ffn_dim = 0 if system in WITHOUT_FFN else 4 * args.width
+        shape = []
+        if system.endswith("rows"):
+            rows = math.ceil(4 * math.sqrt(num_words))
+            shape = ["--table-shape", f"{rows}x{math.ceil(num_words / rows)}"]
         return [
             "--user-dir", PLUGIN, "--task", "lightrnn_language_modeling", "--carry-hidden-state",
             "--arch", "lightrnn_lm", "--criterion", "two_component_cross_entropy",
             "--embed-dim", args.width, "--hidden-size", args.width, "--num-layers", args.layers,
-            "--output-ffn-dim", ffn_dim, *OURS[system],
+            "--output-ffn-dim", ffn_dim, *shape, *OURS[system],
         ]  # fmt: skip
     flags = [
         "--task", "language_modeling", "--arch", "lstm_lm", "--decoder-embed-dim", args.width,
