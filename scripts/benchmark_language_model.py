@@ -16,10 +16,9 @@ reallocated once as by the authors' program, greedily (``authors``), and on a co
 for every word (``gated-wide``), with 65 of which 64 serve input and output alike, as the vectors of
 rows and columns then do too (``gated-shared``), these without that layer (``gated-linear``),
 ``gated`` and ``recurrent`` with 4√V rows of √V/4 columns (``gated-rows``, ``recurrent-rows``) or
-with three further tables (``gated-further``, ``recurrent-further``), and
-``gated`` and ``gated-shared`` (with vectors of their own) with words reallocated after epochs 1, 2,
-4, 8 and 16 where they are predicted, but not where they are read (``gated-moved``,
-``gated-shared-moved``); the same program with one component, an ordinary softmax LSTM
+with three further tables (``gated-further``, ``recurrent-further``); ``gated`` and
+``gated-shared`` (with vectors of their own) with words reallocated after epochs 1, 2, 4, 8 and 16
+where they are predicted, but not where they are read (``gated-moved``, ``gated-shared-moved``); the same program with one component, an ordinary softmax LSTM
 (``softmax``), and that with the layer (``softmax-ffn``); fairseq's ``lstm_lm`` with full
 (``lstm_lm``) and with adaptive softmax (``lstm_lm-adaptive``). The last two know no carried state:
 they are trained on blocks, and tested on blocks long enough that the start does not matter.
@@ -99,8 +98,14 @@ OURS: dict[str, list[str]] = {
     "softmax-ffn": ["--num-components", "1", "--initial-table", "random"],
 }
 WITHOUT_FFN = (
-    "gated-linear", "recurrent-further", "recurrent", "recurrent-rows", "random", "authors", "softmax",
-)  # fmt: skip
+    "gated-linear",
+    "recurrent-further",
+    "recurrent",
+    "recurrent-rows",
+    "random",
+    "authors",
+    "softmax",
+)
 PEERS = ("lstm_lm", "lstm_lm-adaptive")
 
 
