@@ -18,10 +18,11 @@ rows and columns then do too (``gated-shared``), these without that layer (``gat
 ``gated`` and ``recurrent`` with 4√V rows of √V/4 columns (``gated-rows``, ``recurrent-rows``) or
 with three further tables (``gated-further``, ``recurrent-further``); ``gated`` and
 ``gated-shared`` (with vectors of their own) with words reallocated after epochs 1, 2, 4, 8 and 16
-where they are predicted, but not where they are read (``gated-moved``, ``gated-shared-moved``); the same program with one component, an ordinary softmax LSTM
-(``softmax``), and that with the layer (``softmax-ffn``); fairseq's ``lstm_lm`` with full
-(``lstm_lm``) and with adaptive softmax (``lstm_lm-adaptive``). The last two know no carried state:
-they are trained on blocks, and tested on blocks long enough that the start does not matter.
+where they are predicted, but not where they are read (``gated-moved``, ``gated-shared-moved``); the
+same program with one component, an ordinary softmax LSTM (``softmax``), and that with the layer
+(``softmax-ffn``); fairseq's ``lstm_lm`` with full (``lstm_lm``) and with adaptive softmax
+(``lstm_lm-adaptive``). The last two know no carried state: they are trained on blocks, and tested
+on blocks long enough that the start does not matter.
 
 Seconds are those that the CPU worked for a training process, start and validation included, so
 that other work on the machine changes them little. Perplexities are those of the checkpoint with
