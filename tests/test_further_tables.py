@@ -9,17 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fairseq.data import Dictionary
 from fairseq_run import TASK, TRANSLATION, run, symbols, train, train_translation, valid_losses
 from tiny_models import COMPOSITIONS, build
 from torch import Tensor
 
-from fairseq_lightrnn.allocation.initial_table import initial_table
+from fairseq_lightrnn.allocation.clustering import explained, table_of_vectors
+from fairseq_lightrnn.allocation.cooccurrence import CoOccurrence
+from fairseq_lightrnn.allocation.initial_table import cooccurrence_vectors, initial_table
 from fairseq_lightrnn.commands.reallocate import main as reallocate
 from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax
 from fairseq_lightrnn.distribution import next_word_log_probs, top_words
 from fairseq_lightrnn.further_tables import FurtherTables
 from fairseq_lightrnn.language_model import LanguageModel
 from fairseq_lightrnn.table_lookup import TableLookup
+from fairseq_lightrnn.tasks._table_maker import TableMaker
 from fairseq_lightrnn.word_table import WordTable, balanced_cells
 
 WORDS, SHAPE, DIM = 10, (3, 4), 5
@@ -303,3 +307,26 @@ def test_checkpoints_keep_their_number_of_tables(data: Path, tmp_path: Path) -> 
     with pytest.raises(Exception, match="Cannot load model parameters") as refusal:
         train(data, tmp_path / "b", restore_file=tmp_path / "a" / "checkpoint1.pt")
     assert "made with --further-tables 2, not 0: give it again" in str(refusal.value.__context__)
+
+
+def test_further_tables_are_made_from_what_those_before_do_not_say() -> None:
+    random = np.random.default_rng(0)
+    text = [random.choice(60, size=4000, p=random.dirichlet(np.ones(60)))]
+    dictionary = Dictionary()
+    for word in range(60 - dictionary.nspecial):
+        dictionary.add_symbol(f"w{word}")
+    maker = TableMaker(dictionary, lambda: text, 3)
+    first = maker.make("cooccurrence", (8, 8))
+    second = maker.make("cooccurrence", (8, 8), [first])
+    third = maker.make("cooccurrence", (8, 8), [first, second])
+    vectors, weights, columns = cooccurrence_vectors(text, 60, CoOccurrence(), 3)
+    both = np.hstack([vectors, columns])
+
+    def lacking(*tables: WordTable) -> float:
+        left = both - explained(both, weights, tables)
+        return float((weights * (left**2).sum(axis=1)).sum())
+
+    assert lacking(first) > lacking(first, second) > lacking(first, second, third)
+    for seed in range(5):  # tables of the same vectors say much the same
+        alike = table_of_vectors(vectors, weights, columns, shape=(8, 8), seed=seed)
+        assert lacking(first, second) < lacking(first, alike)
