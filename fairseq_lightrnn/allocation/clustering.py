@@ -61,7 +61,8 @@ def table_of_vectors(
       seed: of the k-means.
       num_threads: threads; the table does not depend on it.
       joint: then choose coordinates again, each by what all others do not explain of both vectors,
-        as long as that brings the sums of centroids nearer.
+        as long as that brings the sums of centroids nearer. There are no more rounds than form 2^31
+        costs of a word at a row or column: none for a square table of more than a million words.
 
     Returns:
       The table; the occupied cells are those of `balanced_cells`.
@@ -89,9 +90,10 @@ def table_of_vectors(
                 )
             vectors = vectors - centroids[clusters]
             groups = groups * size + clusters
-        if joint and len(shape) > 1:
+        rounds = min(_JOINT_ROUNDS, _JOINT_ENTRIES // max(1, num_words * sum(shape)))
+        if joint and len(shape) > 1 and rounds:
             del vectors  # what is left of them
-            _settle(np.hstack(parts), weights, coordinates, occupied, executor)
+            _settle(np.hstack(parts), weights, coordinates, occupied, rounds, executor)
     return WordTable(coordinates, shape)
 
 
@@ -156,6 +158,7 @@ def _settle(
     weights: np.ndarray,
     coordinates: np.ndarray,
     occupied: np.ndarray,
+    rounds: int,
     executor: Executor,
 ) -> None:
     """Chooses each coordinate again by what all others do not explain, until that saves nothing.
@@ -165,13 +168,14 @@ def _settle(
       weights: (V,) weight of each word.
       coordinates: (V, k) of each word; changed in place.
       occupied: which cells of the table have a word, of the table's shape.
+      rounds: at most.
       executor: runs the groups in parallel.
     """
     shape = occupied.shape
     sums = _Sums(vectors, weights, list(coordinates.T), shape)  # the places are views
     sums.fit(_FITS)
     best, kept = sums.cost(), coordinates.copy()
-    for _ in range(min(_JOINT_ROUNDS, _JOINT_ENTRIES // (len(vectors) * sum(shape)))):
+    for _ in range(rounds):
         groups = np.zeros(len(vectors), np.int64)
         for stage, size in enumerate(shape):
             capacities = _capacities(occupied, stage)
