@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from fairseq_lightrnn.allocation import clustering
-from fairseq_lightrnn.allocation.clustering import explained, table_of_vectors
+from fairseq_lightrnn.allocation.clustering import table_of_vectors, unexplained
 from fairseq_lightrnn.word_table import WordTable, balanced_cells
 
 
@@ -142,7 +142,7 @@ def test_words_settle_where_both_of_their_vectors_are_nearer():
     assert sum(together) < 0.95 * sum(apart)
 
 
-def test_what_tables_explain_are_least_squares():
+def test_what_tables_do_not_say_is_left_by_least_squares():
     random = np.random.default_rng(1)
     vectors, weights = random.normal(size=(300, 5)), random.uniform(1, 3, 300)
     tables = [
@@ -153,9 +153,9 @@ def test_what_tables_explain_are_least_squares():
     centroids = nearest_sums(tables, vectors, weights)
     expected = sum(found[place] for found, place in zip(centroids, places, strict=True))
     least = weighted_squares(vectors - expected, weights)
-    found = weighted_squares(vectors - explained(vectors, weights, tables), weights)
+    found = weighted_squares(unexplained(vectors, weights, tables), weights)
     assert least < found < 1.02 * least < 0.8 * weighted_squares(vectors, weights)
-    alone = vectors - explained(vectors, weights, tables[:1])
+    alone = unexplained(vectors, weights, tables[:1])
     assert weighted_squares(alone, weights) > 1.2 * found
     assert weighted_squares(alone, weights) == pytest.approx(
         distance(tables[0], vectors, weights), rel=0.01
@@ -166,11 +166,11 @@ def test_a_further_table_of_what_is_left_explains_more():
     random = np.random.default_rng(2)
     vectors, weights = random.normal(size=(100, 6)), random.uniform(1, 3, 100)
     first = table_of_vectors(vectors, weights, shape=(10, 10), seed=1)
-    left = vectors - explained(vectors, weights, [first])
+    left = unexplained(vectors, weights, [first])
     alike = table_of_vectors(vectors, weights, shape=(10, 10), seed=2)
     other = table_of_vectors(left, weights, shape=(10, 10), seed=2)
 
     def lacking(second: WordTable) -> float:
-        return weighted_squares(vectors - explained(vectors, weights, [first, second]), weights)
+        return weighted_squares(unexplained(vectors, weights, [first, second]), weights)
 
     assert lacking(other) < 0.9 * lacking(alike)

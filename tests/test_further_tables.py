@@ -14,7 +14,7 @@ from fairseq_run import TASK, TRANSLATION, run, symbols, train, train_translatio
 from tiny_models import COMPOSITIONS, build
 from torch import Tensor
 
-from fairseq_lightrnn.allocation.clustering import explained, table_of_vectors
+from fairseq_lightrnn.allocation.clustering import table_of_vectors, unexplained
 from fairseq_lightrnn.allocation.cooccurrence import CoOccurrence
 from fairseq_lightrnn.allocation.initial_table import cooccurrence_vectors, initial_table
 from fairseq_lightrnn.commands.reallocate import main as reallocate
@@ -323,7 +323,7 @@ def test_further_tables_are_made_from_what_those_before_do_not_say() -> None:
     both = np.hstack([vectors, columns])
 
     def lacking(*tables: WordTable) -> float:
-        left = both - explained(both, weights, tables)
+        left = unexplained(both, weights, tables)
         return float((weights * (left**2).sum(axis=1)).sum())
 
     assert lacking(first) > lacking(first, second) > lacking(first, second, third)

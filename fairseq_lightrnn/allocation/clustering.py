@@ -19,7 +19,7 @@ from fairseq_lightrnn.allocation.balanced_assignment import balanced_assignment
 from fairseq_lightrnn.allocation.costs import LowRankCosts
 from fairseq_lightrnn.word_table import WordTable, balanced_cells
 
-__all__ = ["explained", "table_of_vectors"]
+__all__ = ["table_of_vectors", "unexplained"]
 
 # k-means: rounds at most, and the share of the cost that another one must save.
 _ROUNDS = 16
@@ -97,8 +97,10 @@ def table_of_vectors(
     return WordTable(coordinates, shape)
 
 
-def explained(vectors: np.ndarray, weights: np.ndarray, tables: Sequence[WordTable]) -> np.ndarray:
-    """Returns what tables say of words: the sums of their coordinates' centroids.
+def unexplained(
+    vectors: np.ndarray, weights: np.ndarray, tables: Sequence[WordTable]
+) -> np.ndarray:
+    """Returns what tables do not say of words: vectors less the sums of coordinates' centroids.
 
     Args:
       vectors: (V, d) word vectors.
@@ -106,19 +108,19 @@ def explained(vectors: np.ndarray, weights: np.ndarray, tables: Sequence[WordTab
       tables: of the words, of any shapes.
 
     Returns:
-      The sums that are nearest to the vectors, approached by alternating means, (V, d).
+      (V, d), of the sums that are nearest to the vectors, which alternating means approach.
     """
     places = [table.coordinates[:, i] for table in tables for i in range(table.num_components)]
     sizes = [size for table in tables for size in table.shape]
     sums = _Sums(vectors, weights, places, sizes)
     sums.fit(_FITS)
-    return vectors - sums.rest()
+    return sums.rest()
 
 
 class _Sums:
     """Centroids whose sums approach vectors: one of each word's place in each of some groupings.
 
-    Arguments are those of `explained`; ``places`` (each (V,), may be changed from outside) number
+    Arguments are those of `unexplained`; ``places`` (each (V,), may be changed from outside) number
     the groups of words, ``sizes`` of them.
     """
 

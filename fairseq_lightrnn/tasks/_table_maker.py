@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fairseq_lightrnn.allocation.clustering import explained, table_of_vectors
+from fairseq_lightrnn.allocation.clustering import table_of_vectors, unexplained
 from fairseq_lightrnn.allocation.cooccurrence import CoOccurrence
 from fairseq_lightrnn.allocation.initial_table import (
     WordVectors,
@@ -96,7 +96,5 @@ class TableMaker:
         if not before:
             return self._words
         return WordVectors(
-            vectors - explained(vectors, weights, before),
-            weights,
-            columns - explained(columns, weights, before),
+            unexplained(vectors, weights, before), weights, unexplained(columns, weights, before)
         )
