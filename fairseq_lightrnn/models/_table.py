@@ -90,8 +90,9 @@ class TableConfig(FairseqDataclass):
         metadata={
             "help": "read and predict words by their cells in further tables too, which are never "
             "reallocated: how many to make (random ones if --initial-table is random, otherwise "
-            "each of what co-occurrence tells beyond those before it), or table files, joined by commas; of the target's words, where "
-            "there is a source. A checkpoint has them: to go on from it, their number is enough"
+            "each of what co-occurrence tells beyond those before it), or table files, joined by "
+            "commas; of the target's words, where there is a source. A checkpoint has them: to go "
+            "on from it, their number is enough"
         },
     )
     output_ffn_dim: int = field(
