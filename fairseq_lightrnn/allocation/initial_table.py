@@ -60,9 +60,9 @@ def initial_table(
     ``random`` permutes the words, as in arXiv 1610.09893. ``frequency`` fills the table row by row
     from the most frequent word to the rarest. ``cooccurrence`` puts words with similar neighbours
     into a row, and within the rows words that differ from their row in the same way into a column,
-    for which neighbours further away count too: balanced k-means on word vectors; in the end words
-    exchange rows or columns until both fit (`table_of_vectors`). The vectors are rounded by the
-    linear algebra library, so that another number of its threads (``OMP_NUM_THREADS``) may
+    for which neighbours further away count too: balanced k-means on word vectors; in the end each
+    is chosen again by what the other does not explain (`table_of_vectors`). The vectors are rounded
+    by the linear algebra library, so that another number of its threads (``OMP_NUM_THREADS``) may
     give another table for the same seed.
 
     Args:
