@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import numpy as np
 import pytest
 
@@ -13,11 +11,8 @@ from fairseq_lightrnn.allocation.cooccurrence import (
     positive_information,
     word_vectors,
 )
-from fairseq_lightrnn.allocation.initial_table import initial_table
+from fairseq_lightrnn.allocation.initial_table import cooccurrence_vectors, initial_table
 from fairseq_lightrnn.word_table import balanced_cells
-
-# The package's attribute of this name is the function.
-module = importlib.import_module("fairseq_lightrnn.allocation.initial_table")
 
 SHAPES = [(20, (5, 4)), (18, (5, 4)), (12, (12,)), (23, (3, 3, 3)), (7, (1, 7)), (7, (7, 1))]
 
@@ -127,9 +122,9 @@ def test_what_a_cooccurrence_table_counts_makes_a_difference():
 def test_the_same_window_makes_the_same_vectors():
     text = [grammar(6, 6, 3000, 0)]
     for how in (CoOccurrence(column_window=None), CoOccurrence(window=3, column_window=3)):
-        words = module.cooccurrence_vectors(text, 36, how)
+        words = cooccurrence_vectors(text, 36, how)
         assert words.columns is words.vectors
-    far = module.cooccurrence_vectors(iter(text), 36, CoOccurrence(column_window=3))
+    far = cooccurrence_vectors(iter(text), 36, CoOccurrence(column_window=3))
     assert np.array_equal(far.columns, words.vectors)
 
 

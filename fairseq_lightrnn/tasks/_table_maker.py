@@ -92,9 +92,9 @@ class TableMaker:
 
     def _left(self, before: Sequence[WordTable]) -> WordVectors:
         """Returns the words' vectors, less what tables say of them."""
-        vectors, weights, columns = self._words
         if not before:
             return self._words
+        vectors, weights, columns = self._words
         return WordVectors(
             unexplained(vectors, weights, before), weights, unexplained(columns, weights, before)
         )
