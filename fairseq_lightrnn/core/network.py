@@ -1,4 +1,4 @@
-"""What keeps LSTM language models from overfitting, as in AWD-LSTM (arXiv 1708.02182).
+"""The recurrent network and what keeps it from overfitting, as in AWD-LSTM (arXiv 1708.02182).
 
 Locked dropout (arXiv 1512.05287), weight-dropped recurrent matrices, and the two penalties on the
 activations of the last layer. None of it changes the parameters of a model, their names, or what
@@ -13,15 +13,45 @@ import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor, nn
 
-from fairseq_lightrnn.components import at_least_float32
+from fairseq_lightrnn.core.softmax import at_least_float32
 
 __all__ = [
+    "FeedForward",
     "LockedDropout",
     "RegularisedLSTM",
+    "State",
     "locked_dropout",
     "mean_square",
     "mean_square_change",
 ]
+
+
+State = tuple[Tensor, Tensor]
+"""Hidden and cell state of an LSTM, each of shape (layers, B, d)."""
+
+
+class FeedForward(nn.Module):
+    """A feed-forward layer with a connection around it: ``h + B dropout(relu(A h))``.
+
+    An ordinary softmax sums over words in every row's place; logits of rows that are linear in h
+    say less than that.
+
+    Args:
+        dim: d, the width of inputs and outputs.
+        inner_dim: the number of its units.
+        dropout: of these units.
+    """
+
+    def __init__(self, dim: int, inner_dim: int, dropout: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.Linear(dim, inner_dim)
+        self.dropout = dropout
+        self.outer = nn.Linear(inner_dim, dim)
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        """Returns outputs of shape (…, d) in the same shape."""
+        hidden: Tensor = self.outer(self.dropout(F.relu(self.inner(outputs))))
+        return outputs + hidden
 
 
 def locked_dropout(inputs: Tensor, rate: float) -> Tensor:
@@ -55,7 +85,8 @@ class RegularisedLSTM(nn.LSTM):
         hidden_size: width of the outputs.
         num_layers: the layers.
         dropout: dropout between the layers.
-        locked: use one mask of it for each sequence, shared over time.
+        dropout_in: dropout on the inputs.
+        locked: use one mask of each for a sequence, shared over time.
         weight_dropout: the probability of an entry of a recurrent matrix to be dropped.
     """
 
@@ -65,6 +96,7 @@ class RegularisedLSTM(nn.LSTM):
         hidden_size: int,
         num_layers: int = 1,
         dropout: float = 0.0,
+        dropout_in: float = 0.0,
         locked: bool = False,
         weight_dropout: float = 0.0,
     ) -> None:
@@ -73,11 +105,13 @@ class RegularisedLSTM(nn.LSTM):
         super().__init__(input_size, hidden_size, num_layers, batch_first=True, dropout=dropout)
         self.locked = locked
         self.weight_dropout = weight_dropout
+        self.dropout_in = LockedDropout(dropout_in) if locked else nn.Dropout(dropout_in)
 
     def forward(  # type: ignore[override]
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """See ``nn.LSTM.forward``; inputs must have a batch axis."""
+        input = self.dropout_in(input)
         layer_by_layer = self.locked and self.dropout > 0
         if not self.training or not (layer_by_layer or self.weight_dropout):
             return super().forward(input, hx)  # type: ignore[no-any-return]

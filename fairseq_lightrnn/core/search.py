@@ -8,16 +8,15 @@ texts of a batch are searched at once, some of the best prefixes of each in a ro
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from fairseq_lightrnn.components import ComponentSoftmax, at_least_float32
-
-if TYPE_CHECKING:
-    from fairseq_lightrnn.composition import Context, Prediction
-    from fairseq_lightrnn.table_lookup import TableLookup
+from fairseq_lightrnn.core.conditioning import Context
+from fairseq_lightrnn.core.head import ComponentHead
+from fairseq_lightrnn.core.seats import PredictedTable
+from fairseq_lightrnn.core.softmax import at_least_float32
 
 __all__ = ["EXPANSIONS", "TopWords", "component_log_probs", "top_words"]
 
@@ -45,20 +44,20 @@ class TopWords(NamedTuple):
 
 
 def component_log_probs(
-    softmax: ComponentSoftmax, context: Context, prefix: Tensor, own: Tensor | None = None
+    head: ComponentHead, context: Context, prefix: Tensor, featured: Tensor | None = None
 ) -> Tensor:
     """Computes log P(value | prefix) of the component that a context predicts.
 
     Args:
-        softmax: predicts components.
+        head: predicts words.
         context: of N texts, conditioned on the prefix.
         prefix: the coordinates before the component, shape (N, i).
-        own: see :meth:`ComponentSoftmax.logits`.
+        featured: see :meth:`ComponentSoftmax.logits`.
 
     Returns:
         Log-probabilities in nats, shape (N, R_i), -inf where a value leads to no word.
     """
-    logits = softmax.logits(prefix.size(1), context.output, prefix, own)
+    logits = head.softmax.logits(prefix.size(1), context.output, prefix, context.queries, featured)
     return torch.log_softmax(at_least_float32(logits), dim=1)
 
 
@@ -125,7 +124,7 @@ class _Best:
         worst: the K-th best log-probability of each text, shape (B,); words below it are out.
     """
 
-    def __init__(self, table: TableLookup, batch: int, count: int, scores: Tensor) -> None:
+    def __init__(self, table: PredictedTable, batch: int, count: int, scores: Tensor) -> None:
         self.table = table
         self.count = count
         self.worst = scores.new_full((batch,), _IMPOSSIBLE)
@@ -142,7 +141,7 @@ class _Best:
             least = torch.maximum(least, best[:, -1])
         good = (scores >= least[:, None]) & (scores > _IMPOSSIBLE)
         row, column = good.nonzero(as_tuple=True)
-        cells = self.table.flatten(prefix)[row] * scores.size(1) + column
+        cells = self.table.number(prefix)[row] * scores.size(1) + column
         text = torch.cat([self._text, text[row]])
         word = torch.cat([self._word, self.table.words[cells]])
         score = torch.cat([self._score, scores[row, column]])
@@ -180,20 +179,17 @@ def _rank(text: Tensor, score: Tensor, batch: int) -> tuple[Tensor, Tensor]:
 
 
 @overload
-def top_words(
-    composition: Prediction, softmax: ComponentSoftmax, context: Context, count: int
-) -> TopWords: ...
+def top_words(head: ComponentHead, context: Context, count: int) -> TopWords: ...
 
 
 @overload
 def top_words(
-    composition: Prediction, softmax: ComponentSoftmax, context: Context, count: int, budget: int
+    head: ComponentHead, context: Context, count: int, budget: int
 ) -> TopWords | None: ...
 
 
 def top_words(
-    composition: Prediction,
-    softmax: ComponentSoftmax,
+    head: ComponentHead,
     context: Context,
     count: int,
     budget: int | None = None,
@@ -201,9 +197,8 @@ def top_words(
     """Finds the K most probable next words, exactly.
 
     Args:
-        composition: conditions a context on components of the next word.
-        softmax: predicts components.
-        context: of B texts, as ``composition.read`` returned it.
+        head: predicts words.
+        context: of B texts, before any component of the next word is known.
         count: K; of a smaller vocabulary all words are returned.
         budget: give up once more than so many prefixes of a text, on average, would be expanded.
 
@@ -216,11 +211,11 @@ def top_words(
     """
     if count < 1:
         raise ValueError(f"count {count}: at least 1 word must be asked for")
-    context = composition.to_extend(context)
-    table = softmax.table
+    context = head.to_extend(context)
+    table = head.table
     text = torch.arange(len(context.output), device=context.output.device)
     prefix = text.new_empty(len(text), 0)
-    scores = component_log_probs(softmax, context, prefix)
+    scores = component_log_probs(head, context, prefix)
     best = _Best(table, len(text), min(count, table.num_words), scores)
     expanded = torch.zeros_like(text)
     levels: list[_Level] = []
@@ -236,7 +231,7 @@ def top_words(
         for component, pick in picked:
             expanded += torch.bincount(pick.text, minlength=len(expanded))
             for some in torch.arange(len(pick.text), device=text.device).split(EXPANSIONS):
-                deeper = _expand(composition, softmax, levels[component], pick.where(some))
+                deeper = _expand(head, levels[component], pick.where(some))
                 if component + 2 == table.num_components:
                     best.add(deeper.text, deeper.prefix, deeper.bounds)
                 elif component + 1 == len(levels):
@@ -247,14 +242,12 @@ def top_words(
     return TopWords(*best.result(), expanded)
 
 
-def _expand(
-    composition: Prediction, softmax: ComponentSoftmax, level: _Level, pick: _Pick
-) -> _Level:
+def _expand(head: ComponentHead, level: _Level, pick: _Pick) -> _Level:
     """Conditions contexts on prefixes of a level that are longer by a value."""
     component = level.prefix.size(1)
-    context = composition.extend(level.context.select(pick.node), component, pick.value)
+    context = head.extend(level.context.select(pick.node), component, pick.value)
     prefix = torch.cat([level.prefix[pick.node], pick.value[:, None]], dim=1)
-    bounds = component_log_probs(softmax, context, prefix) + pick.bound[:, None]
+    bounds = component_log_probs(head, context, prefix) + pick.bound[:, None]
     return _Level(context, prefix, pick.text, bounds)
 
 

@@ -8,14 +8,16 @@ ordinary vocabulary, k = 2 the paper.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fairseq_lightrnn import word_table_files
+from fairseq_lightrnn.core import table_files
 
-__all__ = ["WordTable", "balanced_cells", "check_shape", "default_shape"]
+__all__ = ["WordTable", "balanced_cells", "check_shape", "default_shape", "prefix_number"]
 
 
 class WordTable:
@@ -112,12 +114,21 @@ class WordTable:
         """Tells which values of a component lead to a word, given the coordinates before it.
 
         Returns:
-            Booleans of shape (prod(shape[:component]), shape[component]). A distribution over the
-            component is normalised over the true entries of its row.
+            Booleans of shape (prefixes, R_i). A distribution over the component is normalised over
+            the true entries of its row.
         """
-        groups = int(np.prod(self.shape[:component], dtype=np.int64))
-        occupied = self.words.reshape(groups, self.shape[component], -1) >= 0
-        return np.asarray(occupied.any(axis=2))
+        return self.counts(component) > 0
+
+    def counts(self, component: int) -> np.ndarray:
+        """Counts the words that each value of a component leads to.
+
+        Returns:
+            Integers of shape (prefixes, R_i), one row for each prefix: the coordinates before the
+            component, numbered in row-major order (:func:`prefix_number`).
+        """
+        prefixes = math.prod(self.shape[:component])
+        occupied = self.words.reshape(prefixes, self.shape[component], -1) >= 0
+        return np.asarray(occupied.sum(axis=2))
 
     def digest(self) -> str:
         """Returns twelve hexadecimal digits that name this table in logs."""
@@ -144,7 +155,7 @@ class WordTable:
             path: the file; it appears whole or not at all.
             symbols: the V words, in the order of their ids.
         """
-        word_table_files.write(path, symbols, self.coordinates, self.shape)
+        table_files.write(path, symbols, self.coordinates, self.shape)
 
     @classmethod
     def load(cls, path: str | Path, symbols: Sequence[str]) -> WordTable:
@@ -154,9 +165,31 @@ class WordTable:
             ValueError: if the file is damaged or its words are not ``symbols`` in their order; the
                 file, line and word are named.
         """
-        coordinates, shape = word_table_files.read(path, symbols)
+        found, table = cls.load_with_symbols(path)
+        for word, symbol in enumerate(found):
+            if word >= len(symbols) or symbol != symbols[word]:
+                expected = repr(symbols[word]) if word < len(symbols) else "no further word"
+                raise ValueError(
+                    f"{path}: line {word + 2} holds {symbol!r} where the dictionary has "
+                    f"{expected}; the table belongs to another dictionary"
+                )
+        if len(found) < len(symbols):
+            raise ValueError(
+                f"{path}: the dictionary's word {symbols[len(found)]!r} (id {len(found)}) is "
+                "missing; the table belongs to another dictionary"
+            )
+        return table
+
+    @classmethod
+    def load_with_symbols(cls, path: str | Path) -> tuple[list[str], WordTable]:
+        """Reads a table that :meth:`save` wrote, with its words in the order of their ids.
+
+        Raises:
+            ValueError: if the file is damaged; the file and line are named.
+        """
+        symbols, coordinates, shape = table_files.read(path)
         try:
-            return cls(coordinates, shape)
+            return symbols, cls(coordinates, shape)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -166,7 +199,7 @@ class WordTable:
         symbols: Sequence[str],
         specials: Mapping[str, str] | None = None,
     ) -> None:
-        """Writes CNTK's ``vocab.txt`` and ``word-k.location`` into a directory.
+        """Writes CNTK's ``vocab.txt`` and ``word-0.location`` into a directory.
 
         CNTK's tables are square with two components; a table of another shape is written into the
         smallest square that holds it, with its empty cells as -1.
@@ -180,7 +213,7 @@ class WordTable:
             raise ValueError(
                 f"CNTK's table files have two components, this table has {self.num_components}"
             )
-        word_table_files.write_cntk(directory, symbols, self.coordinates, specials or {})
+        table_files.write_cntk(directory, symbols, self.coordinates, specials or {})
 
     @classmethod
     def load_cntk(
@@ -189,8 +222,9 @@ class WordTable:
         symbols: Sequence[str],
         shape: Sequence[int] | None = None,
         specials: Mapping[str, str] | None = None,
+        round: int | None = None,
     ) -> WordTable:
-        """Reads CNTK's ``vocab.txt`` and ``word-k.location`` from a directory.
+        """Reads CNTK's ``vocab.txt`` and ``word-N.location`` from a directory.
 
         Args:
             directory: holds the two files.
@@ -198,16 +232,34 @@ class WordTable:
                 both must hold the same words once ``specials`` are mapped.
             shape: keep only this part of CNTK's square (default: the whole square).
             specials: our word to CNTK's. Words of ours that are mapped to ``""`` do not exist in
-                CNTK's vocabulary: they are given the first empty cells.
+                CNTK's vocabulary: they are given the first empty cells, or new rows below a full
+                square.
+            round: N, the number of reallocations that the table comes after (default: the last).
 
         Raises:
             ValueError: if a word is missing on either side, appears twice or has no cell.
         """
-        coordinates, size = word_table_files.read_cntk(directory, symbols, specials or {})
+        coordinates, whole = table_files.read_cntk(directory, symbols, specials or {}, round)
         try:
-            return cls(coordinates, shape or (size, size))
+            return cls(coordinates, shape or whole)
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from error
+
+
+def prefix_number(coordinates: Any, shape: Sequence[int]) -> Any:
+    """Numbers prefixes, the first coordinates of words, in row-major order.
+
+    Args:
+        coordinates: of the first i components, integers of shape (..., i), an array or a tensor.
+        shape: the sizes of the table.
+
+    Returns:
+        Integers of shape (...); of whole words (i = k) these are their cells.
+    """
+    number = coordinates[..., :0].sum(-1)
+    for component in range(coordinates.shape[-1]):
+        number = number * shape[component] + coordinates[..., component]
+    return number
 
 
 def default_shape(num_words: int, num_components: int = 2) -> tuple[int, ...]:

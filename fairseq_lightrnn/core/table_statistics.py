@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fairseq_lightrnn.word_table import WordTable
+from fairseq_lightrnn.core.table import WordTable
 
 __all__ = [
     "TableComparison",
@@ -111,18 +111,42 @@ def class_mutual_information(table: WordTable, texts: Iterable[np.ndarray]) -> l
     Raises:
         ValueError: if no text has two words.
     """
-    pairs = [np.zeros((size, size)) for size in table.shape]
+    pairs = [_PairCounts(size) for size in table.shape]
     for text in texts:
         coordinates = table.coordinates_of(text)
         for component, counts in enumerate(pairs):
-            values = coordinates[:, component]
-            np.add.at(counts, (values[:-1], values[1:]), 1)
-    if not pairs[0].sum():
+            counts.add(coordinates[:, component])
+    if not len(pairs[0].codes):
         raise ValueError("the text has no two neighbouring words")
-    return [
-        _entropy(counts.sum(axis=1)) + _entropy(counts.sum(axis=0)) - _entropy(counts.reshape(-1))
-        for counts in pairs
-    ]
+    return [counts.mutual_information() for counts in pairs]
+
+
+class _PairCounts:
+    """How often which two values are neighbours; only pairs that occur take memory.
+
+    Args:
+        size: of the component.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.codes: np.ndarray = np.empty(0, dtype=np.int64)
+        self.counts: np.ndarray = np.empty(0)
+
+    def add(self, values: np.ndarray) -> None:
+        """Counts the pairs of neighbours in a text."""
+        new, counts = np.unique(values[:-1] * self.size + values[1:], return_counts=True)
+        codes = np.concatenate([self.codes, new])
+        self.codes, place = np.unique(codes, return_inverse=True)
+        self.counts = np.bincount(place, np.concatenate([self.counts, counts]))
+
+    def mutual_information(self) -> float:
+        """Returns the mutual information of the two values of a pair, in bits."""
+        first, second = np.divmod(self.codes, self.size)
+        sides = _entropy(np.bincount(first, self.counts)) + _entropy(
+            np.bincount(second, self.counts)
+        )
+        return sides - _entropy(self.counts)
 
 
 def compare(first: WordTable, second: WordTable) -> TableComparison:

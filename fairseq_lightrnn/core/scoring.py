@@ -10,23 +10,41 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq_lightrnn.components import ComponentSoftmax
-from fairseq_lightrnn.distribution import next_word_entropy_and_rank
+from fairseq_lightrnn.core.conditioning import Context
+from fairseq_lightrnn.core.decoder import Decoded
+from fairseq_lightrnn.core.distribution import next_word_entropy_and_rank
+from fairseq_lightrnn.core.head import ComponentHead
 
-if TYPE_CHECKING:
-    from fairseq_lightrnn.composition import Composition, Context
-
-__all__ = ["CorpusScore", "Scorer", "WordScores"]
+__all__ = ["DEFAULT_BATCH_WORDS", "CorpusScore", "Scorer", "TextDecoder", "WordScores"]
 
 DEFAULT_BATCH_WORDS = 2048
 # Batches' worth of sentences that are sorted by length together.
 _BUFFERED_BATCHES = 32
+
+
+class TextDecoder(Protocol):
+    """What a language model is to its scorer; a recurrent ``Decoder`` is one.
+
+    Attributes:
+        head: predicts words.
+        carries_state: whether a text can be read in pieces, each from the state after the one
+            before.
+    """
+
+    head: ComponentHead
+    carries_state: bool
+
+    def __call__(self, words: Tensor, state: Any = None) -> Decoded:
+        """Predicts each word of consecutive text, (B, T+1), but the first."""
+
+    def read(self, words: Tensor, context: Context | None = None) -> Context:
+        """Reads words (B, T) that follow a context."""
 
 
 class WordScores(NamedTuple):
@@ -56,10 +74,9 @@ class Scorer:
     """Scores sentences with a trained model.
 
     Args:
-        composition: reads words; in evaluation mode.
-        softmax: predicts components.
-        start: the word that the first word of a text is predicted from (end of sentence, with
-            fairseq's language models).
+        decoder: reads and predicts words; in evaluation mode.
+        start: the word, or words, that the first word of a text is predicted from (an end of
+            sentence, with fairseq's language models).
         batch_words: words, with padding, that are scored at once. Results do not depend on it.
         details: compute entropies and ranks too. They cost a pass over the vocabulary for each
             word.
@@ -70,35 +87,42 @@ class Scorer:
 
     def __init__(
         self,
-        composition: Composition,
-        softmax: ComponentSoftmax,
-        start: int,
+        decoder: TextDecoder,
+        start: int | Sequence[int],
         *,
         batch_words: int = DEFAULT_BATCH_WORDS,
         details: bool = False,
     ) -> None:
         if batch_words < 1:
             raise ValueError(f"batch_words {batch_words}: must be at least 1")
-        self.composition = composition
-        self.softmax = softmax
-        self.start = start
+        self.decoder = decoder
+        self.start = np.atleast_1d(np.array(start, dtype=np.int64))
         self.batch_words = batch_words
         self.details = details
 
     def score(
-        self, sentences: Iterable[Sequence[int] | np.ndarray], carried: bool = False
+        self, sentences: Iterable[Sequence[int] | np.ndarray | None], carried: bool = False
     ) -> Iterator[WordScores]:
         """Scores sentences in their order.
 
+        Raises:
+            ValueError: if sentences are to be carried on by a decoder that carries no state.
+
         Args:
             sentences: word ids of each, the end of sentence among them where it is to be scored.
+                None asks for the scores of all sentences before it, without a further one.
             carried: let each sentence be predicted from all that came before it; otherwise each
                 starts afresh.
         """
-        arrays = (np.asarray(sentence, dtype=np.int64) for sentence in sentences)
+        if carried and not self.decoder.carries_state:
+            raise ValueError("this model carries no hidden state from sentence to sentence")
+        arrays = (
+            None if sentence is None else np.asarray(sentence, dtype=np.int64)
+            for sentence in sentences
+        )
         return self._consecutive(arrays) if carried else self._independent(arrays)
 
-    def _independent(self, sentences: Iterator[np.ndarray]) -> Iterator[WordScores]:
+    def _independent(self, sentences: Iterator[np.ndarray | None]) -> Iterator[WordScores]:
         for group in _groups(sentences, self.batch_words * _BUFFERED_BATCHES):
             results: list[WordScores] = [_NO_WORDS] * len(group)
             for indices in _batches([len(sentence) for sentence in group], self.batch_words):
@@ -109,22 +133,24 @@ class Scorer:
 
     def _batch(self, sentences: list[np.ndarray]) -> list[WordScores]:
         """Scores sentences, the longest first; a single one may be of any length."""
-        lengths = [len(sentence) for sentence in sentences]
-        words = np.full((len(sentences), lengths[0] + 1), self.start)
-        for row, sentence in zip(words, sentences, strict=True):
-            row[1 : len(sentence) + 1] = sentence
+        first = len(self.start) - 1  # of the start itself, all words but the first are predicted
+        ends = [first + len(sentence) for sentence in sentences]
+        words = np.full((len(sentences), ends[0] + 1), self.start[-1])
+        words[:, : len(self.start)] = self.start
+        for row, sentence, end in zip(words, sentences, ends, strict=True):
+            row[len(self.start) : end + 1] = sentence
         reader = _Reader(self)
-        scores = reader.score(torch.from_numpy(words), lengths)
-        return [scores.part(row, 0, length) for row, length in enumerate(lengths)]
+        scores = reader.score(torch.from_numpy(words), ends)
+        return [scores.part(row, first, end) for row, end in enumerate(ends)]
 
-    def _consecutive(self, sentences: Iterator[np.ndarray]) -> Iterator[WordScores]:
-        reader, last = _Reader(self), np.array([self.start])
+    def _consecutive(self, sentences: Iterator[np.ndarray | None]) -> Iterator[WordScores]:
+        reader, last = _Reader(self), self.start
         for group in _groups(sentences, self.batch_words):
             words = np.concatenate([last, *group])
-            last = words[-1:]
             pieces = [len(sentence) for sentence in group]
+            ends = len(last) - 1 + np.cumsum(pieces)
+            last = words[-1:]
             scores = reader.score(torch.from_numpy(words[None]), [len(words) - 1])
-            ends = np.cumsum(pieces)
             for start, end in zip(ends - pieces, ends, strict=True):
                 yield scores.part(0, start, end)
 
@@ -134,7 +160,7 @@ class _Reader:
 
     def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
-        self.device = scorer.softmax.table.cells.device
+        self.device = scorer.decoder.head.table.cells.device
         self.state: Any = None
         self.context: Context | None = None
 
@@ -142,13 +168,15 @@ class _Reader:
     def score(self, words: Tensor, lengths: Sequence[int]) -> WordScores:
         """Scores all words of (B, T+1) but the first; the results have shapes (B, T, …)."""
         batch, width = words.shape[0], words.shape[1] - 1
-        components = self.scorer.softmax.table.num_components
+        components = self.scorer.decoder.head.table.num_components
         result = WordScores(
             np.zeros((batch, width, components)),
             np.zeros((batch, width)) if self.scorer.details else None,
             np.zeros((batch, width), dtype=np.int64) if self.scorer.details else None,
         )
-        step = max(1, self.scorer.batch_words // batch)
+        step = max(
+            1, self.scorer.batch_words // batch if self.scorer.decoder.carries_state else width
+        )
         for start in range(0, width, step):
             block = words[:, start : start + step + 1].to(self.device)
             part = slice(start, start + block.size(1) - 1)
@@ -160,23 +188,23 @@ class _Reader:
         return result
 
     def _log_probs(self, words: Tensor) -> Tensor:
-        coordinates = self.scorer.softmax.table(words)
-        hidden, self.state = self.scorer.composition(coordinates, self.state)
-        scores = self.scorer.softmax(hidden.flatten(0, 1), coordinates[:, 1:].flatten(0, 1))
+        hidden, self.state, *_ = self.scorer.decoder(words, self.state)
+        softmax = self.scorer.decoder.head.softmax
+        scores: Tensor = softmax(hidden.flatten(0, 1), words[:, 1:].flatten())
         return scores.reshape(*hidden.shape[:2], -1).double()
 
     def _details(self, words: Tensor, left: np.ndarray) -> tuple[Tensor, Tensor]:
         """Returns entropies and ranks; ``left`` tells how many words of each text there are."""
-        composition, softmax = self.scorer.composition, self.scorer.softmax
+        decoder = self.scorer.decoder
         shape = (words.size(0), words.size(1) - 1)
         entropy = torch.zeros(shape, dtype=torch.float64, device=self.device)
         rank = torch.zeros(shape, dtype=torch.long, device=self.device)
         for step in range(shape[1]):
-            self.context = composition.read(softmax.table(words[:, step : step + 1]), self.context)
+            self.context = decoder.read(words[:, step : step + 1], self.context)
             # Texts that have ended are still read, but what follows them is not computed.
             active = torch.from_numpy(np.flatnonzero(left > step)).to(self.device)
             found = next_word_entropy_and_rank(
-                composition, softmax, self.context.select(active), words[active, step + 1]
+                decoder.head, self.context.select(active), words[active, step + 1]
             )
             entropy[active, step], rank[active, step] = found
         return entropy, rank
@@ -185,14 +213,15 @@ class _Reader:
 _NO_WORDS = WordScores(np.zeros((0, 0)))
 
 
-def _groups(sentences: Iterator[np.ndarray], words: int) -> Iterator[list[np.ndarray]]:
-    """Yields sentences in groups of about so many words."""
+def _groups(sentences: Iterator[np.ndarray | None], words: int) -> Iterator[list[np.ndarray]]:
+    """Yields sentences in groups of about so many words; None ends a group."""
     group: list[np.ndarray] = []
     size = 0
     for sentence in sentences:
-        group.append(sentence)
-        size += len(sentence) + 1
-        if size >= words:
+        if sentence is not None:
+            group.append(sentence)
+            size += len(sentence) + 1
+        if size >= words or (sentence is None and group):
             yield group
             group, size = [], 0
     if group:

@@ -1,0 +1,261 @@
+"""What a word has beyond its row and its column: a bias, numbers of its own, further tables.
+
+Each is a :class:`WordFeature`: one object that words are read by and predicted with. The word table
+alone says how a word's probability is factored into components; features add to what a word is read
+by, and to the logits of its last component. So probabilities sum to 1 as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fairseq_lightrnn.core.grouped_product import grouped_product
+from fairseq_lightrnn.core.seats import Seats
+
+__all__ = [
+    "FurtherTables",
+    "OwnNumbers",
+    "WordBias",
+    "WordFeature",
+    "look_up",
+    "query_layer",
+    "uniform_vectors",
+]
+
+_INIT_RANGE = 0.1
+
+
+def uniform_vectors(rows: int, dim: int) -> nn.Parameter:
+    """Returns vectors of shape (rows, dim) as embeddings start: uniform between -0.1 and 0.1."""
+    return nn.Parameter(torch.empty(rows, dim).uniform_(-_INIT_RANGE, _INIT_RANGE))
+
+
+def look_up(weight: Tensor, index: Tensor, dropout: float = 0.0) -> Tensor:
+    """Looks up rows of a matrix, some of the rows dropped wherever they occur.
+
+    Args:
+        weight: shape (rows, d).
+        index: integers of shape (...).
+        dropout: the probability that a row is dropped; the others are scaled.
+
+    Returns:
+        Shape (..., d).
+    """
+    vectors = F.embedding(index, weight)
+    if not dropout:
+        return vectors
+    kept = F.dropout(weight.new_ones(len(weight), 1), dropout)
+    return vectors * F.embedding(index, kept)
+
+
+def query_layer(dim: int, size: int) -> nn.Linear:
+    """Returns the projection of outputs to the query that e numbers of words are multiplied with.
+
+    The numbers start at zero, and Adam moves every number by about as much in a step. So what the e
+    numbers of a word add to its logit changes with Σ_i |q_i|, q being their query, where the d
+    numbers of a word in an ordinary softmax change it with Σ_j |h_j|. The query starts with that
+    sum, or few numbers would learn slowly: as random projections of h, d/e times as large as h.
+    (Steps of plain SGD grow with the query: there the numbers learn d/e times as fast.)
+
+    Args:
+        dim: d, the width of outputs.
+        size: e.
+    """
+    query = nn.Linear(dim, size, bias=False)
+    nn.init.normal_(query.weight, std=dim**0.5 / size)
+    return query
+
+
+class WordFeature(nn.Module):
+    """Something that every word has beyond its row and column.
+
+    Attributes:
+        query: projects outputs (d) to what the feature is scored with (e), or None.
+    """
+
+    query: nn.Linear | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = None
+
+    def ask(self, outputs: Tensor) -> Tensor | None:
+        """Returns the query (..., e) of outputs (..., d) that predict words' first components."""
+        return None if self.query is None else self.query(outputs)
+
+    def read(self, words: Tensor, dropout: float = 0.0) -> Tensor | None:
+        """Returns what words (...) are read by, (..., d), or None for nothing.
+
+        Args:
+            words: integers of any shape.
+            dropout: the probability that a vector or a word's numbers are dropped wherever they
+                occur.
+        """
+        return None
+
+    def score_rows(self, query: Tensor | None, rows: Tensor, members: Tensor) -> Tensor:
+        """Scores the words of one row for each query.
+
+        Args:
+            query: of shape (N, e), or None.
+            rows: the row of each, integers of shape (N,).
+            members: the words of all rows, integers of shape (rows, C).
+
+        Returns:
+            What is added to their logits, shape (N, C).
+        """
+        raise NotImplementedError
+
+    def score_all(self, query: Tensor | None) -> Tensor:
+        """Scores all V words: shape (N, V), or (1, V) of a feature that asks for no query."""
+        raise NotImplementedError
+
+
+class WordBias(WordFeature):
+    """A bias for every word, which starts at zero.
+
+    Args:
+        num_words: V.
+    """
+
+    def __init__(self, num_words: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(num_words))
+
+    def score_rows(self, query: Tensor | None, rows: Tensor, members: Tensor) -> Tensor:
+        """See :meth:`WordFeature.score_rows`."""
+        return self.bias[members[rows]]
+
+    def score_all(self, query: Tensor | None) -> Tensor:
+        """See :meth:`WordFeature.score_all`."""
+        return self.bias[None]
+
+
+class OwnNumbers(WordFeature):
+    """A few numbers of every word's own, for reading and for predicting it; they start at zero.
+
+    They are projected to the width of an input, and multiplied with a query of the outputs.
+
+    Args:
+        num_words: V.
+        size: e, the numbers of a word.
+        input_dim: the width of the vectors that words are read by; 0 if they are not read.
+        output_dim: d, the width of the outputs; 0 if words are not predicted.
+    """
+
+    def __init__(self, num_words: int, size: int, input_dim: int, output_dim: int) -> None:
+        super().__init__()
+        self.numbers = nn.Parameter(torch.zeros(num_words, size))
+        self.projection = nn.Linear(size, input_dim, bias=False) if input_dim else None
+        self.query = query_layer(output_dim, size) if output_dim else None
+
+    def read(self, words: Tensor, dropout: float = 0.0) -> Tensor | None:
+        """See :meth:`WordFeature.read`."""
+        if self.projection is None:
+            return None
+        return self.projection(look_up(self.numbers, words, dropout))
+
+    def score_rows(self, query: Tensor | None, rows: Tensor, members: Tensor) -> Tensor:
+        """See :meth:`WordFeature.score_rows`."""
+        return grouped_product(cast(Tensor, query), rows, members, self.numbers)
+
+    def score_all(self, query: Tensor | None) -> Tensor:
+        """See :meth:`WordFeature.score_all`."""
+        return cast(Tensor, query) @ self.numbers.T
+
+
+class FurtherTables(WordFeature):
+    """Further tables of the same words, in which every word has a cell too.
+
+    A word shares its row and its column with others, and a model of one table has nothing else to
+    know it by. In a second table it shares them with other words: the vectors of all its cells
+    together are nearly its own, at the cost of 2·√V vectors a table for V words. They are added to
+    what words are read by; their products with a query are added to the logits.
+
+    Args:
+        count: M, the number of tables.
+        num_words: V.
+        shape: the k sizes of each table.
+        input_dim: the width of the vectors that words are read by.
+        output_dim: d, the width of the outputs.
+        shared: read and predict by the same vectors; the widths must be equal.
+
+    Attributes:
+        tables: where the words sit in each table.
+        input_vectors: parameter of shape (M·ΣR_i, input_dim): one vector for each value of each
+            component of each table.
+        output_vectors: parameter of shape (M·ΣR_i, d). It starts at zero, unless shared.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        num_words: int,
+        shape: Sequence[int],
+        input_dim: int,
+        output_dim: int,
+        shared: bool = False,
+    ) -> None:
+        super().__init__()
+        if count < 1:
+            raise ValueError(f"{count} further tables: expected at least 1")
+        if shared and input_dim != output_dim:
+            raise ValueError(f"shared vectors need equal widths, got {input_dim} and {output_dim}")
+        self.tables = nn.ModuleList(Seats(num_words, shape) for _ in range(count))
+        self._sizes = count * list(shape)
+        self.input_vectors = uniform_vectors(sum(self._sizes), input_dim)
+        self.output_vectors = (
+            self.input_vectors
+            if shared
+            else nn.Parameter(torch.zeros(sum(self._sizes), output_dim))
+        )
+        self.query = query_layer(output_dim, output_dim)
+
+    def read(self, words: Tensor, dropout: float = 0.0) -> Tensor:
+        """See :meth:`WordFeature.read`."""
+        starts = accumulate(self._sizes[:-1], initial=0)
+        placed = zip(starts, self._coordinates(words), strict=True)
+        index = torch.stack([start + coordinate for start, coordinate in placed], dim=-1)
+        # (..., M·k, input_dim) -> (..., input_dim)
+        return look_up(self.input_vectors, index, dropout).sum(dim=-2)
+
+    def score_rows(self, query: Tensor | None, rows: Tensor, members: Tensor) -> Tensor:
+        """See :meth:`WordFeature.score_rows`."""
+        return self._sum_scores(query, members[rows])
+
+    def score_all(self, query: Tensor | None) -> Tensor:
+        """See :meth:`WordFeature.score_all`."""
+        first = cast(Seats, self.tables[0])
+        return self._sum_scores(
+            query, torch.arange(first.num_words, device=first.coordinates.device)
+        )
+
+    def _coordinates(self, words: Tensor) -> Iterator[Tensor]:
+        """Yields words' coordinates, table by table and component by component."""
+        for table in self.tables:
+            yield from table(words).unbind(-1)
+
+    def _sum_scores(self, query: Tensor | None, words: Tensor) -> Tensor:
+        """Sums the scores of each word's rows and columns.
+
+        Args:
+            query: of shape (N, d).
+            words: integers of shape (N, C), or of shape (C,) for the same in each of the N.
+
+        Returns:
+            Shape (N, C).
+        """
+        scores = F.linear(cast(Tensor, query), self.output_vectors)
+        # A gather's gradient is as large as what it gathers from: of each component its own scores.
+        total: Tensor | None = None
+        parts = zip(scores.split(self._sizes, dim=1), self._coordinates(words), strict=True)
+        for part, index in parts:
+            one = part.gather(1, index) if index.dim() > 1 else part.index_select(1, index)
+            total = one if total is None else total + one
+        return cast(Tensor, total)

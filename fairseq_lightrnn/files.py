@@ -1,0 +1,200 @@
+"""The one way in which this package reads text and writes files.
+
+Written is what the path leads to: devices and pipes get the bytes, symbolic links are followed,
+and a regular file appears whole or not at all, with the mode and owner that it had. ``-`` is the
+standard input or output. Text is UTF-8; what is compressed by gzip is read as what it holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import os
+import re
+import secrets
+import stat
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+__all__ = ["STANDARD", "open_bytes", "read_lines", "read_text", "text_chunks", "whole_file"]
+
+STANDARD = "-"
+_BOM = "\ufeff"
+_GZIP = b"\x1f\x8b"
+_READ_AT_ONCE = 1 << 20
+# Paths of files that this process has open already: opened anew, they would begin anew.
+_OPEN = re.compile(r"/dev/(stdout|stderr)|/(?:dev|proc/self)/fd/(\d+)")
+
+
+@contextmanager
+def whole_file(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]:
+    """Opens a file for writing.
+
+    Args:
+        path: the file; ``-`` is the standard output.
+        binary: write bytes instead of text.
+
+    Raises:
+        ValueError: if the folder does not exist, or the path is a folder.
+        OSError: whatever else stands in the way.
+    """
+    path = os.fspath(path)
+    if path == STANDARD:
+        if sys.stdout is None:
+            raise ValueError("the standard output is closed")
+        yield sys.stdout.buffer if binary else sys.stdout
+        sys.stdout.flush()
+        return
+    if not path:
+        raise ValueError("the name of a file to write is empty")
+    already = _OPEN.fullmatch(path)
+    if already is not None:
+        number = {"stdout": 1, "stderr": 2}.get(already[1]) or int(already[2] or 0)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        with _opened(os.dup(number), binary) as file:
+            yield file
+        return
+    kept = _status(path)
+    if kept is not None and not stat.S_ISREG(kept.st_mode):
+        if stat.S_ISDIR(kept.st_mode):
+            raise ValueError(f"{path}: is a folder, not a file to write")
+        with _opened(os.open(path, os.O_WRONLY), binary) as file:
+            yield file
+        return
+    if kept is not None and not os.access(path, os.W_OK):
+        raise PermissionError(13, "is write-protected", path)
+    target = os.path.realpath(path)
+    folder, name = os.path.split(target)
+    if not os.path.isdir(folder):
+        raise ValueError(f"{path}: there is no folder {folder} to write into")
+    # Short enough for every file system, and hidden if the machine dies.
+    partial = os.path.join(folder, f".{name[:40]}.{secrets.token_hex(8)}")
+    mode = 0o666 if kept is None else stat.S_IMODE(kept.st_mode)
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with _opened(descriptor, binary) as file:
+            if kept is not None:
+                with contextlib.suppress(OSError):  # only root can give a file away
+                    os.fchown(descriptor, kept.st_uid, kept.st_gid)
+                os.fchmod(descriptor, mode)
+            yield file
+        os.replace(partial, target)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+
+
+def _status(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _opened(descriptor: int, binary: bool) -> IO[Any]:
+    if binary:
+        return os.fdopen(descriptor, "wb")
+    return os.fdopen(descriptor, "w", encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def open_bytes(path: str | Path, what: str = "file") -> Iterator[BinaryIO]:
+    """Opens a file, pipe or device for reading, decompressed if it is compressed by gzip.
+
+    Args:
+        path: ``-`` is the standard input.
+        what: it should be, for errors.
+
+    Raises:
+        ValueError: if there is no such file, or it is a folder or damaged.
+    """
+    path = os.fspath(path)
+    name = "standard input" if path == STANDARD else path
+    with contextlib.ExitStack() as stack:
+        if path == STANDARD:
+            if sys.stdin is None:
+                raise ValueError("the standard input is closed")
+            raw: Any = sys.stdin.buffer
+        else:
+            try:
+                raw = stack.enter_context(open(path, "rb"))
+            except (FileNotFoundError, NotADirectoryError):
+                raise ValueError(f"{path}: no such {what}") from None
+            except IsADirectoryError:
+                raise ValueError(f"{path}: no such {what}, it is a folder") from None
+        if not hasattr(raw, "peek"):
+            raw = io.BufferedReader(raw)
+        compressed = raw.peek(2)[:2] == _GZIP
+        try:
+            file: Any = stack.enter_context(gzip.GzipFile(fileobj=raw)) if compressed else raw
+            yield file
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{name}: is damaged, gzip cannot read it ({error})") from None
+
+
+def text_chunks(path: str | Path, what: str = "text file") -> Iterator[list[str]]:
+    """Yields the lines of a text, as many at a time as can be read without waiting for more.
+
+    Only a newline ends a line, with a carriage return before it or not. A byte-order mark at the
+    beginning is no part of the text.
+
+    Args:
+        path: ``-`` is the standard input.
+        what: it should be, for errors.
+
+    Raises:
+        ValueError: if there is no such file, or a line is not UTF-8; file, line and byte are named.
+    """
+    name = "standard input" if os.fspath(path) == STANDARD else os.fspath(path)
+    number = 0
+    begun: list[bytes] = []  # the pieces of a line whose end has not come
+
+    def decoded(line: bytes) -> str:
+        nonlocal number
+        number += 1
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{name}: line {number} is not UTF-8 (byte {line[error.start]:#04x} at column "
+                f"{error.start + 1}); convert it, for example with iconv -t utf-8"
+            ) from None
+        return (text.removeprefix(_BOM) if number == 1 else text).removesuffix("\r")
+
+    with open_bytes(path, what) as file:
+        while chunk := file.read1(_READ_AT_ONCE):  # type: ignore[attr-defined]
+            first, *rest = chunk.split(b"\n")
+            begun.append(first)
+            if rest:
+                lines = [b"".join(begun), *rest[:-1]]
+                begun = [rest[-1]]
+                yield [decoded(line) for line in lines]
+        last = b"".join(begun)
+        if last:
+            yield [decoded(last)]
+
+
+def read_lines(path: str | Path, what: str = "text file") -> Iterator[str]:
+    """Yields the lines of a text one by one; see :func:`text_chunks`."""
+    for chunk in text_chunks(path, what):
+        yield from chunk
+
+
+def read_text(path: str | Path, what: str = "file") -> str:
+    """Returns a text with its line ends as they are, but without a byte-order mark.
+
+    Raises:
+        ValueError: if there is no such file, or it is not UTF-8.
+    """
+    with open_bytes(path, what) as file:
+        content = file.read()
+    try:
+        return content.decode("utf-8").removeprefix(_BOM)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a {what}, its bytes are not UTF-8 ({error})") from None

@@ -1,0 +1,66 @@
+"""The processes of a training: which one this is, and a table that all of them have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+
+from fairseq_lightrnn.core.table import WordTable
+
+__all__ = ["rank", "table_of_first_worker", "world_size"]
+
+# A table of many words takes longer than torch lets workers wait for each other: 10 minutes with
+# nccl, 30 with gloo. A worker that dies ends the wait of the others all the same.
+_PATIENCE = timedelta(days=30)
+_patient: tuple[Any, Any] | None = None  # the group of all workers, and its like for long waits
+
+
+def rank() -> int:
+    """Returns the number of this worker."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Returns the number of workers."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _patient_group() -> Any:
+    """Returns a group of all workers for long waits; all must ask for it at about the same time."""
+    global _patient
+    world = torch.distributed.group.WORLD
+    if _patient is None or _patient[0] is not world:
+        backend = "gloo" if torch.distributed.is_gloo_available() else None
+        _patient = world, torch.distributed.new_group(timeout=_PATIENCE, backend=backend)
+    return _patient[1]
+
+
+def table_of_first_worker(
+    make: Callable[[], WordTable],
+    num_words: int,
+    shape: Sequence[int],
+    device: torch.device | str,
+) -> WordTable:
+    """Returns on every worker the table that the first one makes, however long that takes.
+
+    Args:
+        make: is called on the first worker alone.
+        num_words: V, of the table.
+        shape: of the table.
+        device: of the model; workers exchange tensors on it where torch comes without gloo.
+    """
+    if world_size() == 1:
+        return make()
+    # Before the first worker is busy: workers meet to form a group, and for that none waits long.
+    group = _patient_group()
+    at = "cpu" if torch.distributed.get_backend(group) == "gloo" else device
+    cells = torch.empty(num_words, dtype=torch.int64, device=at)
+    if rank() == 0:
+        cells.copy_(torch.from_numpy(np.array(make().cells)))
+    torch.distributed.broadcast(cells, 0, group=group)
+    return WordTable.from_cells(cells.cpu().numpy(), shape)
