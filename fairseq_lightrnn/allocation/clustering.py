@@ -15,9 +15,9 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from fairseq_lightrnn.allocation.balanced_assignment import balanced_assignment
+from fairseq_lightrnn.allocation.assignment import SolverOptions, assign
 from fairseq_lightrnn.allocation.costs import LowRankCosts
-from fairseq_lightrnn.word_table import WordTable, balanced_cells
+from fairseq_lightrnn.core.table import WordTable, balanced_cells
 
 __all__ = ["table_of_vectors", "unexplained"]
 
@@ -48,9 +48,12 @@ def table_of_vectors(
     shape: Sequence[int],
     seed: int = 1,
     num_threads: int | None = None,
-    joint: bool = True,
 ) -> WordTable:
     """Clusters the words for one coordinate after the other, on what is not explained yet.
+
+    Then coordinates are chosen again, each by what all others do not explain of both vectors, as
+    long as that brings the sums of centroids nearer. There are no more rounds than form 2^31 costs
+    of a word at a row or column: none for a square table of more than a million words.
 
     Args:
       vectors: (V, d) word vectors.
@@ -60,25 +63,20 @@ def table_of_vectors(
       shape: k sizes of the table, with at least V cells.
       seed: of the k-means.
       num_threads: threads; the table does not depend on it.
-      joint: then choose coordinates again, each by what all others do not explain of both vectors,
-        as long as that brings the sums of centroids nearer. There are no more rounds than form 2^31
-        costs of a word at a row or column: none for a square table of more than a million words.
 
     Returns:
       The table; the occupied cells are those of `balanced_cells`.
     """
     num_words = len(vectors)
     cells = balanced_cells(num_words, shape)
-    occupied = np.zeros(int(np.prod(shape)), bool)
-    occupied[cells] = True
-    occupied = occupied.reshape(shape)
+    filled = WordTable.from_cells(cells, shape)
     random = np.random.default_rng(seed)
     groups = np.zeros(num_words, np.int64)
     coordinates = np.empty((num_words, len(shape)), np.int64)
     parts = [vectors] if columns is None or columns is vectors else [vectors, columns]
     with ThreadPoolExecutor(num_threads or os.cpu_count() or 1) as executor:
         for stage, size in enumerate(shape):
-            capacities = _capacities(occupied, stage)
+            capacities = filled.counts(stage)
             clusters, centroids = _balanced_clusters(
                 vectors, weights, groups, capacities, random, executor
             )
@@ -91,9 +89,9 @@ def table_of_vectors(
             vectors = vectors - centroids[clusters]
             groups = groups * size + clusters
         rounds = min(_JOINT_ROUNDS, _JOINT_ENTRIES // max(1, num_words * sum(shape)))
-        if joint and len(shape) > 1 and rounds:
+        if len(shape) > 1 and rounds:
             del vectors  # what is left of them
-            _settle(np.hstack(parts), weights, coordinates, occupied, rounds, executor)
+            _settle(np.hstack(parts), weights, coordinates, filled, rounds, executor)
     return WordTable(coordinates, shape)
 
 
@@ -159,7 +157,7 @@ def _settle(
     vectors: np.ndarray,
     weights: np.ndarray,
     coordinates: np.ndarray,
-    occupied: np.ndarray,
+    filled: WordTable,
     rounds: int,
     executor: Executor,
 ) -> None:
@@ -169,18 +167,18 @@ def _settle(
       vectors: (V, d) word vectors.
       weights: (V,) weight of each word.
       coordinates: (V, k) of each word; changed in place.
-      occupied: which cells of the table have a word, of the table's shape.
+      filled: any table with words in the cells that are to have one.
       rounds: at most.
       executor: runs the groups in parallel.
     """
-    shape = occupied.shape
+    shape = filled.shape
     sums = _Sums(vectors, weights, list(coordinates.T), shape)  # the places are views
     sums.fit(_FITS)
     best, kept = sums.cost(), coordinates.copy()
     for _ in range(rounds):
         groups = np.zeros(len(vectors), np.int64)
         for stage, size in enumerate(shape):
-            capacities = _capacities(occupied, stage)
+            capacities = filled.counts(stage)
             split = _Split(sums.rest(stage), weights, groups, capacities, executor)
             coordinates[:, stage], _ = split.assign(sums.centroids[stage], _GAP)
             groups = groups * size + coordinates[:, stage]
@@ -192,20 +190,6 @@ def _settle(
             break
         best = cost
     coordinates[:] = kept
-
-
-def _capacities(occupied: np.ndarray, stage: int) -> np.ndarray:
-    """Returns how many words each value of a coordinate takes, for all coordinates before it.
-
-    Args:
-      occupied: which cells of the table have a word, of the table's shape.
-      stage: number of the coordinate.
-
-    Returns:
-      (groups, R) words.
-    """
-    size = occupied.shape[stage]
-    return occupied.reshape(-1, size, int(np.prod(occupied.shape[stage + 1 :]))).sum(axis=2)
 
 
 def _balanced_clusters(
@@ -297,10 +281,10 @@ class _Split:
                 return 0.0
             index = torch.from_numpy(words)
             costs = LowRankCosts(self.weighted[index], places, self.counts[index], biases)
-            found = balanced_assignment(
-                costs, self.capacities[group], gap=gap, prices=self.prices[group], finish=False
+            found = assign(
+                costs, self.capacities[group], SolverOptions(gap), prices=self.prices[group]
             )
-            clusters[words] = found.assignment
+            clusters[words] = found.places
             self.prices[group] = found.prices
             return found.cost
 

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-__all__ = ["SIDES", "CoOccurrence", "neighbour_counts", "positive_information", "word_vectors"]
-
-SIDES = ("both", "left", "right")
+__all__ = ["CoOccurrence", "neighbour_counts", "positive_information", "word_vectors"]
 
 _CHUNK = 1 << 22  # tokens that are counted at once
 _CONTEXT_POWER = 0.75  # flattens the context distribution, so that rare contexts do not dominate
@@ -35,47 +33,31 @@ class CoOccurrence:
 
     Attributes:
       window: for rows, neighbours up to this distance count, one at distance n as 1/n.
-      column_window: likewise for the components after the first; None for the same window.
-      sides: ``both``, or neighbours on the ``left`` or on the ``right`` alone.
+      column_window: likewise for the components after the first.
       weight_power: a word weighs its count to this power; frequent words matter more to a row.
       num_contexts: only so many of the most frequent words count as neighbours; bounds the memory.
       dim: of the word vectors.
-      singular_power: singular vectors are multiplied with the singular values to this power.
-      unit_length: scale word vectors to length 1; those of frequent words are longer otherwise.
-      joint: settle rows and columns together in the end (`table_of_vectors`).
 
     Raises:
       ValueError: a value is out of range.
     """
 
     window: int = 1
-    column_window: int | None = 5
-    sides: str = "both"
+    column_window: int = 5
     weight_power: float = 0.75
     num_contexts: int = 20_000
     dim: int = 100
-    singular_power: float = 1.0
-    unit_length: bool = True
-    joint: bool = True
 
     def __post_init__(self) -> None:
-        if self.sides not in SIDES:
-            raise ValueError(f"sides must be one of {', '.join(SIDES)}, got {self.sides!r}")
         for name in ("window", "column_window", "num_contexts", "dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("weight_power", "singular_power"):
-            if not 0 <= getattr(self, name) < np.inf:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.weight_power < np.inf:
+            raise ValueError(f"weight_power must not be negative, got {self.weight_power}")
 
 
 def neighbour_counts(
-    tokens: Iterable[np.ndarray],
-    num_words: int,
-    num_contexts: int,
-    window: int = 1,
-    sides: str = "both",
+    tokens: Iterable[np.ndarray], num_words: int, num_contexts: int, window: int = 1
 ) -> tuple[sparse.csr_array, np.ndarray]:
     """Counts how often each word has each other word on its left and on its right.
 
@@ -87,11 +69,10 @@ def neighbour_counts(
       num_words: V, size of the dictionary.
       num_contexts: see `CoOccurrence`, as for the others.
       window: see there.
-      sides: see there.
 
     Returns:
-      Counts (V, 2 M), right neighbours first, over the M <= ``num_contexts`` most frequent words,
-      0 on a side that does not count; and the occurrences of each word, (V,).
+      Counts (V, 2 M), right neighbours first, over the M <= ``num_contexts`` most frequent
+      words; and the occurrences of each word, (V,).
 
     Raises:
       ValueError: a word id is out of range.
@@ -105,14 +86,11 @@ def neighbour_counts(
     column = np.full(num_words, -1, np.int64)
     column[order] = np.arange(len(order))
     total = sparse.csr_array((num_words, 2 * len(order)), dtype=np.float64)
-    share = _shares(counts) if window > 1 else np.ones(num_words)
+    share = _sampled_share(counts) if window > 1 else np.ones(num_words)
     sampled, random = bool((share < 1).any()), np.random.default_rng(0)
     for distance in range(1, window + 1):
         for left, right in _pairs(pieces, distance):
-            directions = {"right": (left, right, 0), "left": (right, left, len(order))}
-            for side, (centre, neighbour, offset) in directions.items():
-                if sides not in ("both", side):
-                    continue
+            for centre, neighbour, offset in ((left, right, 0), (right, left, len(order))):
                 known = column[neighbour] >= 0
                 if sampled:
                     known &= random.random(len(centre)) < share[centre]
@@ -122,7 +100,7 @@ def neighbour_counts(
     return sparse.csr_array(total), counts
 
 
-def _shares(counts: np.ndarray) -> np.ndarray:
+def _sampled_share(counts: np.ndarray) -> np.ndarray:
     """Returns which share of each word's occurrences a sample of bounded size takes, (V,)."""
     low, most = 0.0, float(counts.max(initial=0))
     if counts.sum() <= _WIDE_OCCURRENCES:
@@ -178,10 +156,8 @@ def positive_information(counts: sparse.csr_array) -> sparse.csr_array:
     return sparse.coo_array((values[kept], places), shape=counts.shape).tocsr()
 
 
-def word_vectors(
-    information: sparse.csr_array, dim: int, seed: int, power: float = 1.0
-) -> np.ndarray:
-    """Returns the left singular vectors times a power of the singular values, (V, at most dim).
+def word_vectors(information: sparse.csr_array, dim: int, seed: int) -> np.ndarray:
+    """Returns the left singular vectors times the singular values, (V, at most dim).
 
     Randomised subspace iteration (Halko, Martinsson and Tropp, 2011); deterministic for a seed.
     """
@@ -198,4 +174,4 @@ def word_vectors(
     basis, _ = np.linalg.qr(basis)
     left, values, _ = np.linalg.svd((transposed @ basis).T, full_matrices=False)
     kept = min(dim, width)
-    return (basis @ left[:, :kept]) * values[:kept] ** power
+    return (basis @ left[:, :kept]) * values[:kept]

@@ -1,8 +1,7 @@
 """Cost matrices of words and places, formed block by block.
 
-A cost source answers three questions: what the costs of a few words are, what each word pays at a
-  given
-place, and which words it is about. Solvers never see more of a matrix than they ask for.
+A cost source tells what all places cost a few words, what each word pays at a given place, and to
+which words all places cost the same. Solvers never see more of a matrix than they ask for.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ __all__ = [
     "CostSource",
     "DenseCosts",
     "LowRankCosts",
-    "WeightedCosts",
     "as_costs",
     "require_finite",
     "word_name",
@@ -157,67 +155,12 @@ class LowRankCosts:
         return result
 
 
-@dataclass(frozen=True)
-class WeightedCosts:
-    """Costs times a factor, less a bonus of each word at one place.
-
-    Attributes:
-      base: the costs.
-      weight: the factor.
-      favoured: (n,) the place that earns the bonus.
-      bonus: (n,) what it earns, not weighted.
-    """
-
-    base: DenseCosts | LowRankCosts
-    weight: float
-    favoured: Tensor
-    bonus: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.base.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
-
-    @property
-    def terms(self) -> int:
-        """Terms that are added up for one cost."""
-        return self.base.terms + 2
-
-    def block(self, rows: slice | Tensor) -> Tensor:
-        """Returns the costs of the words in ``rows``, (b, m) in float64."""
-        block = self.base.block(rows) * self.weight
-        block[torch.arange(len(block), device=self.device), self.favoured[rows]] -= self.bonus[rows]
-        return block
-
-    def select(self, rows: Tensor) -> WeightedCosts:
-        """Returns the costs of some of the words."""
-        return WeightedCosts(
-            self.base.select(rows), self.weight, self.favoured[rows], self.bonus[rows]
-        )
-
-    def restrict(self, places: Tensor) -> DenseCosts:
-        """Returns the costs of some of the places, as a matrix."""
-        return DenseCosts(self.block(slice(None))[:, places])
-
-    def indifferent(self) -> Tensor:
-        """Returns which words pay the same everywhere, (n,) booleans."""
-        return self.base.indifferent() & (self.bonus == 0)
-
-    def chosen(self, places: Tensor) -> Tensor:
-        """Returns what each word pays at its place, (n,) in float64."""
-        paid = self.base.chosen(places) * self.weight
-        return paid - torch.where(places == self.favoured, self.bonus, torch.zeros_like(self.bonus))
-
-
-CostSource = DenseCosts | LowRankCosts | WeightedCosts
+CostSource = DenseCosts | LowRankCosts
 
 
 def as_costs(costs: Tensor | np.ndarray | CostSource) -> CostSource:
     """Returns ``costs`` as a cost source; a matrix is wrapped, not copied."""
-    if isinstance(costs, (DenseCosts, LowRankCosts, WeightedCosts)):
+    if isinstance(costs, (DenseCosts, LowRankCosts)):
         return costs
     matrix = torch.as_tensor(costs)
     if matrix.dim() != 2:
@@ -228,14 +171,14 @@ def as_costs(costs: Tensor | np.ndarray | CostSource) -> CostSource:
 
 
 def require_finite(
-    values: Tensor, what: str, first: int = 0, symbols: Sequence[str] | None = None
+    values: Tensor, what: str, words: np.ndarray, symbols: Sequence[str] | None = None
 ) -> None:
     """Refuses NaN and infinity.
 
     Args:
       values: (b, ...) numbers, one row a word.
       what: what the numbers are, for the message.
-      first: id of the word in the first row.
+      words: (b,) ids of the words.
       symbols: names of all words, by id.
 
     Raises:
@@ -246,7 +189,7 @@ def require_finite(
     finite = torch.isfinite(values).reshape(values.shape[0], -1).all(dim=1)
     if finite.all():
         return  # the sum overflowed, the numbers did not
-    word = first + int(torch.nonzero(~finite)[0])
+    word = int(words[int(torch.nonzero(~finite)[0])])
     raise ValueError(
         f"{what} of {word_name(word, symbols)} is NaN or infinite; the model that gathered it has "
         "diverged: go back to an earlier checkpoint or lower the learning rate"

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
-from fairseq_lightrnn.allocation.clustering import table_of_vectors
+from fairseq_lightrnn.allocation.clustering import table_of_vectors, unexplained
 from fairseq_lightrnn.allocation.cooccurrence import (
     CoOccurrence,
     neighbour_counts,
     positive_information,
     word_vectors,
 )
-from fairseq_lightrnn.word_table import WordTable, balanced_cells
+from fairseq_lightrnn.core.table import WordTable, balanced_cells
 
 __all__ = [
     "INITIAL_TABLES",
+    "TableMaker",
     "WordVectors",
     "cooccurrence_vectors",
     "initial_table",
@@ -98,9 +100,7 @@ def initial_table(
         started = time.monotonic()
         how = how or CoOccurrence()
         words = cooccurrence_vectors(tokens, num_words, how, seed)
-        table = table_of_vectors(
-            *words, shape=shape, seed=seed, num_threads=num_threads, joint=how.joint
-        )
+        table = table_of_vectors(*words, shape=shape, seed=seed, num_threads=num_threads)
         logger.info("co-occurrence table took %.1f s", time.monotonic() - started)
         return table
     return WordTable.from_cells(cells[order], shape)
@@ -142,18 +142,63 @@ def cooccurrence_vectors(
     tokens = list(tokens)
 
     def vectors(window: int) -> tuple[np.ndarray, np.ndarray]:
-        neighbours, counts = neighbour_counts(
-            tokens, num_words, how.num_contexts, window, how.sides
-        )
-        information = positive_information(neighbours)
-        found = word_vectors(information, how.dim, seed, how.singular_power)
-        if how.unit_length:
-            found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+        neighbours, counts = neighbour_counts(tokens, num_words, how.num_contexts, window)
+        found = word_vectors(positive_information(neighbours), how.dim, seed)
+        # Those of frequent words are longer otherwise.
+        found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
         return found, counts
 
     rows, counts = vectors(how.window)
-    columns = rows
-    if how.column_window not in (None, how.window):
-        columns, _ = vectors(how.column_window)
+    columns = rows if how.column_window == how.window else vectors(how.column_window)[0]
     logger.info("word vectors of %d words took %.1f s", num_words, time.monotonic() - started)
     return WordVectors(rows, counts.astype(np.float64) ** how.weight_power, columns)
+
+
+class TableMaker:
+    """Makes the tables of a vocabulary; those from co-occurrence share their word vectors.
+
+    Args:
+      num_words: V, size of the vocabulary.
+      counts: (V,) occurrences, for ``frequency``.
+      text: returns text of these words as 1-D arrays of word ids, for ``cooccurrence``; called once
+        and only where it is needed.
+      seed: of the first table; those of further tables follow from it.
+    """
+
+    def __init__(
+        self,
+        num_words: int,
+        counts: np.ndarray,
+        text: Callable[[], Iterable[np.ndarray]],
+        seed: int = 1,
+    ) -> None:
+        self.num_words, self.counts, self.text, self.seed = num_words, counts, text, seed
+
+    @cached_property
+    def _words(self) -> WordVectors:
+        return cooccurrence_vectors(self.text(), self.num_words, CoOccurrence(), self.seed)
+
+    def make(self, kind: str, shape: Sequence[int], before: Sequence[WordTable] = ()) -> WordTable:
+        """Makes a table.
+
+        Args:
+          kind: one of `INITIAL_TABLES`.
+          shape: of the table.
+          before: of a further table, all tables before it: one from co-occurrence seats words by
+            what these do not say of them.
+        """
+        seed = self.seed
+        if before:  # one that nobody gives a first table, which this one would repeat
+            seed = int(np.random.SeedSequence(seed).generate_state(len(before))[-1])
+        if kind == "cooccurrence":
+            return table_of_vectors(*self._left(before), shape=shape, seed=seed)
+        return initial_table(kind, self.num_words, shape, seed=seed, counts=self.counts)
+
+    def _left(self, before: Sequence[WordTable]) -> WordVectors:
+        """Returns the words' vectors, less what tables say of them."""
+        if not before:
+            return self._words
+        vectors, weights, columns = self._words
+        return WordVectors(
+            unexplained(vectors, weights, before), weights, unexplained(columns, weights, before)
+        )

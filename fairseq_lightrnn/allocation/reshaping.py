@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fairseq_lightrnn.allocation.clustering import table_of_vectors
 from fairseq_lightrnn.allocation.statistics import AllocationStatistics
-from fairseq_lightrnn.word_table import WordTable
+from fairseq_lightrnn.core.table import WordTable
 
 __all__ = ["reshape_biases", "reshape_vectors", "table_of_statistics"]
 

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 
-from fairseq_lightrnn.allocation import _cell_auction as kernels
-from fairseq_lightrnn.allocation.certificate import CertifiedAssignment
+from fairseq_lightrnn.allocation import kernels
+from fairseq_lightrnn.allocation.assignment import Certified, Choices, SolverOptions, auction
 from fairseq_lightrnn.allocation.costs import CostSource, require_finite
 
-__all__ = ["JointAssignment", "joint_assignment"]
+__all__ = ["joint_assignment"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +24,10 @@ _KEEP = 16  # cheapest cells cached for each word; more cost more than they save
 _DENSE_LIMIT = 1 << 18  # entries of the words x cells matrix up to which scipy is quickest
 _FLOAT64_LIMIT = 1 << 25  # entries of both factors up to which they are float64
 _BLOCK_WORDS = 1024
-_BIDS_PER_WORD = 60  # beyond this the raise is too small for an instance with many ties
+_GAP = 1e-4  # where none is asked for
 _LOOKS_PER_CELL = 4  # after which lowering prices to an exact certificate is given up
 _FEW_CELLS = 4096  # so many are looked at one by one, more in a sweep over all
 _UNIT = 2.0**-52
-
-
-class JointAssignment(CertifiedAssignment):
-    """An assignment of words to cells, by index into ``cells``, and its certificate."""
 
 
 @dataclass
@@ -105,15 +100,12 @@ class _Problem:
 def joint_assignment(
     costs: Sequence[CostSource],
     cells: np.ndarray,
-    *,
     shape: Sequence[int],
-    gap: float = 1e-4,
-    time_limit: float | None = None,
-    memory: int = 8 << 30,
+    options: SolverOptions = SolverOptions(),  # noqa: B008 (frozen)
+    *,
     present: np.ndarray | None = None,
     symbols: Sequence[str] | None = None,
-    num_threads: int | None = None,
-) -> JointAssignment:
+) -> Certified:
     """Assigns words to cells, one to one, at the least sum of their component costs.
 
     An auction with one price a cell (Bertsekas, "The auction algorithm", 1988) finds an assignment
@@ -124,48 +116,44 @@ def joint_assignment(
       costs: k cost sources of (n, R_i).
       cells: (n, k) coordinates of the cells to be filled, all different.
       shape: the k sizes R_i.
-      gap: stop once the gap is this share of what can be saved over a random assignment; 0 asks
-        for the optimum.
-      time_limit: seconds after which to stop with what there is.
-      memory: bytes that stored costs may take; beyond it they are formed whenever they are needed.
+      options: without a ``gap``, 1e-4 of what can be saved over a random assignment will do. Costs
+        that ``memory`` does not hold are formed whenever they are needed.
       present: (n,) index into ``cells`` of the cell of each word now, returned where nothing
         better is found in time.
       symbols: names of the words, for error messages.
-      num_threads: threads for looking at all cells; the result does not depend on it.
 
     Returns:
-      The assignment and its certificate.
+      The assignment, by index into ``cells``, and its certificate.
 
     Raises:
       ValueError: a cost is NaN or infinite; the word is named.
     """
     started = time.monotonic()
-    deadline = None if time_limit is None else started + time_limit
+    deadline = None if options.time_limit is None else started + options.time_limit
+    gap = _GAP if options.gap is None else options.gap
     cells = np.asarray(cells)
     present = None if present is None else np.asarray(present)
-    threads = num_threads or os.cpu_count() or 1
-    problem = _prepare(costs, cells, tuple(shape), gap, memory, threads, symbols)
+    threads = options.num_threads or os.cpu_count() or 1
+    problem = _prepare(costs, cells, tuple(shape), gap, options.memory, threads, symbols)
     n = len(cells)
-    index = np.zeros(int(np.prod(shape)), np.int64)
-    index[problem.flat] = np.arange(n)
     if n * n <= _DENSE_LIMIT:
-        assignment = _dense(problem)
-        cost = problem.cost(assignment, cells)
+        chosen = _dense(problem)
+        cost = problem.cost(chosen, cells)
         bound, rounding = cost, problem.rounding
     else:
         with ThreadPoolExecutor(threads) as problem.executor:
-            found = _solve(problem, cells, index, gap, deadline, present)
-        assignment, cost, bound, rounding = found
+            chosen, cost, bound, rounding = _solve(problem, cells, gap, deadline, present)
     if present is not None:
         cost_now = problem.cost(present, cells)
         if cost_now <= cost:
-            assignment, cost = present, cost_now
-    return JointAssignment(
-        assignment=assignment,
+            chosen, cost = present, cost_now
+    return Certified(
+        places=chosen,
         cost=cost,
-        lower_bound=min(cost, bound - rounding),
+        bound=min(cost, bound - rounding),
         mean_cost=problem.mean_cost,
         optimal=cost - bound <= 2 * rounding,
+        prices=None,
         seconds=time.monotonic() - started,
     )
 
@@ -196,7 +184,7 @@ def _prepare(
         blocks = []
         for component, source in enumerate(costs):
             block = source.block(torch.from_numpy(words).to(source.device))
-            require_finite(block, f"the cost of component {component}", start, symbols)
+            require_finite(block, f"the cost of component {component}", words, symbols)
             numbers = block.cpu().numpy()
             blocks.append(numbers)
             low, high = numbers.min(axis=1), numbers.max(axis=1)
@@ -221,6 +209,8 @@ def _fold(factors: list[np.ndarray]) -> np.ndarray:
 
 def _dense(problem: _Problem) -> np.ndarray:
     """Solves a small problem with scipy on the words x cells matrix."""
+    from scipy.optimize import linear_sum_assignment
+
     first, second = problem.factors(np.arange(len(problem.flat)))
     columns = problem.shape[1]
     matrix = first[:, problem.flat // columns] + second[:, problem.flat % columns]
@@ -230,7 +220,6 @@ def _dense(problem: _Problem) -> np.ndarray:
 def _solve(
     problem: _Problem,
     cells: np.ndarray,
-    index: np.ndarray,
     gap: float,
     deadline: float | None,
     present: np.ndarray | None,
@@ -241,6 +230,8 @@ def _solve(
       The assignment, its cost, a lower bound and the rounding error of the bound.
     """
     n = len(problem.flat)
+    index = np.empty(int(np.prod(problem.shape)), np.int64)
+    index[problem.flat] = np.arange(n)
     scale = max(problem.mean_cost - problem.low, 0.0)
     active = _active(problem)
     prices = np.full(problem.shape, np.inf)
@@ -298,32 +289,17 @@ def _auction(
     bases = np.full((n, keep), np.inf)
     thresholds = np.full(n, -np.inf)
     flat_prices = prices.reshape(-1)
-    owners = np.full(len(flat_prices), -1, np.int64)
-    held = np.full(n, -1, np.int64)
-    queue = active.copy()
-    state = np.array([0, len(active), 0])
-    # Small enough that the words of a batch see each other's prices, large enough to share the
-    # sweep.
-    stale = np.empty(max(64, n // 50), np.int64)
-    made = 0
-    while state[1] > 0 or state[2] > 0:
-        made += kernels.bid(
-            *(flat_prices, owners, held, cells, bases, thresholds, queue, state, stale),
-            *(epsilon, 1 << 22),
-        )
-        if deadline is not None and time.monotonic() >= deadline:
-            break
-        if state[2] > 0 and (state[2] == len(stale) or state[1] == 0):
-            words = stale[: state[2]].copy()
-            _look(problem, prices, words, cells, bases, thresholds)
-            queue[(state[0] + state[1] + np.arange(len(words))) % len(queue)] = words
-            state[1] += len(words)
-            state[2] = 0
-        if made > _BIDS_PER_WORD * n:
-            made, epsilon = 0, 8 * epsilon
+
+    def look(words: np.ndarray) -> float:
+        _look(problem, prices, words, cells, bases, thresholds)
+        return 0.0
+
+    choices = Choices(cells, bases, thresholds, look)
+    capacities = np.isfinite(flat_prices).astype(np.int64)
+    held, _ = auction(choices, active, capacities, flat_prices, epsilon, deadline)
     idle = np.flatnonzero(held < 0)
     # Words that are indifferent, or out of time: any free cell will do, best the one they have.
-    free = owners[problem.flat] < 0
+    free = np.isin(problem.flat, held, invert=True)
     if present is not None:
         staying = idle[free[present[idle]]]
         held[staying] = problem.flat[present[staying]]

@@ -1,4 +1,4 @@
-"""The statistics of a reallocation: gathered over the workers, each of which owns some words."""
+"""Statistics of a reallocation, gathered over batches and over workers that own some words each."""
 
 from __future__ import annotations
 
@@ -15,20 +15,18 @@ from typing import Any
 
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import Tensor
 
 from fairseq_lightrnn.allocation.statistics import AllocationStatistics
-from fairseq_lightrnn.errors import UsageError
+from fairseq_lightrnn.workers import rank, world_size
 
 __all__ = [
     "Gathered",
     "Storage",
     "gather_statistics",
-    "rank",
     "sample_share",
     "statistics_storage",
     "word_range",
-    "world_size",
 ]
 
 logger = logging.getLogger(__name__)
@@ -36,16 +34,6 @@ logger = logging.getLogger(__name__)
 # Words whose statistics are sent at once; bounds the memory of the exchange.
 _SENT_WORDS = 1 << 14
 _GIB = 1 << 30
-
-
-def rank() -> int:
-    """Returns the number of this worker."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def world_size() -> int:
-    """Returns the number of workers."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def word_range(num_words: int, worker: int) -> tuple[int, int]:
@@ -74,71 +62,57 @@ class Gathered:
 
 @torch.no_grad()
 def gather_statistics(
-    model: nn.Module, batches: Iterable[Any], storage: dict[str, Any] | None = None
+    outputs: Iterable[tuple[Tensor, Tensor, Tensor]],
+    num_words: int,
+    num_components: int,
+    dim: int,
+    device: torch.device | str,
+    storage: dict[str, Any] | None = None,
 ) -> Gathered:
-    """Sums hidden outputs and losses over batches, in evaluation mode.
+    """Sums hidden outputs and losses over batches.
 
     Every worker adds up the outputs of its own words only, batch after batch in the order in which
     one worker would have read them, so that the sums are the same for any number of workers. The
     first worker, which is to solve, then collects them.
 
     Args:
-        model: a model with a LightRNN decoder; its parameters stay as they are.
-        batches: this worker's batches.
+        outputs: of each of this worker's batches, from a model in evaluation mode: the words (N,)
+            that were to be predicted, the hidden outputs (N, k, d) that predict their components,
+            and the log-probabilities (N, k) of these.
+        num_words: V.
+        num_components: k.
+        dim: d.
+        device: through which workers exchange tensors.
         storage: further arguments of :class:`AllocationStatistics`.
 
     Returns:
         The statistics and losses of all workers together.
     """
-    decoder: Any = model.decoder
-    table, (components, dim) = decoder.table, decoder.statistics_shape()
-    device = decoder.softmax.weight.device
-    own = word_range(table.num_words, rank())
-    kept = (0, table.num_words) if rank() == 0 else own
+    own = word_range(num_words, rank())
+    kept = (0, num_words) if rank() == 0 else own
     statistics = AllocationStatistics(
-        table.num_words, components, dim, word_range=kept, **storage or {}
+        num_words, num_components, dim, word_range=kept, **storage or {}
     )
-    losses = torch.zeros(components, dtype=torch.float64, device=device)
-    training = model.training
-    model.eval()
-    try:
-        outputs = (_outputs(model, sample, losses) for sample in batches)
-        for words, hidden in _exchange(outputs, (components, dim), device):
-            if kept != own:  # the first worker holds all words, but adds up its own
-                mine = words < own[1]
-                words, hidden = words[mine], hidden[mine]
-            statistics.add(words, hidden)
-    finally:
-        model.train(training)
+    losses = torch.zeros(num_components, dtype=torch.float64, device=device)
+
+    def measured() -> Iterator[tuple[Tensor, Tensor]]:
+        for words, hidden, log_probs in outputs:
+            losses.sub_(log_probs.sum(0, dtype=torch.float64))
+            yield words, hidden
+
+    for words, hidden in _exchange(measured(), (num_components, dim), device):
+        if kept != own:  # the first worker holds all words, but adds up its own
+            mine = words < own[1]
+            words, hidden = words[mine], hidden[mine]
+        statistics.add(words, hidden)
     if world_size() > 1:
         torch.distributed.all_reduce(losses)
         _collect(statistics, device)
     return Gathered(statistics, losses)
 
 
-def _outputs(model: nn.Module, sample: Any, losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a batch's target words (N,) and the outputs (N, k, d) that predict them."""
-    decoder: Any = model.decoder
-    components, dim = decoder.statistics_shape()
-    sample = _to_device(sample, losses.device)
-    target = sample["target"]
-    features, _ = model(**sample["net_input"])
-    real = target.ne(decoder.dictionary.pad())
-    words, features = target[real], features[real]
-    losses -= decoder.component_log_probs(features, words).sum(0, dtype=torch.float64)
-    return words, features.reshape(len(words), components, -1)[..., :dim]
-
-
-def _to_device(sample: Any, device: torch.device) -> Any:
-    if isinstance(sample, Tensor):
-        return sample.to(device)
-    if isinstance(sample, dict):
-        return {key: _to_device(value, device) for key, value in sample.items()}
-    return sample
-
-
 def _exchange(
-    outputs: Iterator[tuple[Tensor, Tensor]], size: tuple[int, int], device: torch.device
+    outputs: Iterator[tuple[Tensor, Tensor]], size: tuple[int, int], device: torch.device | str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the words and outputs of all workers, batch by batch in the order of the text.
 
@@ -169,7 +143,7 @@ def _exchange(
                 yield some[:number], states[:number]
 
 
-def _collect(statistics: AllocationStatistics, device: torch.device) -> None:
+def _collect(statistics: AllocationStatistics, device: torch.device | str) -> None:
     """Sends every worker's sums and counts to the first, block by block."""
     first, _ = statistics.word_range
     for worker in range(1, world_size()):
@@ -216,7 +190,7 @@ class Storage:
 
     Attributes:
         arguments: further arguments of :class:`AllocationStatistics`.
-        solver_memory: arguments of the solver: bytes that its costs may take.
+        solver_memory: arguments of `SolverOptions`: bytes that costs may take.
     """
 
     arguments: dict[str, Any]
@@ -240,7 +214,7 @@ def statistics_storage(
         the others. The solver has the rest.
 
     Raises:
-        UsageError: if not even the counts fit.
+        ValueError: if not even the counts fit.
     """
     if memory is None:
         yield Storage({}, {})
@@ -253,9 +227,9 @@ def statistics_storage(
             return
     counts = 8 * size[0]
     if counts > budget // 2:
-        raise UsageError(
-            f"--reallocation-memory {memory}: the counts of {size[0]} words alone take "
-            f"{counts / _GIB:.3g} GiB, which must be at most half of it; allow more"
+        raise ValueError(
+            f"the counts of {size[0]} words alone take {counts / _GIB:.3g} GiB, which must be at "
+            "most half of the memory; allow more"
         )
     os.makedirs(directory, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="statistics.", dir=directory) as folder:
