@@ -1,5 +1,6 @@
 """Importing this module registers models, criterions, optimisers and tasks with fairseq."""
 
+from fairseq_lightrnn import errors
 from fairseq_lightrnn.criterions import two_component_cross_entropy
 from fairseq_lightrnn.models import lightrnn_lm, lightrnn_transformer, lightrnn_translation
 from fairseq_lightrnn.optim import nt_asgd
@@ -15,3 +16,5 @@ __all__ = [
     "nt_asgd",
     "two_component_cross_entropy",
 ]
+
+errors.show_worker_errors()

@@ -11,8 +11,11 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from torch import Tensor, nn
 
+from fairseq_lightrnn.core.decoder import Activations
+from fairseq_lightrnn.core.network import mean_square, mean_square_change
 from fairseq_lightrnn.errors import UsageError
-from fairseq_lightrnn.regularisation import mean_square, mean_square_change
+from fairseq_lightrnn.models.flags import Regularisation
+from fairseq_lightrnn.models.word_head import WordHead
 
 __all__ = [
     "TwoComponentCrossEntropyConfig",
@@ -20,7 +23,8 @@ __all__ = [
     "component_names",
 ]
 
-PENALTIES = {"activation_regularisation": "ar", "temporal_activation_regularisation": "tar"}
+# Penalties of a model's regularisation, and their names in logs.
+PENALTIES = {"activation": "ar", "change": "tar"}
 
 
 @dataclass
@@ -31,20 +35,6 @@ class TwoComponentCrossEntropyConfig(FairseqDataclass):
             "help": "share of every component's target that is spread over words: the row's over "
             "all words, the column's over the words of the target's row; the loss without it is "
             "logged as nll_loss"
-        },
-    )
-    activation_regularisation: float = field(
-        default=0.0,
-        metadata={
-            "help": "weight of the mean square of the LSTM's outputs after dropout, added to the "
-            "loss of training (AR of AWD-LSTM, which has 2)"
-        },
-    )
-    temporal_activation_regularisation: float = field(
-        default=0.0,
-        metadata={
-            "help": "weight of the mean square of the change of the LSTM's outputs from step to "
-            "step, added to the loss of training (TAR of AWD-LSTM, which has 1)"
         },
     )
 
@@ -60,9 +50,9 @@ def component_names(num_components: int) -> list[str]:
 class TwoComponentCrossEntropyCriterion(FairseqCriterion):
     """Cross-entropy of words as the sum over their components (arXiv 1610.09893, equation 4).
 
-    In training, penalties on the activations of the model's last layer may be added to it
-    (arXiv 1708.02182, section 4.6). They are logged by themselves: the loss that is reported, and
-    the perplexities, never contain them.
+    In training, penalties on the activations of the model's last layer are added to it where the
+    model asks for them, ``--regularise`` (arXiv 1708.02182, section 4.6). They are logged by
+    themselves: the loss that is reported, and the perplexities, never contain them.
 
     Label smoothing (Szegedy et al., arXiv 1512.00567, section 7) with a share ε replaces the target
     of every component: from all on the target word's coordinate to ``1 - ε`` on it and ε spread
@@ -80,34 +70,13 @@ class TwoComponentCrossEntropyCriterion(FairseqCriterion):
     Args:
         task: fairseq's task.
         label_smoothing: ε, at least 0 and below 1.
-        activation_regularisation: weight of the mean square of the dropped outputs.
-        temporal_activation_regularisation: weight of the mean square of the raw outputs' changes.
     """
 
-    def __init__(
-        self,
-        task: Any,
-        label_smoothing: float = 0.0,
-        activation_regularisation: float = 0.0,
-        temporal_activation_regularisation: float = 0.0,
-    ) -> None:
+    def __init__(self, task: Any, label_smoothing: float = 0.0) -> None:
         super().__init__(task)
         if not 0 <= label_smoothing < 1:
             raise UsageError(f"--label-smoothing {label_smoothing}: must be at least 0 and below 1")
         self.label_smoothing = label_smoothing
-        self.activation_regularisation = activation_regularisation
-        self.temporal_activation_regularisation = temporal_activation_regularisation
-        for name in PENALTIES:
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} {value}: must be a number of at least 0"
-                )
-
-    @property
-    def penalises(self) -> bool:
-        """Whether this is training with penalties on the activations."""
-        return self.training and any(getattr(self, name) for name in PENALTIES)
 
     def forward(
         self, model: nn.Module, sample: dict[str, Any], reduce: bool = True
@@ -115,29 +84,23 @@ class TwoComponentCrossEntropyCriterion(FairseqCriterion):
         """Computes the loss of a batch.
 
         Args:
-            model: a model whose decoder has ``component_log_probs``.
+            model: a model whose decoder has a :class:`WordHead`.
             sample: fairseq's batch, with ``net_input`` and ``target`` (B, T).
             reduce: sum over the words; otherwise one loss for each of the B·T positions.
 
         Returns:
             The loss in nats, the number of words it is to be divided by, and what to log.
         """
-        decoder: Any = getattr(model, "decoder", None)
-        if not hasattr(decoder, "component_log_probs"):
+        head: WordHead | None = getattr(getattr(model, "decoder", None), "words", None)
+        if not isinstance(head, WordHead):
             raise UsageError(
                 f"--criterion two_component_cross_entropy cannot train {type(model).__name__}: "
-                "use --arch lightrnn_lm, lightrnn_translation or lightrnn_transformer with it, or "
-                "--criterion cross_entropy with this model"
+                "use one of the lightrnn architectures with it, or --criterion cross_entropy with "
+                "this model"
             )
-        if self.penalises and not getattr(decoder, "returns_activations", False):
-            raise UsageError(
-                "--activation-regularisation and --temporal-activation-regularisation need the "
-                "LSTM of --arch lightrnn_lm; leave them out"
-            )
-        asked = {"return_activations": True} if self.penalises else {}
-        features, extra = model(**sample["net_input"], **asked)
+        features, extra = model(**sample["net_input"])
         target = sample["target"]
-        losses, means = self._losses(decoder, features, target)  # (B, T, k)
+        losses, means = self._losses(head, features, target)  # (B, T, k)
         by_component = losses.detach().sum((0, 1), dtype=torch.float64)
         smoothed = losses
         if means is not None:
@@ -154,12 +117,14 @@ class TwoComponentCrossEntropyCriterion(FairseqCriterion):
         names = component_names(losses.size(-1))
         for name, value in zip(names, by_component, strict=True):
             logging_output[f"{name}_loss"] = value
-        if reduce and self.penalises:
-            loss = loss + self._penalty(extra, target.ne(self.padding_idx), logging_output)
+        penalties: Regularisation = getattr(model.decoder, "penalties", Regularisation())
+        if reduce and self.training and (penalties.activation or penalties.change):
+            real = target.ne(self.padding_idx)
+            loss = loss + self._penalty(penalties, extra["activations"], real, logging_output)
         return loss, sample["ntokens"], logging_output
 
     def _losses(
-        self, decoder: Any, features: Tensor, target: Tensor
+        self, head: WordHead, features: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the losses (B, T, k) of the targets' components, 0 where there is padding.
 
@@ -167,35 +132,35 @@ class TwoComponentCrossEntropyCriterion(FairseqCriterion):
         """
         padding = target.eq(self.padding_idx)[..., None]
         if not self.label_smoothing:
-            scores = decoder.component_log_probs(features, target)
+            scores = head.log_probs(features, target)
             return -scores.masked_fill(padding, 0.0), None
-        scores, means = decoder.component_log_probs_and_means(features, target)
+        scores, means = head.log_probs_and_means(features, target)
         return -scores.masked_fill(padding, 0.0), -means.masked_fill(padding, 0.0)
 
     def _penalty(
-        self, extra: dict[str, Any], real: Tensor, logging_output: dict[str, Any]
+        self,
+        penalties: Regularisation,
+        activations: Activations,
+        real: Tensor,
+        logging_output: dict[str, Any],
     ) -> Tensor | float:
         """Returns the penalties of a batch and logs them.
 
         They are per word, like the loss, of which fairseq takes the sum and the mean later on.
         """
-        raw, dropped = extra["activations"]["raw"], extra["activations"]["dropped"]
-        steps = raw.size(1) // real.size(1)  # of the network, for each word
+        steps = activations.raw.size(1) // real.size(1)  # of the network, for each word
         real_steps = real.repeat_interleave(steps, dim=1)
+        means = {
+            "activation": lambda: mean_square(activations.dropped, real_steps),
+            "change": lambda: mean_square_change(activations.raw, real_steps),
+        }
         total: Tensor | float = 0.0
         for name, short in PENALTIES.items():
-            weight = getattr(self, name)
-            if not weight:
-                continue
-            temporal = name.startswith("temporal")
-            mean = (
-                mean_square_change(raw, real_steps)
-                if temporal
-                else mean_square(dropped, real_steps)
-            )
-            penalty = weight * real.sum() * mean
-            logging_output[f"{short}_penalty"] = penalty.detach()
-            total = total + penalty
+            weight = getattr(penalties, name)
+            if weight:
+                penalty = weight * real.sum() * means[name]()
+                logging_output[f"{short}_penalty"] = penalty.detach()
+                total = total + penalty
         return total
 
     @classmethod

@@ -50,16 +50,18 @@ class LaneDataset(FairseqDataset):
     the first of every other lane from the word before it.
 
     Items come in the order in which fairseq deals batches to workers: item n·W + s is block n of
-    the lanes of worker s. Of a single lane, workers but the first get empty batches.
+    the lanes of worker s.
 
     Args:
         text: word ids, integers of shape (N,).
         stream: the name under which a model keeps the state, such as the split's.
-        lanes: lanes of a worker; 1 predicts the text in one pass.
+        lanes: lanes of a worker.
         length: words of a block.
         eos: the word before the text.
         pad: what fills the shorter lanes at the end.
-        workers: W. With a single lane, only the first of them has work.
+        workers: W.
+        one_pass: the first worker reads the text as a single lane, for evaluation; the others get
+            empty batches.
         random_lengths: draw the lengths of the blocks for each epoch; see :meth:`of_epoch`.
     """
 
@@ -73,16 +75,17 @@ class LaneDataset(FairseqDataset):
         eos: int,
         pad: int,
         workers: int = 1,
+        one_pass: bool = False,
         random_lengths: bool = False,
     ) -> None:
-        self.text = np.asarray(text, dtype=np.int64)
+        self.text = np.asarray(text, dtype=np.int32)
         self.stream = stream
         self.length = length
         self.random_lengths = random_lengths
         self.eos, self.pad = eos, pad
         self.workers = workers
-        self.busy_workers = 1 if lanes == 1 else workers
-        self.lanes = lanes
+        self.busy_workers = 1 if one_pass else workers
+        self.lanes = lanes = 1 if one_pass else lanes
         total = lanes * self.busy_workers
         share, extra = divmod(len(self.text), total)
         # The first `extra` lanes hold one word more.
@@ -106,7 +109,7 @@ class LaneDataset(FairseqDataset):
         other.bounds = np.append(0, lengths.cumsum())
         return other
 
-    def single_lane(self) -> LaneDataset:
+    def in_one_pass(self) -> LaneDataset:
         """Returns the same text as one lane, for evaluation, in batches of as many words."""
         return LaneDataset(
             self.text,
@@ -116,6 +119,7 @@ class LaneDataset(FairseqDataset):
             eos=self.eos,
             pad=self.pad,
             workers=self.workers,
+            one_pass=True,
         )
 
     def __len__(self) -> int:
@@ -151,18 +155,20 @@ class LaneDataset(FairseqDataset):
         target = np.where(inside, self.text[positions.clip(max=len(self.text) - 1)], self.pad)
         before = np.where(positions > 0, self.text[(positions - 1).clip(min=0)], self.eos)
         source = np.where(inside, before, self.pad)
-        tokens = torch.from_numpy(target)
+        tokens = torch.from_numpy(target).long()
         return {
             "id": torch.arange(self.lanes),
             "nsentences": self.lanes,
             "ntokens": int(inside.sum()),
             "net_input": {
-                "src_tokens": torch.from_numpy(source),
+                "src_tokens": torch.from_numpy(source).long(),
                 "src_lengths": torch.from_numpy(inside.sum(axis=1)),
                 "target_tokens": tokens,
                 "carried": {"stream": self.stream, "block": block},
             },
             "target": tokens,
+            # Of the longest lane, alike for all workers.
+            "block_length": end - start,
         }
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -32,11 +32,17 @@ class TargetInputDataset(BaseWrapperDataset):
 
 
 def consecutive_text(sentences: Sequence[Any]) -> Iterator[np.ndarray]:
-    """Yields sentences (tensors of word ids), one after the other, as arrays of many words."""
+    """Yields sentences (tensors of word ids), one after the other, as int32 arrays of many words.
+
+    Args:
+        sentences: a dataset of fairseq's; one of ``--dataset-impl cached`` is read into memory.
+    """
+    if getattr(sentences, "supports_prefetch", False):
+        sentences.prefetch(range(len(sentences)))  # type: ignore[attr-defined]
     chunk: list[np.ndarray] = []
     size = 0
     for index in range(len(sentences)):
-        chunk.append(sentences[index].numpy())
+        chunk.append(sentences[index].numpy().astype(np.int32))
         size += len(chunk[-1])
         if size >= _CHUNK or index + 1 == len(sentences):
             yield np.concatenate(chunk)

@@ -1,244 +1,200 @@
-"""``--arch lightrnn_lm``: the LightRNN language model of arXiv 1610.09893."""
+"""``--arch lightrnn_lm``, the language model of arXiv 1610.09893, and ``lightrnn_lm_gated``."""
 
 # ruff: noqa: UP045  (fairseq reads flags from Optional[...], not from X | None)
 
-from argparse import Namespace
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import torch
 from fairseq.dataclass import ChoiceEnum
-from fairseq.models import (
-    FairseqIncrementalDecoder,
-    FairseqLanguageModel,
-    register_model,
-    register_model_architecture,
-)
-from torch import Tensor
+from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, register_model
+from torch import Tensor, nn
 
-from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax
-from fairseq_lightrnn.composition import Composition, Context
+from fairseq_lightrnn.core.attention import Attention
+from fairseq_lightrnn.core.conditioning import Conditioner, Context, Gated, Recurrent
+from fairseq_lightrnn.core.decoder import Activations, Decoder
+from fairseq_lightrnn.core.network import LockedDropout, RegularisedLSTM
+from fairseq_lightrnn.core.sharing import save_shared_once
 from fairseq_lightrnn.errors import UsageError
-from fairseq_lightrnn.further_tables import FurtherTables
-from fairseq_lightrnn.gated import GatedComposition
-from fairseq_lightrnn.models._carried_state import CarriedState
-from fairseq_lightrnn.models._seated import SeatedDecoder
-from fairseq_lightrnn.models._table import (
+from fairseq_lightrnn.models.carried_state import CarriedState
+from fairseq_lightrnn.models.flags import (
     TableConfig,
-    check_input_table,
+    TableSettings,
     check_numbers,
     check_task,
-    frequent_size,
-    further_tables,
-    query_sizes,
-    shared_residuals,
-    table_shape,
+    parse_regularisation,
+    preset,
 )
-from fairseq_lightrnn.recurrent import RecurrentComposition
-from fairseq_lightrnn.table_lookup import TableLookup
-
-if TYPE_CHECKING:
-    from fairseq_lightrnn.language_model import LanguageModel
+from fairseq_lightrnn.models.parts import build_words, feed_forward
+from fairseq_lightrnn.models.table_model import TableModel
+from fairseq_lightrnn.models.word_head import Reallocations, WordHead
 
 __all__ = [
+    "GatedLanguageModel",
+    "LSTMConfig",
     "LightRNNDecoder",
     "LightRNNLanguageModel",
-    "LightRNNLanguageModelConfig",
-    "build_composition",
-    "build_embedding",
-    "build_softmax",
-    "check_config",
-    "gated_architecture",
+    "LSTMDecoder",
+    "build_decoder",
 ]
-
-COMPOSITIONS: Mapping[str, type[Composition]] = {
-    "recurrent": RecurrentComposition,
-    "gated": GatedComposition,
-}
 
 
 @dataclass
-class LightRNNLanguageModelConfig(TableConfig):
-    composition: ChoiceEnum(["recurrent", "gated"]) = field(  # type: ignore[valid-type]
-        default="recurrent",
-        metadata={
-            "help": "recurrent: one LSTM step for every component of a word, as in the paper; "
-            "gated: one step a word, columns predicted through gates that the row opens"
-        },
-    )
-    embed_dim: int = field(default=200, metadata={"help": "width of the input component vectors"})
+class LSTMConfig(TableConfig):
+    """Flags of all models with an LSTM."""
+
+    embed_dim: int = field(default=200, metadata={"help": "width of the embeddings of components"})
     hidden_size: int = field(
-        default=200, metadata={"help": "width of the LSTM and of the output component vectors"}
+        default=200, metadata={"help": "width of the LSTM and of the output layer's vectors"}
     )
     num_layers: int = field(default=1, metadata={"help": "layers of the LSTM"})
     dropout: float = field(
         default=0.1, metadata={"help": "dropout wherever a flag of its own does not say otherwise"}
     )
     dropout_in: Optional[float] = field(
-        default=None, metadata={"help": "dropout on the input vectors (default: --dropout)"}
-    )
-    dropout_between: Optional[float] = field(
-        default=None, metadata={"help": "dropout between the layers (default: --dropout)"}
+        default=None, metadata={"help": "dropout on the embeddings (default: --dropout)"}
     )
     dropout_out: Optional[float] = field(
-        default=None, metadata={"help": "dropout on the LSTM's outputs (default: --dropout)"}
+        default=None,
+        metadata={"help": "dropout on what predicts components (default: --dropout)"},
     )
-    dropout_hidden: Optional[float] = field(
+    component_vectors: Optional[ChoiceEnum(["separate", "shared"])] = field(  # type: ignore[valid-type]
         default=None,
         metadata={
-            "help": "dropout within the feed-forward layer, and on what is transformed to predict "
-            "columns: 0 for small models that do not overfit (default: --dropout-out)"
+            "help": "vectors of rows and columns: separate ones for input and output, or the same, "
+            "shared ones, which needs --embed-dim equal to --hidden-size (default: shared in "
+            "recommended models whose words have numbers of their own, where they can be)"
         },
     )
-    locked_dropout: bool = field(
-        default=False,
+    regularise: Optional[str] = field(
+        default=None,
         metadata={
-            "help": "use one mask of each dropout for a text, shared over time (variational "
-            "dropout); with --carry-hidden-state, for a block"
-        },
-    )
-    component_dropout: float = field(
-        default=0.0,
-        metadata={
-            "help": "dropout of whole input component vectors, for all their occurrences in a "
-            "batch; input residuals are dropped word by word"
-        },
-    )
-    weight_dropout: float = field(
-        default=0.0,
-        metadata={"help": "dropout on the recurrent matrices of the LSTM, one mask for each batch"},
-    )
-    share_component_vectors: bool = field(
-        default=False,
-        metadata={
-            "help": "use the same component vectors for input and output; needs --embed-dim equal "
-            "to --hidden-size"
+            "help": "regularise as AWD-LSTM does (arXiv 1708.02182): awd, or awd with other "
+            "values, such as awd,weight=0.5,component=0.1,activation=2,change=1 (these are its "
+            "own): dropout with one mask for a text, dropout of the recurrent matrices and of "
+            "whole embeddings, penalties on the mean square of the LSTM's outputs and of their "
+            "change from word to word, which are logged beside the loss and never part of it"
         },
     )
 
 
-def check_config(cfg: LightRNNLanguageModelConfig) -> None:
-    """Refuses flags that have no meaning."""
-    check_numbers(
-        cfg,
-        sizes=("embed_dim", "hidden_size", "num_layers"),
-        dropouts=(
-            "dropout",
-            "dropout_in",
-            "dropout_between",
-            "dropout_out",
-            "dropout_hidden",
-            "component_dropout",
-            "weight_dropout",
-        ),
-    )
-    if cfg.share_component_vectors and cfg.embed_dim != cfg.hidden_size:
-        raise UsageError(
-            f"--share-component-vectors needs --embed-dim ({cfg.embed_dim}) equal to "
-            f"--hidden-size ({cfg.hidden_size})"
-        )
-
-
-def build_embedding(
-    cfg: LightRNNLanguageModelConfig, table: TableLookup, further: FurtherTables | None
-) -> ComponentEmbedding:
-    """Returns the input vectors that the flags ask for.
-
-    Raises:
-        UsageError: if words cannot be read by a table of their own.
-    """
-    check_input_table(cfg, "--share-component-vectors", cfg.share_component_vectors)
-    if cfg.keep_input_table and str(cfg.composition) == "recurrent" and len(table.shape) > 1:
-        raise UsageError(
-            "--keep-input-table: --composition recurrent predicts a column with the step that read "
-            "the row, so both need one table; use --composition gated"
-        )
-    return ComponentEmbedding(
-        table.shape,
-        cfg.embed_dim,
-        table,
-        cfg.input_residual_dim,
-        cfg.component_dropout,
-        frequent_size(cfg, table.num_words),
-        cfg.keep_input_table,
-        further,
-    )
-
-
-def build_composition(
-    cfg: LightRNNLanguageModelConfig,
-    embedding: ComponentEmbedding,
-    kinds: Mapping[str, type[Composition]] = COMPOSITIONS,
-    **more: Any,
-) -> Any:
-    """Returns the composition that the flags ask for.
+def build_decoder(
+    cfg: LSTMConfig,
+    settings: TableSettings,
+    num_words: int,
+    conditioner: type[Conditioner],
+    memory_dim: int = 0,
+) -> Decoder:
+    """Builds a recurrent decoder as flags ask for it.
 
     Args:
         cfg: the flags.
-        embedding: the input vectors.
-        kinds: the classes that ``--composition`` chooses from.
-        more: further arguments of these classes.
+        settings: what those of the table come to.
+        num_words: V.
+        conditioner: how components are conditioned on those before them.
+        memory_dim: width of what attention reads from a source; 0 for no source.
+
+    Raises:
+        UsageError: if a flag has no meaning.
+    """
+    check_numbers(
+        cfg,
+        sizes=("embed_dim", "hidden_size", "num_layers"),
+        dropouts=("dropout", "dropout_in", "dropout_out"),
+    )
+    if settings.keep_input_table and conditioner is Recurrent and len(settings.shape) > 1:
+        raise UsageError(
+            "--keep-input-table: the paper's model predicts a column with the step that read the "
+            "row, so both need one table; use a gated architecture"
+        )
+    regularisation = parse_regularisation(cfg.regularise)
+    dim, dropout_type = cfg.hidden_size, LockedDropout if regularisation.locked else nn.Dropout
+    dropout = dropout_type(cfg.dropout if cfg.dropout_out is None else cfg.dropout_out)
+    reader, softmax = build_words(
+        settings,
+        num_words,
+        cfg.embed_dim,
+        dim,
+        shared=_shares_vectors(cfg, settings),
+        dropout=regularisation.component,
+    )
+    network = RegularisedLSTM(
+        cfg.embed_dim,
+        dim,
+        cfg.num_layers,
+        cfg.dropout,
+        cfg.dropout if cfg.dropout_in is None else cfg.dropout_in,
+        regularisation.locked,
+        regularisation.weight,
+    )
+    attention = Attention(dim, memory_dim) if memory_dim else None
+    ffn = feed_forward(dim, settings.output_ffn_dim, dropout)
+    if conditioner is Recurrent:
+        conditioned: Conditioner = Recurrent(reader, network, dropout, ffn, attention)
+    else:
+        conditioned = Gated(settings.shape, dim, dropout, ffn)
+    return Decoder(reader, network, conditioned, softmax, attention)
+
+
+def _shares_vectors(cfg: LSTMConfig, settings: TableSettings) -> bool:
+    """Tells whether input and output have the same vectors of rows and columns."""
+    if cfg.component_vectors is None:
+        return (
+            settings.word_dim > 1
+            and cfg.embed_dim == cfg.hidden_size
+            and not settings.keep_input_table
+        )
+    if str(cfg.component_vectors) == "separate":
+        return False
+    if cfg.embed_dim != cfg.hidden_size:
+        raise UsageError(
+            f"--component-vectors shared needs --embed-dim ({cfg.embed_dim}) equal to "
+            f"--hidden-size ({cfg.hidden_size})"
+        )
+    if settings.keep_input_table:
+        raise UsageError(
+            "--component-vectors shared and --keep-input-table: give one of them; rows and "
+            "columns of two tables are of different words, and have nothing to share"
+        )
+    return True
+
+
+class LSTMDecoder(FairseqIncrementalDecoder):
+    """What decoders with an LSTM have in common."""
+
+    def make_generation_fast_(self, retain_dropout: bool = False, **kwargs: Any) -> None:
+        """Refuses ``--retain-dropout``, by which fairseq's own modules drop in evaluation."""
+        if retain_dropout:
+            raise UsageError(
+                "--retain-dropout: a LightRNN model with an LSTM predicts without dropout; leave "
+                "the flag out"
+            )
+
+
+class LightRNNDecoder(LSTMDecoder):
+    """Predicts words as components of a word table.
+
+    Args:
+        cfg: the flags.
+        settings: what those of the table come to.
+        dictionary: of the words.
+        conditioner: how components are conditioned on those before them.
     """
 
-    def dropout(value: float | None, otherwise: float = cfg.dropout) -> float:
-        return otherwise if value is None else value
-
-    dropout_out = dropout(cfg.dropout_out)
-    return kinds[str(cfg.composition)](
-        embedding,
-        cfg.hidden_size,
-        cfg.num_layers,
-        dropout_in=dropout(cfg.dropout_in),
-        dropout_between=dropout(cfg.dropout_between),
-        dropout_out=dropout_out,
-        dropout_hidden=dropout(cfg.dropout_hidden, dropout_out),
-        query_sizes=query_sizes(cfg, cfg.hidden_size),
-        locked_dropout=cfg.locked_dropout,
-        weight_dropout=cfg.weight_dropout,
-        ffn_dim=cfg.output_ffn_dim,
-        **more,
-    )
-
-
-def build_softmax(
-    cfg: LightRNNLanguageModelConfig,
-    table: TableLookup,
-    embedding: ComponentEmbedding,
-    further: FurtherTables | None,
-) -> ComponentSoftmax:
-    """Returns the output side that the flags ask for."""
-    return ComponentSoftmax(
-        table,
-        cfg.hidden_size,
-        embedding.weight if cfg.share_component_vectors else None,
-        cfg.word_bias,
-        cfg.output_residual_dim,
-        frequent_size(cfg, table.num_words),
-        shared_residuals(cfg, embedding),
-        further,
-        embedding.further_weight if cfg.share_component_vectors else None,
-    )
-
-
-class LightRNNDecoder(SeatedDecoder, FairseqIncrementalDecoder):
-    """Predicts words as components of a word table."""
-
-    returns_activations = True  # see :meth:`forward`
-
-    def __init__(self, cfg: LightRNNLanguageModelConfig, dictionary: Any) -> None:
+    def __init__(
+        self,
+        cfg: LSTMConfig,
+        settings: TableSettings,
+        dictionary: Any,
+        conditioner: type[Conditioner],
+    ) -> None:
         super().__init__(dictionary)
-        check_config(cfg)
-        shape = table_shape(cfg, len(dictionary))
-
-        self.table = TableLookup(len(dictionary), shape)
-        self.further = further_tables(cfg, len(dictionary), shape)
-        embedding = build_embedding(cfg, self.table, self.further)
-        self.composition = build_composition(cfg, embedding)
-        self.softmax = build_softmax(cfg, self.table, embedding, self.further)
+        self.core = build_decoder(cfg, settings, len(dictionary), conditioner)
+        self.reallocations = Reallocations()
+        self.words = WordHead(self.core.head, self.core.reader, dictionary, self.reallocations)
         self.carried_state = CarriedState()
-        self._register_reallocation()
+        self.penalties = parse_regularisation(cfg.regularise)
+        save_shared_once(self)
 
     def forward(
         self,
@@ -248,7 +204,6 @@ class LightRNNDecoder(SeatedDecoder, FairseqIncrementalDecoder):
         target_tokens: Tensor | None = None,
         src_lengths: Tensor | None = None,
         carried: dict[str, Any] | None = None,
-        return_activations: bool = False,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Predicts the word after each given word.
 
@@ -260,24 +215,23 @@ class LightRNNDecoder(SeatedDecoder, FairseqIncrementalDecoder):
             src_lengths: not used.
             carried: name of the ``stream`` of text and number of its ``block``, if the words go on
                 where its last block ended.
-            return_activations: put the outputs of the last layer into the extras, as
-                ``activations``; see :meth:`Composition.forward`.
 
         Returns:
-            With ``target_tokens``: features of shape (B, T, k·(d + e)) that
+            With ``target_tokens``: features of shape (B, T, k·d) that
             :meth:`get_normalized_probs` turns into the targets' log-probabilities. Without:
             log-probabilities of all words after the last one given, (B, 1, V); that is all that
-            generation and shallow fusion look at. And fairseq's dictionary of extras.
+            generation and shallow fusion look at. And fairseq's dictionary of extras, with the
+            network's :class:`Activations` as ``activations``.
         """
         if target_tokens is not None:
-            activations: dict[str, Tensor] | None = {} if return_activations else None
-            hidden = self.extract_features(prev_output_tokens, target_tokens, carried, activations)
-            extra = {"attn": None, "features": True}
-            return hidden.flatten(2), extra | ({"activations": activations} if activations else {})
+            hidden, activations = self.extract_features(prev_output_tokens, target_tokens, carried)
+            return hidden.flatten(2), {
+                "attn": None, "features": True, "activations": activations
+            }  # fmt: skip
         incremental_state = {} if incremental_state is None else incremental_state
         context = self._read(prev_output_tokens, incremental_state)
         num_read = prev_output_tokens.size(1)
-        log_probs, extra = self.predict_next(self.composition, context, num_read, incremental_state)
+        log_probs, extra = self.words.predict_next(context, num_read, incremental_state)
         return log_probs, {"attn": None, **extra}
 
     def extract_features(  # type: ignore[override]
@@ -285,9 +239,8 @@ class LightRNNDecoder(SeatedDecoder, FairseqIncrementalDecoder):
         prev_output_tokens: Tensor,
         target_tokens: Tensor,
         carried: dict[str, Any] | None = None,
-        activations: dict[str, Tensor] | None = None,
-    ) -> Tensor:
-        """Returns the outputs, (B, T, k, d + e), that predict the targets' components."""
+    ) -> tuple[Tensor, Activations | None]:
+        """Returns the hidden states, (B, T, k, d), that predict the targets' components."""
         # A text's next source word is its target, but where padding begins it is not the last one.
         upcoming = torch.cat([prev_output_tokens[:, 1:], target_tokens[:, -1:]], dim=1)
         upcoming = torch.where(upcoming.eq(self.dictionary.pad()), target_tokens, upcoming)
@@ -295,22 +248,34 @@ class LightRNNDecoder(SeatedDecoder, FairseqIncrementalDecoder):
         state = None
         if carried is not None:
             state = self.carried_state.before(**carried, lanes=len(words))
-        hidden, state = self.composition(self.table(words), state, activations)
+        decoded = self.core(words, state)
         if carried is not None:
-            self.carried_state.after(**carried, state=state)
-        return hidden
+            self.carried_state.after(**carried, state=decoded.state)
+        return decoded.hidden, decoded.activations
+
+    def get_normalized_probs(
+        self, net_output: Any, log_probs: bool, sample: dict[str, Any] | None = None
+    ) -> Tensor:
+        """See :meth:`WordHead.get_normalized_probs`."""
+        return self.words.get_normalized_probs(net_output, log_probs, sample)
+
+    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
+        """Refuses the state of a model of another dictionary or of other tables."""
+        self.words.check_state(self, state_dict, name)
+        super().upgrade_state_dict_named(state_dict, name)
+        return state_dict
 
     def _read(self, words: Tensor, incremental_state: dict[str, Any]) -> Context:
         context = self._stored(incremental_state)
         if context is not None:
             words = words[:, -1:]
-        context = self.composition.read(self.table(words), context)
+        context = self.core.read(words, context)
         self._store(incremental_state, context)
         return context
 
     def _stored(self, incremental_state: dict[str, Any]) -> Context | None:
         stored = self.get_incremental_state(incremental_state, "context")
-        return stored and Context(stored["output"], (stored["hidden"], stored["cell"]))
+        return stored and Context(stored["output"], state=(stored["hidden"], stored["cell"]))
 
     def _store(self, incremental_state: dict[str, Any], context: Context) -> None:
         assert context.state is not None
@@ -327,56 +292,38 @@ class LightRNNDecoder(SeatedDecoder, FairseqIncrementalDecoder):
             self._store(incremental_state, context.select(new_order))
 
 
-@register_model("lightrnn_lm", dataclass=LightRNNLanguageModelConfig)
-class LightRNNLanguageModel(FairseqLanguageModel):
-    """The LightRNN language model as a fairseq model."""
+@register_model("lightrnn_lm", dataclass=LSTMConfig)
+class LightRNNLanguageModel(TableModel, FairseqLanguageModel):
+    """The paper's language model: words have nothing but rows and columns.
+
+    Attributes:
+        conditioner: how components are conditioned on those before them.
+    """
+
+    conditioner: type[Conditioner] = Recurrent
 
     @classmethod
-    def build_model(cls, cfg: LightRNNLanguageModelConfig, task: Any) -> "LightRNNLanguageModel":
+    def build_model(cls, cfg: LSTMConfig, task: Any) -> "LightRNNLanguageModel":
         """Builds the model for a LightRNN task."""
         check_task(task, "lightrnn_lm", "lightrnn_language_modeling")
-        return cls(LightRNNDecoder(cfg, task.target_dictionary))
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, path: str | Path, data: str | Path | None = None, device: str = "cpu"
-    ) -> "LanguageModel":
-        """Loads a trained model to be asked from Python.
-
-        Args:
-            path: a checkpoint, or a folder of checkpoints, of which the best is taken.
-            data: folder of ``dict.txt``; by default that which the model was trained on, or that
-                of the checkpoint.
-            device: where to compute.
-
-        Returns:
-            A :class:`fairseq_lightrnn.language_model.LanguageModel`.
-        """
-        from fairseq_lightrnn.language_model import LanguageModel
-
-        return LanguageModel.from_pretrained(path, data, device)
+        dictionary = task.target_dictionary
+        settings = cls.table_settings(cfg, len(dictionary))
+        return cls(LightRNNDecoder(cfg, settings, dictionary, cls.conditioner))
 
 
-def _preset(name: str, **values: Any) -> None:
-    """Registers an architecture that sets what the user does not."""
+@register_model("lightrnn_lm_gated", dataclass=preset(LSTMConfig, "GatedConfig"))
+class GatedLanguageModel(LightRNNLanguageModel):
+    """The recommended LSTM language model: one step a word, gates, a feed-forward layer."""
 
-    @register_model_architecture("lightrnn_lm", name)
-    def preset(args: Namespace) -> None:
-        for key, value in values.items():
-            setattr(args, key, getattr(args, key, value))
+    conditioner = Gated
+    own_numbers = 64
 
 
 # The sizes published in arXiv 1610.09893, table 4, and with the authors' release.
-_preset("lightrnn_lm_500", embed_dim=500, hidden_size=500, num_layers=2, dropout=0.2)
-_preset("lightrnn_lm_1000", embed_dim=1000, hidden_size=1000, num_layers=2, dropout=0.2)
-_preset("lightrnn_lm_1500", embed_dim=1500, hidden_size=1500, num_layers=2, dropout=0.2)
-_preset("lightrnn_lm_ptb", embed_dim=200, hidden_size=200, num_layers=1, dropout=0.2)
-_preset("lightrnn_lm_wikitext2", embed_dim=400, hidden_size=400, num_layers=1, dropout=0.3)
-
-
-@register_model_architecture("lightrnn_lm", "lightrnn_lm_gated")
-def gated_architecture(args: Namespace) -> None:
-    """The recommended composition; biases and residuals are flags of their own."""
-    args.composition = getattr(args, "composition", "gated")
-    hidden_size = getattr(args, "hidden_size", LightRNNLanguageModelConfig.hidden_size)
-    args.output_ffn_dim = getattr(args, "output_ffn_dim", 4 * hidden_size)
+for _size in (500, 1000, 1500):
+    _config = preset(
+        LSTMConfig, f"Published{_size}", embed_dim=_size, hidden_size=_size, num_layers=2,
+        dropout=0.2,
+    )  # fmt: skip
+    _model = type(f"Published{_size}LanguageModel", (LightRNNLanguageModel,), {})
+    register_model(f"lightrnn_lm_{_size}", dataclass=_config)(_model)

@@ -1,56 +1,58 @@
-"""``--arch lightrnn_transformer``: fairseq's transformer, its decoder with a word table."""
+"""fairseq's transformers with a word table, for translation and for language models."""
 
-from argparse import ArgumentParser, Namespace
-from dataclasses import fields
+from collections.abc import Iterable
 from typing import Any
 
-from fairseq.dataclass.utils import gen_parser_from_dataclass
-from fairseq.models import register_model, register_model_architecture
+import torch
+from fairseq.models import FairseqEncoderDecoderModel, FairseqLanguageModel, register_model
 from fairseq.models.transformer import (
     TransformerConfig,
     TransformerDecoderBase,
     TransformerEncoderBase,
-    TransformerModel,
-    base_architecture,
-    transformer_iwslt_de_en,
+    TransformerModelBase,
 )
+from fairseq.modules import FairseqDropout
 from torch import Tensor, nn
 
-from fairseq_lightrnn.components import ComponentEmbedding, ComponentSoftmax, WordEmbedding
-from fairseq_lightrnn.errors import UsageError
-from fairseq_lightrnn.gated import GatedPredictor
-from fairseq_lightrnn.models._seated import SeatedDecoder, SeatedTranslation, SourceEncoder
-from fairseq_lightrnn.models._table import (
-    SourceTableConfig,
-    check_input_table,
-    check_numbers,
-    check_task,
-    frequent_size,
-    further_tables,
-    query_sizes,
-    shared_residuals,
-    source_embedding,
-    table_shape,
+from fairseq_lightrnn.core.conditioning import Context, Gated
+from fairseq_lightrnn.core.decoder import Decoded
+from fairseq_lightrnn.core.features import FurtherTables
+from fairseq_lightrnn.core.head import ComponentHead
+from fairseq_lightrnn.core.reader import WordEmbedding
+from fairseq_lightrnn.core.sharing import save_shared_once
+from fairseq_lightrnn.models.flags import TableSettings, check_task
+from fairseq_lightrnn.models.parts import build_words, feed_forward
+from fairseq_lightrnn.models.source import SourceEncoder, TranslationForward, source_embedding
+from fairseq_lightrnn.models.table_model import TableModel
+from fairseq_lightrnn.models.transformer_flags import (
+    IwsltConfig,
+    TransformerLMConfig,
+    TransformerMTConfig,
+    transformer_config,
 )
-from fairseq_lightrnn.table_lookup import TableLookup
+from fairseq_lightrnn.models.word_head import Reallocations, WordHead
 
-__all__ = ["LightRNNTransformerDecoder", "LightRNNTransformerEncoder", "LightRNNTransformerModel"]
-
-# What a table takes the place of, and the flag to be used.
-_REFUSED = {
-    "share_all_embeddings": "share the target's vectors with --source-table shared and "
-    "--share-decoder-input-output-embed",
-    "adaptive_softmax_cutoff": "a component softmax is no adaptive one; leave the flag out",
-    "adaptive_input": "component vectors are no adaptive input; leave the flag out",
-    "decoder_embed_path": "component vectors belong to no single word; leave the flag out",
-}
+__all__ = [
+    "IwsltTransformerModel",
+    "LightRNNTransformerDecoder",
+    "LightRNNTransformerEncoder",
+    "LightRNNTransformerLanguageModel",
+    "LightRNNTransformerModel",
+    "TransformerText",
+]
 
 
 class LightRNNTransformerEncoder(SourceEncoder, TransformerEncoderBase):
     """fairseq's transformer encoder."""
 
+    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
+        """Refuses the state of a model of another dictionary."""
+        super().upgrade_state_dict_named(state_dict, name)
+        _fill_unused(state_dict.items())
+        return state_dict
 
-class LightRNNTransformerDecoder(SeatedDecoder, TransformerDecoderBase):
+
+class LightRNNTransformerDecoder(TransformerDecoderBase):
     """fairseq's transformer decoder, which reads and predicts words by their components.
 
     A word is read as the sum of its component vectors; the output after it predicts the first
@@ -58,63 +60,36 @@ class LightRNNTransformerDecoder(SeatedDecoder, TransformerDecoderBase):
 
     Args:
         cfg: the transformer's flags.
-        table_cfg: the table's flags.
-        dictionary: of the target.
+        settings: what the table's flags come to.
+        dictionary: of the words.
+        no_encoder_attn: there is no source.
     """
 
-    def __init__(self, cfg: TransformerConfig, table_cfg: Any, dictionary: Any) -> None:
-        shape = table_shape(table_cfg, len(dictionary))
-        table = TableLookup(len(dictionary), shape)
-        dim = cfg.decoder.embed_dim
-        frequent = frequent_size(table_cfg, len(dictionary))
-        further = further_tables(table_cfg, len(dictionary), shape)
-        embedding = ComponentEmbedding(
-            shape,
-            dim,
-            table,
-            table_cfg.input_residual_dim,
-            frequent=frequent,
-            own_table=table_cfg.keep_input_table,
-            further=further,
-        )
-        # The sum of a word's vectors starts as the vectors of fairseq's transformer do.
-        tables = 1 if further is None else 1 + len(further.tables)
-        for weight in (embedding.weight, embedding.further_weight):
-            if weight is not None:
-                nn.init.normal_(weight, std=(dim * len(shape) * tables) ** -0.5)
-        words = WordEmbedding(table, embedding, dictionary.pad())
-        super().__init__(cfg, dictionary, words, no_encoder_attn=cfg.no_cross_attention)
-        self.table = table
-        self.further = further
-        self.prediction = GatedPredictor(
-            shape,
-            self.output_embed_dim,
-            query_sizes=query_sizes(table_cfg, self.output_embed_dim),
-            ffn_dim=table_cfg.output_ffn_dim,
-            ffn_dropout=cfg.dropout,
-        )
+    def __init__(
+        self,
+        cfg: TransformerConfig,
+        settings: TableSettings,
+        dictionary: Any,
+        no_encoder_attn: bool = False,
+    ) -> None:
         shared = cfg.share_decoder_input_output_embed
-        check_input_table(table_cfg, "--share-decoder-input-output-embed", shared)
-        self.softmax = ComponentSoftmax(
-            table,
-            self.output_embed_dim,
-            embedding.weight if shared else None,
-            table_cfg.word_bias,
-            table_cfg.output_residual_dim,
-            frequent,
-            shared_residuals(table_cfg, embedding),
-            further,
-            embedding.further_weight if shared else None,
-        )
+        width, dim = cfg.decoder.input_dim, cfg.decoder.output_dim
+        reader, softmax = build_words(settings, len(dictionary), width, dim, shared=shared)
+        # The sum of a word's vectors starts as the embeddings of fairseq's transformer do.
+        std = (width * len(settings.shape) * (1 + settings.further_tables)) ** -0.5
+        nn.init.normal_(reader.vectors.weight, std=std)
+        for feature in reader.features:
+            if isinstance(feature, FurtherTables):
+                nn.init.normal_(feature.input_vectors, std=std)
         if not shared:
-            nn.init.normal_(self.softmax.weight, std=self.output_embed_dim**-0.5)
-        self._register_reallocation()
-
-    @property
-    def input_vectors(self) -> ComponentEmbedding:
-        """The vectors with which words are read."""
-        vectors: ComponentEmbedding = self.embed_tokens.embedding
-        return vectors
+            nn.init.normal_(softmax.vectors.weight, std=dim**-0.5)
+        embedding = WordEmbedding(reader, dictionary.pad())
+        super().__init__(cfg, dictionary, embedding, no_encoder_attn=no_encoder_attn)
+        dropout = FairseqDropout(cfg.dropout, module_name=type(self).__name__)
+        ffn = feed_forward(dim, settings.output_ffn_dim, dropout)
+        self.head = ComponentHead(Gated(settings.shape, dim, nn.Identity(), ffn), softmax)
+        self.reallocations = Reallocations()
+        self.words = WordHead(self.head, reader, dictionary, self.reallocations)
 
     def build_output_projection(self, cfg: Any, dictionary: Any, embed_tokens: Any) -> None:
         """Builds nothing as wide as the vocabulary."""
@@ -133,7 +108,7 @@ class LightRNNTransformerDecoder(SeatedDecoder, TransformerDecoderBase):
 
         Args:
             prev_output_tokens: words of shape (B, T).
-            encoder_out: what the encoder returned.
+            encoder_out: what the encoder returned, if there is one.
             incremental_state: fairseq's store of states between the steps of a generation.
             target_tokens: the words to predict, shape (B, T).
             src_lengths: not used.
@@ -141,7 +116,7 @@ class LightRNNTransformerDecoder(SeatedDecoder, TransformerDecoderBase):
             alignment_heads: how many of its heads are averaged (default: all).
 
         Returns:
-            With ``target_tokens``: features of shape (B, T, k·(d + e)) that
+            With ``target_tokens``: features of shape (B, T, k·d) that
             :meth:`get_normalized_probs` turns into the targets' log-probabilities. Without:
             log-probabilities of all words after the last one given, (B, 1, V). And fairseq's
             dictionary of extras.
@@ -153,72 +128,142 @@ class LightRNNTransformerDecoder(SeatedDecoder, TransformerDecoderBase):
             alignment_layer=alignment_layer,
             alignment_heads=alignment_heads,
         )
+        head = self.words.head
         if target_tokens is not None:
-            features = self.prediction.predict(outputs, self.table(target_tokens))
-            return features.flatten(2), {**extra, "features": True}
-        context = self.prediction.context(outputs[:, -1])
-        num_read = prev_output_tokens.size(1)
-        log_probs, more = self.predict_next(self.prediction, context, num_read, incremental_state)
+            hidden = head.hidden(outputs[:, :, None], target_tokens)
+            return hidden.flatten(2), {**extra, "features": True}
+        context, num_read = head.start(outputs[:, -1]), prev_output_tokens.size(1)
+        log_probs, more = self.words.predict_next(context, num_read, incremental_state)
         return log_probs, {**extra, **more}
 
+    def get_normalized_probs(
+        self, net_output: Any, log_probs: bool, sample: dict[str, Any] | None = None
+    ) -> Tensor:
+        """See :meth:`WordHead.get_normalized_probs`."""
+        return self.words.get_normalized_probs(net_output, log_probs, sample)
 
-@register_model("lightrnn_transformer")
-class LightRNNTransformerModel(SeatedTranslation, TransformerModel):
+    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
+        """Refuses the state of a model of another dictionary or of other tables."""
+        self.words.check_state(self, state_dict, name)
+        super().upgrade_state_dict_named(state_dict, name)
+        _fill_unused(state_dict.items())
+        return state_dict
+
+
+class TransformerText:
+    """A transformer language model as something to score text and continue it with.
+
+    Args:
+        decoder: of the model.
+    """
+
+    carries_state = False
+
+    def __init__(self, decoder: LightRNNTransformerDecoder) -> None:
+        self.decoder = decoder
+
+    @property
+    def head(self) -> ComponentHead:
+        """Predicts words."""
+        return self.decoder.words.head
+
+    @property
+    def reader(self) -> Any:
+        """Looks up the vectors that words are read by."""
+        return self.decoder.words.reader
+
+    def __call__(self, words: Tensor, state: Any = None) -> Decoded:
+        """Predicts each word of a text, (B, T+1), but the first."""
+        outputs = self._outputs(words[:, :-1])
+        return Decoded(self.head.hidden(outputs[:, :, None], words[:, 1:]), None)
+
+    def read(self, words: Tensor, context: Context | None = None) -> Context:
+        """Reads words (B, T) that follow a context, and all words before them once more."""
+        if context is not None and context.history is not None:
+            words = torch.cat([context.history, words], dim=1)
+        return self.head.start(self._outputs(words)[:, -1])._replace(history=words)
+
+    def _outputs(self, words: Tensor) -> Tensor:
+        limit = self.decoder.max_positions()
+        if words.size(1) > limit:
+            raise ValueError(
+                f"a text of {words.size(1)} words, its beginning included, is longer than the "
+                f"{limit} that the model can look back on; split it"
+            )
+        outputs: Tensor = self.decoder.extract_features(words, encoder_out=None)[0]
+        return outputs
+
+
+@register_model("lightrnn_transformer_lm", dataclass=TransformerLMConfig)
+class LightRNNTransformerLanguageModel(TableModel, FairseqLanguageModel):
+    """fairseq's transformer language model with a word table."""
+
+    own_numbers = 64
+
+    @classmethod
+    def width(cls, cfg: Any) -> int:
+        """Returns the width of the hidden states that predict words."""
+        return transformer_config(cfg).decoder.output_dim
+
+    @classmethod
+    def build_model(cls, cfg: TransformerLMConfig, task: Any) -> "LightRNNTransformerLanguageModel":
+        """Builds the model for a LightRNN task."""
+        check_task(task, "lightrnn_transformer_lm", "lightrnn_language_modeling")
+        dictionary = task.target_dictionary
+        settings = cls.table_settings(cfg, len(dictionary))
+        decoder = LightRNNTransformerDecoder(
+            transformer_config(cfg), settings, dictionary, no_encoder_attn=True
+        )
+        save_shared_once(decoder)
+        _fill_unused(decoder.named_buffers())
+        return cls(decoder)
+
+
+@register_model("lightrnn_transformer", dataclass=TransformerMTConfig)
+class LightRNNTransformerModel(TableModel, TranslationForward, FairseqEncoderDecoderModel):
     """fairseq's transformer with a word table on the target side."""
 
-    @classmethod
-    def hub_models(cls) -> dict[str, Any]:
-        """Returns no model: none is published."""
-        return {}
+    own_numbers = 36
 
     @classmethod
-    def add_args(cls, parser: ArgumentParser) -> None:
-        """Adds the flags of fairseq's transformer and of the word table."""
-        super().add_args(parser)
-        gen_parser_from_dataclass(parser, SourceTableConfig(), delete_default=True)
+    def width(cls, cfg: Any) -> int:
+        """Returns the width of the hidden states that predict words."""
+        return transformer_config(cfg).decoder.output_dim
 
     @classmethod
-    def build_model(cls, args: Namespace, task: Any) -> "LightRNNTransformerModel":
+    def build_model(cls, cfg: TransformerMTConfig, task: Any) -> "LightRNNTransformerModel":
         """Builds the model for a LightRNN translation task."""
         check_task(task, "lightrnn_transformer", "lightrnn_translation")
-        _base(args)
-        for name, advice in _REFUSED.items():
-            if getattr(args, name, None):
-                raise UsageError(f"--{name.replace('_', '-')}: {advice}")
-        for side in ("encoder", "decoder"):
-            kept = getattr(args, f"{side}_layers_to_keep")
-            if kept:
-                setattr(args, f"{side}_layers", len(kept.split(",")))
-        check_numbers(args, ("encoder_embed_dim", "decoder_embed_dim"))
-        for name in ("max_source_positions", "max_target_positions"):
-            if getattr(args, name, None) is None:
-                setattr(args, name, getattr(task.args, name))
-        cfg = TransformerConfig.from_namespace(args)
-        if cfg.share_decoder_input_output_embed and cfg.decoder.output_dim != cfg.decoder.embed_dim:
-            raise UsageError(
-                "--share-decoder-input-output-embed needs --decoder-output-dim "
-                f"({cfg.decoder.output_dim}) equal to --decoder-embed-dim ({cfg.decoder.embed_dim})"
-            )
-        decoder = LightRNNTransformerDecoder(cfg, args, task.target_dictionary)
-        dictionary, dim = task.source_dictionary, cfg.encoder.embed_dim
-        vectors = source_embedding(args, task, dim, decoder.table, decoder.embed_tokens.embedding)
+        source, target = task.source_dictionary, task.target_dictionary
+        flags, settings = transformer_config(cfg), cls.table_settings(cfg, len(target))
+        decoder = LightRNNTransformerDecoder(
+            flags, settings, target, no_encoder_attn=flags.no_cross_attention
+        )
+        dim = flags.encoder.embed_dim
+        vectors: Any = source_embedding(cfg, task, dim, settings, decoder.words.reader)
         if vectors is None:
-            vectors = cls.build_embedding(args, dictionary, dim, cfg.encoder.embed_path)
-        elif str(args.source_table) == "own":
-            std = (dim * len(vectors.embedding.shape)) ** -0.5
-            nn.init.normal_(vectors.embedding.weight, std=std)
-        return cls(args, LightRNNTransformerEncoder(cfg, dictionary, vectors), decoder)
+            vectors = TransformerModelBase.build_embedding(
+                flags, source, dim, flags.encoder.embed_path
+            )
+        elif str(cfg.source_table) == "own":
+            std = (dim * vectors.reader.num_components) ** -0.5
+            nn.init.normal_(vectors.reader.vectors.weight, std=std)
+        model = cls(LightRNNTransformerEncoder(flags, source, vectors), decoder)
+        save_shared_once(model, "decoder.")
+        _fill_unused(model.named_buffers())
+        return model
 
 
-@register_model_architecture("lightrnn_transformer", "lightrnn_transformer")
-def _base(args: Namespace) -> None:
-    base_architecture(args)
-    for flag in fields(SourceTableConfig):
-        if flag.name != "_name":
-            setattr(args, flag.name, getattr(args, flag.name, flag.default))
+def _fill_unused(state: Iterable[tuple[str, Tensor]]) -> None:
+    """Gives a value to what fairseq saves of sinusoidal positions: whatever was in the memory.
+
+    Checkpoints of equal trainings would differ, and averages of it not be finite.
+    """
+    for name, value in state:
+        if name.endswith("_float_tensor"):
+            value.zero_()
 
 
-@register_model_architecture("lightrnn_transformer", "lightrnn_transformer_iwslt_de_en")
-def _iwslt_de_en(args: Namespace) -> None:
-    transformer_iwslt_de_en(args)
-    _base(args)
+@register_model("lightrnn_transformer_iwslt_de_en", dataclass=IwsltConfig)
+class IwsltTransformerModel(LightRNNTransformerModel):
+    """fairseq's transformer with a word table, in the sizes of ``transformer_iwslt_de_en``."""

@@ -1,80 +1,40 @@
-"""``--arch lightrnn_translation``: an LSTM encoder and a LightRNN decoder with attention."""
+"""``--arch lightrnn_translation`` and ``_gated``: LSTM encoder, LightRNN decoder with attention."""
 
-# ruff: noqa: UP045  (fairseq reads flags from Optional[...], not from X | None)
-
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Optional
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from fairseq.models import (
-    FairseqEncoderDecoderModel,
-    FairseqIncrementalDecoder,
-    register_model,
-    register_model_architecture,
-)
+from fairseq.models import FairseqEncoderDecoderModel, register_model
 from fairseq.models.lstm import LSTMEncoder
 from torch import Tensor, nn
 
-from fairseq_lightrnn.attentive import (
-    AttentiveComposition,
-    AttentiveGatedComposition,
-    AttentiveRecurrentComposition,
-    Memory,
-)
-from fairseq_lightrnn.components import WordEmbedding
-from fairseq_lightrnn.composition import State
-from fairseq_lightrnn.errors import UsageError
-from fairseq_lightrnn.models._seated import SeatedDecoder, SeatedTranslation, SourceEncoder
-from fairseq_lightrnn.models._table import (
+from fairseq_lightrnn.core.attention import Memory
+from fairseq_lightrnn.core.conditioning import Conditioner, Gated, Recurrent
+from fairseq_lightrnn.core.network import State
+from fairseq_lightrnn.core.sharing import save_shared_once
+from fairseq_lightrnn.models.flags import TableSettings, check_task, preset
+from fairseq_lightrnn.models.lightrnn_lm import LSTMConfig, LSTMDecoder, build_decoder
+from fairseq_lightrnn.models.source import (
+    SourceEncoder,
     SourceTableConfig,
-    check_numbers,
-    check_task,
-    further_tables,
+    TranslationForward,
     source_embedding,
-    table_shape,
 )
-from fairseq_lightrnn.models.lightrnn_lm import (
-    LightRNNLanguageModelConfig,
-    build_composition,
-    build_embedding,
-    build_softmax,
-    check_config,
-    gated_architecture,
-)
-from fairseq_lightrnn.table_lookup import TableLookup
+from fairseq_lightrnn.models.table_model import TableModel
+from fairseq_lightrnn.models.word_head import Reallocations, WordHead
 
 __all__ = [
+    "GatedTranslationModel",
     "LightRNNTranslationDecoder",
     "LightRNNTranslationEncoder",
     "LightRNNTranslationModel",
-    "LightRNNTranslationModelConfig",
+    "TranslationModelConfig",
 ]
-
-_COMPOSITIONS: Mapping[str, type[AttentiveComposition]] = {
-    "recurrent": AttentiveRecurrentComposition,
-    "gated": AttentiveGatedComposition,
-}
 
 
 @dataclass
-class LightRNNTranslationModelConfig(LightRNNLanguageModelConfig, SourceTableConfig):
-    encoder_embed_dim: Optional[int] = field(
-        default=None, metadata={"help": "width of the source vectors (default: --embed-dim)"}
-    )
-    encoder_hidden_size: Optional[int] = field(
-        default=None,
-        metadata={"help": "width of the encoder's LSTM in each direction (default: --hidden-size)"},
-    )
-    encoder_dropout_in: Optional[float] = field(
-        default=None, metadata={"help": "dropout on the source vectors (default: --dropout)"}
-    )
-    encoder_dropout_out: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": "dropout between the encoder's layers and on its outputs (default: --dropout)"
-        },
-    )
+class TranslationModelConfig(LSTMConfig, SourceTableConfig):
+    """Flags of the decoder, which give the encoder its sizes and dropouts too."""
 
 
 class LightRNNTranslationEncoder(SourceEncoder, LSTMEncoder):
@@ -115,35 +75,34 @@ class LightRNNTranslationEncoder(SourceEncoder, LSTMEncoder):
         return tuple(part.index_select(1, new_order) for part in encoder_out)
 
 
-class LightRNNTranslationDecoder(SeatedDecoder, FairseqIncrementalDecoder):
+class LightRNNTranslationDecoder(LSTMDecoder):
     """Predicts the words of a translation as components of a word table.
 
     Args:
         cfg: the flags.
+        settings: what those of the table come to.
         dictionary: of the target.
+        conditioner: how components are conditioned on those before them.
         memory_dim: m, the width of the encoder's outputs and states.
         max_target_positions: the longest target.
     """
 
     def __init__(
         self,
-        cfg: LightRNNTranslationModelConfig,
+        cfg: TranslationModelConfig,
+        settings: TableSettings,
         dictionary: Any,
+        conditioner: type[Conditioner],
         memory_dim: int,
         max_target_positions: int = 1024,
     ) -> None:
         super().__init__(dictionary)
-        check_config(cfg)
-        shape = table_shape(cfg, len(dictionary))
         self.max_target_positions = max_target_positions
-        self.table = TableLookup(len(dictionary), shape)
-        self.further = further_tables(cfg, len(dictionary), shape)
-        embedding = build_embedding(cfg, self.table, self.further)
-        self.composition = build_composition(cfg, embedding, _COMPOSITIONS, memory_dim=memory_dim)
-        self.softmax = build_softmax(cfg, self.table, embedding, self.further)
+        self.core = build_decoder(cfg, settings, len(dictionary), conditioner, memory_dim)
         self.first_hidden = nn.Linear(memory_dim, cfg.hidden_size)
         self.first_cell = nn.Linear(memory_dim, cfg.hidden_size)
-        self._register_reallocation()
+        self.reallocations = Reallocations()
+        self.words = WordHead(self.core.head, self.core.reader, dictionary, self.reallocations)
 
     def max_positions(self) -> int:
         """Returns the greatest number of words of a target."""
@@ -167,7 +126,7 @@ class LightRNNTranslationDecoder(SeatedDecoder, FairseqIncrementalDecoder):
             src_lengths: not used.
 
         Returns:
-            With ``target_tokens``: features of shape (B, T, k·(d + e)) that
+            With ``target_tokens``: features of shape (B, T, k·d) that
             :meth:`get_normalized_probs` turns into the targets' log-probabilities. Without:
             log-probabilities of all words after the last one given, (B, 1, V). And fairseq's
             dictionary of extras, in which ``attn`` (B, T or 1, S) says where in the source these
@@ -177,9 +136,11 @@ class LightRNNTranslationDecoder(SeatedDecoder, FairseqIncrementalDecoder):
         memory = Memory(outputs.transpose(0, 1), padding.t())
         if target_tokens is not None:
             words = torch.cat([prev_output_tokens[:, :1], target_tokens], dim=1)
-            state = self._first_state(hidden, cell)
-            features, weights = self.composition.translate(self.table(words), state, memory)
-            return features.flatten(2), {"attn": weights, "features": True}
+            decoded = self.core(words, self._first_state(hidden, cell), memory, continued=False)
+            extra = {
+                "attn": decoded.attention, "features": True, "activations": decoded.activations
+            }  # fmt: skip
+            return decoded.hidden.flatten(2), extra
         incremental_state = {} if incremental_state is None else incremental_state
         stored = self.get_incremental_state(incremental_state, "state")
         num_read = prev_output_tokens.size(1)
@@ -188,11 +149,23 @@ class LightRNNTranslationDecoder(SeatedDecoder, FairseqIncrementalDecoder):
         else:
             prev_output_tokens = prev_output_tokens[:, -1:]
             state = stored["hidden"], stored["cell"]
-        coordinates = self.table(prev_output_tokens)
-        context, weights = self.composition.read_beside(coordinates, state, memory)
+        context, weights = self.core.read_beside(prev_output_tokens, state, memory)
+        assert context.state is not None
         self._store(incremental_state, context.state)
-        log_probs, extra = self.predict_next(self.composition, context, num_read, incremental_state)
-        return log_probs, {"attn": weights, **extra}
+        log_probs, more = self.words.predict_next(context, num_read, incremental_state)
+        return log_probs, {"attn": weights, **more}
+
+    def get_normalized_probs(
+        self, net_output: Any, log_probs: bool, sample: dict[str, Any] | None = None
+    ) -> Tensor:
+        """See :meth:`WordHead.get_normalized_probs`."""
+        return self.words.get_normalized_probs(net_output, log_probs, sample)
+
+    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
+        """Refuses the state of a model of another dictionary or of other tables."""
+        self.words.check_state(self, state_dict, name)
+        super().upgrade_state_dict_named(state_dict, name)
+        return state_dict
 
     def _first_state(self, hidden: Tensor, cell: Tensor) -> State:
         return self.first_hidden(hidden), self.first_cell(cell)
@@ -207,67 +180,56 @@ class LightRNNTranslationDecoder(SeatedDecoder, FairseqIncrementalDecoder):
         """Reorders, repeats or drops the texts of a generation."""
         stored = self.get_incremental_state(incremental_state, "state")
         if stored is not None:
-            state = tuple(stored[name].index_select(1, new_order) for name in ("hidden", "cell"))
-            self._store(incremental_state, state)  # type: ignore[arg-type]
+            hidden, cell = (stored[name].index_select(1, new_order) for name in ("hidden", "cell"))
+            self._store(incremental_state, (hidden, cell))
 
 
-@register_model("lightrnn_translation", dataclass=LightRNNTranslationModelConfig)
-class LightRNNTranslationModel(SeatedTranslation, FairseqEncoderDecoderModel):
-    """An LSTM encoder and a LightRNN decoder with attention as a fairseq model."""
+@register_model("lightrnn_translation", dataclass=TranslationModelConfig)
+class LightRNNTranslationModel(TableModel, TranslationForward, FairseqEncoderDecoderModel):
+    """The paper's composition in translation: an LSTM encoder, an LSTM decoder with attention.
+
+    Attributes:
+        conditioner: how components are conditioned on those before them.
+    """
+
+    conditioner: type[Conditioner] = Recurrent
 
     @classmethod
-    def build_model(
-        cls, cfg: LightRNNTranslationModelConfig, task: Any
-    ) -> "LightRNNTranslationModel":
+    def build_model(cls, cfg: TranslationModelConfig, task: Any) -> "LightRNNTranslationModel":
         """Builds the model for a LightRNN translation task."""
         check_task(task, "lightrnn_translation", "lightrnn_translation")
-        embed_dim, hidden_size, dropout_in, dropout_out = _encoder_numbers(cfg)
+        settings = cls.table_settings(cfg, len(task.target_dictionary))
         decoder = LightRNNTranslationDecoder(
-            cfg, task.target_dictionary, 2 * hidden_size, task.args.max_target_positions
+            cfg,
+            settings,
+            task.target_dictionary,
+            cls.conditioner,
+            2 * cfg.hidden_size,
+            task.args.max_target_positions,
         )
-        vectors: WordEmbedding | None = source_embedding(
-            cfg, task, embed_dim, decoder.table, decoder.composition.embedding
-        )
+        vectors = source_embedding(cfg, task, cfg.embed_dim, settings, decoder.core.reader)
         encoder = LightRNNTranslationEncoder(
             task.source_dictionary,
-            embed_dim,
-            hidden_size,
+            cfg.embed_dim,
+            cfg.hidden_size,
             cfg.num_layers,
-            dropout_in,
-            dropout_out,
+            cfg.dropout,
+            cfg.dropout,
             bidirectional=True,
             left_pad=task.args.left_pad_source,
             pretrained_embed=vectors,
             max_source_positions=task.args.max_source_positions,
         )
-        return cls(encoder, decoder)
+        model = cls(encoder, decoder)
+        save_shared_once(model, "decoder.")
+        return model
 
 
-def _encoder_numbers(cfg: LightRNNTranslationModelConfig) -> tuple[int, int, float, float]:
-    """Returns the encoder's sizes and dropouts; what its flags leave out the decoder's say."""
-    check_numbers(
-        cfg,
-        sizes=tuple(
-            name
-            for name in ("encoder_embed_dim", "encoder_hidden_size")
-            if getattr(cfg, name) is not None
-        ),
-        dropouts=("dropout", "encoder_dropout_in", "encoder_dropout_out"),
-    )
-
-    def value(own: Any, other: Any) -> Any:
-        return other if own is None else own
-
-    if cfg.num_layers < 1:
-        raise UsageError(f"--num-layers {cfg.num_layers}: must be at least 1")
-    return (
-        value(cfg.encoder_embed_dim, cfg.embed_dim),
-        value(cfg.encoder_hidden_size, cfg.hidden_size),
-        value(cfg.encoder_dropout_in, cfg.dropout),
-        value(cfg.encoder_dropout_out, cfg.dropout),
-    )
-
-
-register_model_architecture("lightrnn_translation", "lightrnn_translation_gated")(
-    gated_architecture
+@register_model(
+    "lightrnn_translation_gated", dataclass=preset(TranslationModelConfig, "GatedTranslationConfig")
 )
+class GatedTranslationModel(LightRNNTranslationModel):
+    """The recommended translation model: one recurrent step a word, gates, a feed-forward layer."""
+
+    conditioner = Gated
+    own_numbers = 36

@@ -1,5 +1,6 @@
 """``--task lightrnn_language_modeling``: fairseq's language modelling with a word table."""
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,27 +11,34 @@ from fairseq import utils
 from fairseq.data import FairseqDataset, LMContextWindowDataset, data_utils
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+from omegaconf import open_dict
+from torch import nn
 
 from fairseq_lightrnn.criterions import two_component_cross_entropy  # noqa: F401  (registers)
 from fairseq_lightrnn.data.lanes import SHORTEST_BLOCK, LaneDataset, LaneIterator
 from fairseq_lightrnn.data.target_input import TargetInputDataset, consecutive_text
 from fairseq_lightrnn.errors import UsageError
-from fairseq_lightrnn.tasks._seating import SeatingMixin
-from fairseq_lightrnn.tasks._seating_config import SeatingConfig
-from fairseq_lightrnn.tasks._statistics import world_size
-from fairseq_lightrnn.tasks._validation_losses import ValidationLossMixin
+from fairseq_lightrnn.tasks.flags import TableTaskConfig
+from fairseq_lightrnn.tasks.table_task import TableTask
+from fairseq_lightrnn.workers import world_size
 
 __all__ = ["LightRNNLanguageModelingConfig", "LightRNNLanguageModelingTask"]
 
+logger = logging.getLogger(__name__)
+
+# How a training reads text, as far as whoever evaluates the model has to do the same.
+_KNOWN_TO_CHECKPOINT = ("carry_hidden_state", "add_bos_token")
+
 
 @dataclass
-class LightRNNLanguageModelingConfig(SeatingConfig, LanguageModelingConfig):
+class LightRNNLanguageModelingConfig(TableTaskConfig, LanguageModelingConfig):
     carry_hidden_state: bool = field(
         default=False,
         metadata={
             "help": "go on from the hidden state of the batch before: the text is cut into "
             "--batch-size lanes for each worker, read in order in blocks of --tokens-per-sample; "
-            "validation and fairseq-eval-lm read it in one pass"
+            "validation and fairseq-eval-lm (which knows it from the checkpoint) read it in one "
+            "pass"
         },
     )
     random_block_lengths: bool = field(
@@ -38,18 +46,23 @@ class LightRNNLanguageModelingConfig(SeatingConfig, LanguageModelingConfig):
         metadata={
             "help": "with --carry-hidden-state, draw the length of every block of training as "
             "AWD-LSTM does: around --tokens-per-sample, once in twenty around half of it, with a "
-            "standard deviation of 5 and at least 5 words. The learning rate is not scaled by "
-            "the length: fairseq's loss is a mean over words, of short blocks as of long ones"
+            "standard deviation of 5 and at least 5 words. The learning rate is scaled by the "
+            "length of a block over --tokens-per-sample"
         },
     )
 
 
 @register_task("lightrnn_language_modeling", dataclass=LightRNNLanguageModelingConfig)
-class LightRNNLanguageModelingTask(SeatingMixin, ValidationLossMixin, LanguageModelingTask):
+class LightRNNLanguageModelingTask(TableTask, LanguageModelingTask):
     """Language modelling in which words are seated in a table."""
 
-    architectures = ("lightrnn_lm",)
+    architectures = ("lightrnn_lm", "lightrnn_transformer_lm")
     stock_task = "language_modeling"
+    threshold_flag = "--thresholdsrc"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._block_lengths: list[int] = []  # of the batches since the last update
 
     @property
     def in_order(self) -> bool:  # type: ignore[override]
@@ -65,14 +78,51 @@ class LightRNNLanguageModelingTask(SeatingMixin, ValidationLossMixin, LanguageMo
                     f"--{flag.replace('_', '-')}: a LightRNN language model predicts the next "
                     "word only; leave the flag out"
                 )
+        if args.output_dictionary_size >= 0:
+            raise UsageError(
+                f"--output-dictionary-size {args.output_dictionary_size}: a word table seats all "
+                "words of the dictionary; leave the flag out, and give fairseq-preprocess "
+                "--nwordssrc"
+            )
         if args.carry_hidden_state:
             _check_carried(args)
-        elif args.random_block_lengths:
-            raise UsageError(
-                "--random-block-lengths draws the blocks of --carry-hidden-state; give that flag "
-                "too, or neither"
-            )
         return super().setup_task(args, **kwargs)
+
+    def build_model(self, cfg: Any, from_checkpoint: bool = False) -> nn.Module:
+        """Builds a model, which must carry hidden states if the task does."""
+        model = super().build_model(cfg, from_checkpoint)
+        if self.args.carry_hidden_state and not hasattr(model.decoder, "carried_state"):
+            raise UsageError(
+                f"--carry-hidden-state: --arch {cfg._name} has no hidden state to carry; leave the "
+                "flag out"
+            )
+        return model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what evaluation has to know of the training; fairseq puts it into checkpoints."""
+        return {**super().state_dict(), **{name: self.args[name] for name in _KNOWN_TO_CHECKPOINT}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Reads text as the training did, from which fairseq-eval-lm loads a checkpoint."""
+        trained = {name: state_dict.pop(name, False) for name in _KNOWN_TO_CHECKPOINT}
+        if trained["add_bos_token"] and not self.args.add_bos_token:
+            # fairseq-eval-lm itself looks at the flag, and leaves the beginnings of texts out.
+            raise UsageError(
+                "the model was trained with --add-bos-token, without which its scores mean "
+                "nothing: give the flag here too"
+            )
+        if trained["carry_hidden_state"] and not self.args.carry_hidden_state:
+            mode = str(self.args.sample_break_mode)
+            if mode == "none":
+                logger.info("--carry-hidden-state: the model was trained so")
+                with open_dict(self.args):
+                    self.args.carry_hidden_state = True
+            else:
+                logger.info(
+                    f"--sample-break-mode {mode}: every sentence begins anew, though the model was "
+                    "trained with --carry-hidden-state"
+                )
+        super().load_state_dict(state_dict)
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:
         """Loads a split."""
@@ -85,6 +135,10 @@ class LightRNNLanguageModelingTask(SeatingMixin, ValidationLossMixin, LanguageMo
         super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
         self.datasets[split] = TargetInputDataset(self.datasets[split])
 
+    def build_dataset_for_inference(self, *args: Any, **kwargs: Any) -> TargetInputDataset:
+        """Returns texts to go on from, or to score as fairseq's hub interface does."""
+        return TargetInputDataset(super().build_dataset_for_inference(*args, **kwargs))
+
     def _lanes(self, split: str, epoch: int, combine: bool) -> LaneDataset:
         path = os.path.join(self._data_path(epoch), split)
         sentences = data_utils.load_indexed_dataset(
@@ -93,7 +147,7 @@ class LightRNNLanguageModelingTask(SeatingMixin, ValidationLossMixin, LanguageMo
         if sentences is None:
             raise UsageError(f"{path}: no such split; was it preprocessed?")
         lanes = LaneDataset(
-            np.concatenate([sentence.numpy() for sentence in sentences]),
+            np.concatenate(list(consecutive_text(sentences))),
             split,
             self.args.batch_size or 1,
             self.args.tokens_per_sample,
@@ -102,7 +156,7 @@ class LightRNNLanguageModelingTask(SeatingMixin, ValidationLossMixin, LanguageMo
             workers=world_size(),
             random_lengths=self.args.random_block_lengths,
         )
-        return lanes if split == self.args.train_subset else lanes.single_lane()
+        return lanes if split == self.args.train_subset else lanes.in_one_pass()
 
     def get_batch_iterator(self, dataset: FairseqDataset, *args: Any, **kwargs: Any) -> Any:
         """Returns batches; lanes come in order and are dealt to workers whole."""
@@ -118,11 +172,33 @@ class LightRNNLanguageModelingTask(SeatingMixin, ValidationLossMixin, LanguageMo
         paths: list[str] = utils.split_paths(self.args.data)
         return paths[(epoch - 1) % len(paths)]
 
-    def training_text(self) -> Iterator[np.ndarray]:
-        """Yields the training split as arrays of consecutive text."""
-        path = os.path.join(self._data_path(1), self.args.train_subset)
-        sentences = data_utils.load_indexed_dataset(path, self.dictionary, self.args.dataset_impl)
-        yield from consecutive_text(sentences)
+    def text(self, split: str) -> Iterator[np.ndarray]:
+        """Yields a split as arrays of consecutive text."""
+        folders: list[str] = utils.split_paths(self.args.data)
+        for folder in folders if split == self.args.train_subset else folders[:1]:
+            path = os.path.join(folder, split)
+            sentences = data_utils.load_indexed_dataset(
+                path, self.dictionary, self.args.dataset_impl
+            )
+            if sentences is None:
+                raise UsageError(f"{path}: no such split; was it preprocessed?")
+            yield from consecutive_text(sentences)
+
+    def train_step(self, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        """Computes gradients of a batch, whose length the step of the optimiser heeds."""
+        self._block_lengths.append(sample.get("block_length", self.args.tokens_per_sample))
+        return super().train_step(sample, *args, **kwargs)
+
+    def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
+        """Takes a step, longer for blocks of more words (arXiv 1708.02182, section 4.1)."""
+        lengths, self._block_lengths = self._block_lengths, []
+        if not self.args.random_block_lengths:
+            super().optimizer_step(optimizer, model, update_num)
+            return
+        rate = optimizer.get_lr()
+        optimizer.set_lr(rate * float(np.mean(lengths)) / self.args.tokens_per_sample)
+        super().optimizer_step(optimizer, model, update_num)
+        optimizer.set_lr(rate)
 
     def eval_lm_dataloader(
         self, dataset: FairseqDataset, context_window: int = 0, **kwargs: Any
@@ -134,7 +210,7 @@ class LightRNNLanguageModelingTask(SeatingMixin, ValidationLossMixin, LanguageMo
                     f"--context-window {context_window}: a carried hidden state has all the text "
                     "before as context; leave one of the flags out"
                 )
-            dataset = dataset.single_lane()
+            dataset = dataset.in_one_pass()
         elif context_window > 0:
             # The window changes the targets, so they become input after it, not before.
             window = LMContextWindowDataset(
@@ -162,9 +238,4 @@ def _check_carried(args: Any) -> None:
         raise UsageError(
             f"--tokens-per-sample {args.tokens_per_sample}: blocks of --random-block-lengths have "
             f"at least {SHORTEST_BLOCK} words; raise the one or leave the other out"
-        )
-    if args.batch_size is None and args.max_tokens is not None:
-        raise UsageError(
-            "--carry-hidden-state needs the number of lanes of a worker: give --batch-size rather "
-            "than --max-tokens"
         )

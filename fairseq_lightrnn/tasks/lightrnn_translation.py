@@ -18,11 +18,9 @@ from torch import nn
 from fairseq_lightrnn.criterions import two_component_cross_entropy  # noqa: F401  (registers)
 from fairseq_lightrnn.data.target_input import TargetInputDataset, consecutive_text
 from fairseq_lightrnn.errors import UsageError
-from fairseq_lightrnn.models._table import further_count
-from fairseq_lightrnn.tasks._seating import SeatingMixin
-from fairseq_lightrnn.tasks._seating_config import SeatingConfig
-from fairseq_lightrnn.tasks._table_maker import TableMaker
-from fairseq_lightrnn.word_table import WordTable
+from fairseq_lightrnn.models.flags import further_files
+from fairseq_lightrnn.tasks.flags import INITIAL_TABLES, TableTaskConfig
+from fairseq_lightrnn.tasks.table_task import TableTask
 
 __all__ = ["LightRNNTranslationConfig", "LightRNNTranslationTask"]
 
@@ -32,7 +30,7 @@ _MADE = "cooccurrence"
 
 
 @dataclass
-class LightRNNTranslationConfig(SeatingConfig, TranslationConfig):
+class LightRNNTranslationConfig(TableTaskConfig, TranslationConfig):
     table_text: ChoiceEnum(["target", "both"]) = field(  # type: ignore[valid-type]
         default="target",
         metadata={
@@ -42,24 +40,16 @@ class LightRNNTranslationConfig(SeatingConfig, TranslationConfig):
             "--source-table shared always takes both"
         },
     )
-    initial_source_table: str = field(
-        default=_MADE,
-        metadata={
-            "help": "the same as --initial-table for the source words of --source-table own, which "
-            "are not reallocated"
-        },
-    )
 
 
 @register_task("lightrnn_translation", dataclass=LightRNNTranslationConfig)
-class LightRNNTranslationTask(SeatingMixin, TranslationTask):
+class LightRNNTranslationTask(TableTask, TranslationTask):
     """Translation, or any text from text, in which target words are seated in a table."""
 
     architectures = ("lightrnn_translation", "lightrnn_transformer")
     stock_task = "translation"
-    _given_source_table: WordTable | None = None
+    threshold_flag = "--thresholdtgt"
     _source_table = "none"
-    _keeps_input_table = False
 
     @property
     def args(self) -> Any:  # type: ignore[override]
@@ -80,29 +70,22 @@ class LightRNNTranslationTask(SeatingMixin, TranslationTask):
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> nn.Module:
         """Builds a model; the initial tables are seated when training begins."""
         self._source_table = str(getattr(cfg, "source_table", "none"))
-        self._keeps_input_table = bool(getattr(cfg, "keep_input_table", False))
+        if hasattr(cfg, "table_shape") and not from_checkpoint:
+            self._check_table_flags(cfg)
         return super().build_model(cfg, from_checkpoint)
 
-    def _read_table_files(self, cfg: Any) -> None:
-        super()._read_table_files(cfg)
+    def _check_table_flags(self, cfg: Any) -> None:
+        """Refuses a text for tables that look at none, and warns of words that nothing moves."""
         kind = self.args.initial_table
-        makes_further = further_count(cfg) > 0 and not self._given_further and kind != "random"
-        if str(self.args.table_text) == "both" and kind != _MADE and not makes_further:
+        makes_further = str(cfg.further_tables or 0) not in ("0", "") and not further_files(cfg)
+        looks = kind == _MADE or (makes_further and kind != "random")
+        if str(self.args.table_text) == "both" and not looks:
             raise UsageError(
                 f"--table-text both: --initial-table {kind} looks at no text; "
                 f"use --initial-table {_MADE}"
             )
-        if self._source_table == "own":
-            self._given_source_table = self.read_table_file(
-                "--initial-source-table", "--source-table-shape", self.source_dictionary, cfg
-            )
-        elif self.args.initial_source_table != _MADE:
-            raise UsageError(
-                f"--initial-source-table {self.args.initial_source_table} belongs to "
-                "--source-table own"
-            )
-        moving = self.args.reallocate_epochs or self.args.reallocate_interval
-        if self._source_table == "shared" and moving and not self._keeps_input_table:
+        moving = self.args.reallocate_epochs and not cfg.keep_input_table
+        if self._source_table == "shared" and moving:
             logger.warning(
                 "--source-table shared: reallocation heeds the loss of target words alone and "
                 "moves words that occur in the source only wherever there is room"
@@ -132,44 +115,55 @@ class LightRNNTranslationTask(SeatingMixin, TranslationTask):
         pairs = (f"{source}-{target}", f"{target}-{source}")
         return [os.path.join(directory, f"{split}.{pair}.{language}") for pair in pairs]
 
-    def training_text(self) -> Iterator[np.ndarray]:
-        """Yields the target side of the training split as arrays of consecutive text.
+    def text(self, split: str) -> Iterator[np.ndarray]:
+        """Yields the target side of a split as arrays of consecutive text."""
+        return self._side(split, self.args.target_lang)
 
-        And the source side too, where its words share the table or ``--table-text`` asks for it.
+    def table_text(self) -> Iterator[np.ndarray]:
+        """Yields the source side of the training text too, if ``--table-text`` asks for it.
+
+        Or if its words share the table.
         """
-        text = self._side(self.args.target_lang)
+        split = self.args.train_subset
+        text = self.text(split)
         if self._source_table != "shared" and str(self.args.table_text) == "target":
             return text
         source, target = self.source_dictionary, self.target_dictionary
         in_target = np.array([target.index(word) for word in source.symbols])
-        return chain(text, (in_target[piece] for piece in self._side(self.args.source_lang)))
+        return chain(text, (in_target[piece] for piece in self._side(split, self.args.source_lang)))
 
-    def _side(self, language: str) -> Iterator[np.ndarray]:
+    def _side(self, split: str, language: str) -> Iterator[np.ndarray]:
         at_target = language == self.args.target_lang
         dictionary = self.target_dictionary if at_target else self.source_dictionary
-        paths = self._paths(self.args.train_subset, language)
-        for path in paths:
-            sentences = data_utils.load_indexed_dataset(path, dictionary, self.args.dataset_impl)
-            if sentences is not None:
-                return consecutive_text(sentences)
-        raise UsageError(f"{' or '.join(paths)}: no such text; was it preprocessed?")
+        shards = len(utils.split_paths(self.args.data)) if split == self.args.train_subset else 1
+        for epoch in range(1, shards + 1):
+            paths = self._paths(split, language, epoch)
+            found = (
+                data_utils.load_indexed_dataset(path, dictionary, self.args.dataset_impl)
+                for path in paths
+            )
+            sentences = next((some for some in found if some is not None), None)
+            if sentences is None:
+                raise UsageError(f"{' or '.join(paths)}: no such text; was it preprocessed?")
+            yield from consecutive_text(sentences)
 
     def _seat_initial_tables(self, model: nn.Module) -> None:
         super()._seat_initial_tables(model)
+        if self._source_table != "own":
+            return
         encoder: Any = model.encoder
-        table = getattr(encoder.embed_tokens, "table", None)
-        if table is not None:
-            self.seat(
-                table,
-                self.args.initial_source_table,
-                self._given_source_table,
-                TableMaker(
-                    self.source_dictionary,
-                    lambda: self._side(self.args.source_lang),
-                    self.args.table_seed,
-                ),
-                "source_word_table",
-            )
+        source = self.source_dictionary
+        kind = self.args.initial_table
+        self.tables.seat(
+            encoder.embed_tokens.reader.seats,
+            kind if kind in INITIAL_TABLES else _MADE,
+            None,
+            self._table_maker(
+                source, lambda: self._side(self.args.train_subset, self.args.source_lang)
+            ),
+            "source_word_table",
+            symbols=source.symbols,
+        )
 
 
 def _check_data(args: Any) -> None:

@@ -6,7 +6,7 @@ from fairseq.search import BeamSearch
 from fairseq.sequence_generator import EnsembleModel, SequenceGenerator
 from torch import Tensor
 
-from fairseq_lightrnn.models._seated import WANTED, SeatedDecoder, Wanted
+from fairseq_lightrnn.models.word_head import WANTED, Wanted, WordHead
 
 __all__ = ["TopWordsGenerator"]
 
@@ -56,7 +56,7 @@ class TopWordsGenerator(SequenceGenerator):
         others = (self.lm_model, self.repeat_ngram_blocker, self.token_indices_to_suppress)
         return (
             len(decoders) == 1
-            and isinstance(decoders[0], SeatedDecoder)
+            and isinstance(getattr(decoders[0], "words", None), WordHead)
             and type(self.search) is BeamSearch
             and self.temperature == 1
             and all(other is None for other in others)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from fairseq_lightrnn.composition import State
+from fairseq_lightrnn.core.network import State
 
 __all__ = ["CarriedState"]
 

@@ -1,0 +1,270 @@
+"""What all of our decoders have: words predicted as components of a word table, for fairseq."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_lightrnn.core.conditioning import Context
+from fairseq_lightrnn.core.distribution import coordinate_log_probs, next_word_log_probs
+from fairseq_lightrnn.core.features import FurtherTables
+from fairseq_lightrnn.core.head import ComponentHead
+from fairseq_lightrnn.core.reader import Reader
+from fairseq_lightrnn.core.search import top_words
+from fairseq_lightrnn.core.seats import PredictedTable, Seats
+from fairseq_lightrnn.core.table import prefix_number
+from fairseq_lightrnn.errors import UsageError
+
+__all__ = ["WANTED", "Reallocations", "Wanted", "WordHead", "check_words"]
+
+WANTED = "wanted words"
+"""Under this name fairseq's store of a generation's states may hold a :class:`Wanted`."""
+# A search for the most probable words costs more a prefix than a look at all. Predictions that are
+# flat beyond this share of the prefixes are looked at whole.
+_SEARCHED_SHARE = 0.25
+
+
+class Wanted(NamedTuple):
+    """Next words whose log-probabilities a search can make use of.
+
+    Attributes:
+        most_probable: so many of the most probable ones,
+        words: and these.
+        given: how many words of a text are given; until then all words are wanted.
+    """
+
+    most_probable: int
+    words: tuple[int, ...]
+    given: int
+
+    def are_few(self, num_read: int, table: PredictedTable) -> bool:
+        """Tells whether a search beats a look at all words, after so many words of a text."""
+        return (
+            num_read > self.given
+            and self.most_probable < table.num_words
+            and table.num_components > 1
+        )
+
+
+class Reallocations(nn.Module):
+    """How far the words of a model were reallocated.
+
+    Attributes:
+        round: int64 scalar buffer; how often the words were reallocated, -1 before the initial
+            table is seated. A buffer, since fairseq restores no state of tasks.
+        epoch: int64 scalar buffer; the last epoch after which they were.
+    """
+
+    round: Tensor
+    epoch: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("round", torch.tensor(-1))
+        self.register_buffer("epoch", torch.tensor(0))
+
+
+class WordHead:
+    """What a fairseq decoder predicts words with, and where they sit.
+
+    No module: its parts are the decoder's.
+
+    Args:
+        head: predicts words from hidden states.
+        reader: looks up the vectors that words are read by.
+        dictionary: of the words.
+        reallocations: of the words.
+    """
+
+    def __init__(
+        self, head: ComponentHead, reader: Reader, dictionary: Any, reallocations: Reallocations
+    ) -> None:
+        self.head = head
+        self.reader = reader
+        self.dictionary = dictionary
+        self.reallocations = reallocations
+
+    @property
+    def round(self) -> Tensor:
+        """How often the words were reallocated; see :class:`Reallocations`."""
+        return self.reallocations.round
+
+    @property
+    def epoch(self) -> Tensor:
+        """The last epoch after which they were."""
+        return self.reallocations.epoch
+
+    @property
+    def table(self) -> PredictedTable:
+        """The word table in force."""
+        return self.head.table
+
+    @property
+    def input_table(self) -> Seats | None:
+        """The table that words are read by, where it is not the one in force."""
+        return None if self.reader.seats is self.table else self.reader.seats
+
+    @property
+    def further_tables(self) -> list[Seats]:
+        """Further tables of the words."""
+        features: Iterable[nn.Module] = self.head.softmax.features
+        found = [feature for feature in features if isinstance(feature, FurtherTables)]
+        return [cast(Seats, table) for feature in found for table in feature.tables]
+
+    def log_probs(self, features: Tensor, words: Tensor) -> Tensor:
+        """Scores words by the features that predict them.
+
+        Args:
+            features: shape (..., k·d), as the decoder's ``forward`` returns them.
+            words: of shape (...).
+
+        Returns:
+            Log-probabilities in nats, shape (..., k); a word's is their sum.
+        """
+        scores: Tensor = self.head.softmax(self.hidden(features), words.reshape(-1))
+        return scores.view(*words.shape, scores.size(-1))
+
+    def log_probs_and_means(self, features: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Does so, and averages over words; see :meth:`ComponentSoftmax.forward_with_mean`."""
+        softmax = self.head.softmax
+        scores, means = softmax.forward_with_mean(self.hidden(features), words.reshape(-1))
+        shape = *words.shape, scores.size(-1)
+        return scores.view(shape), means.view(shape)
+
+    def hidden(self, features: Tensor) -> Tensor:
+        """Returns the hidden states, shape (N, k, d), that features (..., k·d) hold."""
+        dim = self.head.softmax.vectors.dim
+        return features.reshape(-1, self.table.num_components, dim)
+
+    def predict_next(
+        self, context: Context, num_read: int, incremental_state: dict[str, Any] | None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Predicts the next words of B texts.
+
+        Args:
+            context: of the texts.
+            num_read: how many words of each were read, the one that begins all texts included.
+            incremental_state: fairseq's store of a generation's states.
+
+        Returns:
+            Log-probabilities in nats, (B, 1, V), -inf for words that the generation does not want;
+            and what :meth:`get_normalized_probs` has to know of them.
+        """
+        wanted: Wanted | None = (incremental_state or {}).get(WANTED)
+        if wanted is not None and wanted.are_few(num_read, self.table):
+            log_probs = self._log_probs_of(wanted, context)
+            if log_probs is not None:
+                return log_probs[:, None], {"features": False, "normalised": True}
+        every = next_word_log_probs(self.head, context)
+        return every[:, None], {"features": False}
+
+    def _log_probs_of(self, wanted: Wanted, context: Context) -> Tensor | None:
+        """Returns log-probabilities (B, V), -inf for others, or None if these are hard to find."""
+        prefixes = math.prod(self.table.shape[:-1])
+        budget = max(1, round(_SEARCHED_SHARE * prefixes))
+        found = top_words(self.head, context, wanted.most_probable, budget)
+        if found is None:
+            return None
+        shape = len(context.output), self.table.num_words
+        log_probs = found.log_probs.new_full(shape, float("-inf"))
+        log_probs.scatter_(1, found.words, found.log_probs)
+        for word in wanted.words:
+            words = found.words.new_full((len(log_probs),), word)
+            log_probs[:, word] = coordinate_log_probs(self.head, context, words).sum(1)
+        return log_probs
+
+    def get_normalized_probs(
+        self,
+        net_output: tuple[Tensor, dict[str, Any] | None],
+        log_probs: bool,
+        sample: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """Returns (log-)probabilities of shape (B, T, V), or (B, 1, V) of next words.
+
+        After scoring, every entry of the last axis is the target's: a view that takes no memory,
+        from which fairseq gathers the target. After generation, all words' own, normalised again
+        since fairseq has divided them by the temperature; those of wanted words only as they are,
+        since they are not asked for at temperatures other than 1.
+        """
+        extra = net_output[1] or {}
+        if extra.get("normalised"):
+            scores = net_output[0].float()
+            return scores if log_probs else scores.exp()
+        if not extra.get("features"):
+            normalise = torch.log_softmax if log_probs else torch.softmax
+            return normalise(net_output[0].float(), -1)
+        if sample is None or sample.get("target") is None:
+            raise UsageError(
+                "this model scores the target words alone: train it with "
+                "--criterion two_component_cross_entropy"
+            )
+        scores = self.log_probs(net_output[0], sample["target"]).sum(-1, keepdim=True)
+        scores = scores if log_probs else scores.exp()
+        return scores.expand(*sample["target"].shape, len(self.dictionary))
+
+    def check_state(self, decoder: nn.Module, state_dict: dict[str, Any], name: str) -> None:
+        """Refuses the state of a model of another dictionary or of other tables.
+
+        A model that is to read words by a table of their own from now on begins with the table in
+        force, if it has vectors to read by.
+
+        Args:
+            decoder: that this is the head of.
+            state_dict: of a model; completed if need be.
+            name: of the decoder in it.
+        """
+        found = {
+            key: value
+            for key, value in state_dict.items()
+            if key.startswith(f"{name}.") and key.endswith(".coordinates")
+        }
+        for coordinates in found.values():
+            check_words(coordinates, self.dictionary, "model")
+            _check_cells(coordinates, self.table.shape)
+        further = sum(".tables." in key for key in found)
+        if found and further != len(self.further_tables):
+            raise UsageError(
+                f"the model was made with --further-tables {further}, not "
+                f"{len(self.further_tables)}: give it again"
+            )
+        if len(found) - further == 1 and self.input_table is not None:
+            if not any(key.endswith("softmax.vectors.weight") for key in state_dict):
+                raise UsageError(
+                    "the model reads and predicts words by the same vectors, which belong to one "
+                    "table: leave out --keep-input-table"
+                )
+            (in_force,) = (value for key, value in found.items() if ".tables." not in key)
+            for key, buffer in decoder.named_buffers():
+                if buffer is self.table.coordinates:
+                    state_dict[f"{name}.{key}"] = in_force.clone()
+        elif len(found) - further > 1 and self.input_table is None:
+            raise UsageError(
+                "the model reads words by a table of their own: give --keep-input-table again"
+            )
+
+
+def _check_cells(coordinates: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuses tables that averaging made of different ones."""
+    if coordinates.size(1) != len(shape):
+        return  # torch names the sizes
+    cells = prefix_number(coordinates.long(), shape)
+    if len(cells.unique()) < len(cells):
+        raise UsageError(
+            "the checkpoint's word table has two words in one cell: was it averaged over "
+            "checkpoints between which words were reallocated? Average those after the last "
+            "reallocation only (reallocations.jsonl tells its epoch)"
+        )
+
+
+def check_words(words: Tensor | None, dictionary: Any, who: str) -> None:
+    """Refuses the state of a model of another dictionary."""
+    if words is not None and len(words) != len(dictionary):
+        raise UsageError(
+            f"the {who} has {len(words)} words, the dictionary {len(dictionary)}: give the "
+            "binarised data that the model was trained on, with the same --source-lang and "
+            "--target-lang, if any"
+        )

@@ -1,0 +1,197 @@
+"""Flags of the word table that all tasks have, and which values they refuse."""
+
+# ruff: noqa: UP045  (fairseq reads flags from Optional[...], not from X | None)
+
+import logging
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Optional
+
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from omegaconf import II
+
+from fairseq_lightrnn.errors import UsageError
+from fairseq_lightrnn.tasks.schedule import reallocation_epochs
+
+__all__ = [
+    "INITIAL_TABLES",
+    "NEEDS",
+    "Need",
+    "TableTaskConfig",
+    "check_checkpoints",
+    "check_flags",
+    "check_needs",
+]
+
+logger = logging.getLogger(__name__)
+
+INITIAL_TABLES = ("random", "frequency", "cooccurrence")
+
+
+@dataclass
+class TableTaskConfig(FairseqDataclass):
+    initial_table: str = field(
+        default="cooccurrence",
+        metadata={
+            "help": "how words are seated before training: random, frequency (frequent words "
+            "share rows), cooccurrence (words used alike share rows and columns), or a word "
+            "table file that this plugin wrote"
+        },
+    )
+    reallocate_epochs: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "re-seat the words after these epochs, such as 3,6 or 2-5 (default: the table "
+            "stays)"
+        },
+    )
+    reallocation_objective: ChoiceEnum(["row-first", "joint"]) = field(  # type: ignore[valid-type]
+        default="row-first",
+        metadata={
+            "help": "what a reallocation minimises: the loss of rows, then that of columns within "
+            "each row (row-first), or the sum of both as in the paper (joint)"
+        },
+    )
+    reallocation_words: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "gather statistics over about this many words, spread evenly over the "
+            "training split (default: all)"
+        },
+    )
+    reallocation_memory: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "GiB that a reallocation's statistics and costs may take, besides some 300 "
+            "bytes a word; statistics that do not fit go to a file in the save directory while "
+            "they are needed, costs are formed anew (default: 8 for costs, no bound for the rest)"
+        },
+    )
+    max_epoch: int = II("optimization.max_epoch")
+    max_tokens: Optional[int] = II("dataset.max_tokens")
+    max_tokens_valid: Optional[int] = II("dataset.max_tokens_valid")
+    batch_size: Optional[int] = II("dataset.batch_size")
+    batch_size_valid: Optional[int] = II("dataset.batch_size_valid")
+    skip_remainder_batch: Optional[bool] = II("optimization.skip_remainder_batch")
+    seed: int = II("common.seed")
+    train_subset: str = II("dataset.train_subset")
+    num_workers: int = II("dataset.num_workers")
+    save_dir: str = II("checkpoint.save_dir")
+    restore_file: str = II("checkpoint.restore_file")
+    finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
+    reset_dataloader: bool = II("checkpoint.reset_dataloader")
+    path: Optional[str] = II("common_eval.path")
+    no_save: bool = II("checkpoint.no_save")
+    store_ema: bool = II("ema.store_ema")
+    valid_subset: str = II("dataset.valid_subset")
+    skip_invalid_size_inputs_valid_test: bool = II("dataset.skip_invalid_size_inputs_valid_test")
+    disable_validation: bool = II("dataset.disable_validation")
+    log_format: Optional[str] = II("common.log_format")
+    log_interval: int = II("common.log_interval")
+
+
+def check_flags(args: Any) -> None:
+    """Refuses flags of reallocation that have no meaning."""
+    reallocation_epochs(args.reallocate_epochs, args.max_epoch)
+    for name in ("reallocation_words", "reallocation_memory"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be above 0")
+
+
+class Need(NamedTuple):
+    """A flag that has an effect only where something else holds.
+
+    Attributes:
+        flag: as it is given.
+        given: tells of a task's flags, and those of its model, whether it is.
+        met: tells whether it has an effect.
+        advice: what to do otherwise.
+    """
+
+    flag: str
+    given: Callable[[Any, Any], Any]
+    met: Callable[[Any, Any], Any]
+    advice: str
+
+
+def _reallocates(args: Any, model: Any) -> bool:
+    return bool(args.reallocate_epochs)
+
+
+def _carries(args: Any, model: Any) -> bool:
+    return bool(getattr(args, "carry_hidden_state", False))
+
+
+def _needs_schedule(flag: str, default: str | None = None) -> Need:
+    name = flag[2:].replace("-", "_")
+    return Need(
+        flag,
+        lambda args, model: str(getattr(args, name)) != str(default),
+        _reallocates,
+        "is heeded by reallocations; give --reallocate-epochs too, or leave it out",
+    )
+
+
+def _needs_independent_texts(flag: str, given: Callable[[Any], Any]) -> Need:
+    return Need(
+        flag,
+        lambda args, model: given(args) and _carries(args, model),
+        lambda args, model: False,
+        "has no effect with --carry-hidden-state, which reads --batch-size lanes in blocks of "
+        "--tokens-per-sample; leave it out",
+    )
+
+
+NEEDS = (
+    _needs_schedule("--reallocation-objective", "row-first"),
+    _needs_schedule("--reallocation-words"),
+    _needs_schedule("--reallocation-memory"),
+    Need(
+        "--random-block-lengths",
+        lambda args, model: getattr(args, "random_block_lengths", False),
+        _carries,
+        "draws the blocks of --carry-hidden-state; give that flag too, or neither",
+    ),
+    _needs_independent_texts("--max-tokens", lambda args: args.max_tokens is not None),
+    _needs_independent_texts(
+        "--max-tokens-valid", lambda args: args.max_tokens_valid not in (None, args.max_tokens)
+    ),
+    _needs_independent_texts(
+        "--batch-size-valid", lambda args: args.batch_size_valid not in (None, args.batch_size)
+    ),
+    _needs_independent_texts("--skip-remainder-batch", lambda args: args.skip_remainder_batch),
+)
+"""Flags of a training that would be without effect, silently, but for this table."""
+
+
+def check_needs(args: Any, model: Any) -> None:
+    """Refuses flags of a training that have no effect beside the others.
+
+    Args:
+        args: the task's flags.
+        model: the model's.
+    """
+    for need in NEEDS:
+        if need.given(args, model) and not need.met(args, model):
+            raise UsageError(f"{need.flag} {need.advice}")
+    if getattr(model, "keep_input_table", False) and not _reallocates(args, model):
+        logger.warning(
+            "--keep-input-table: no epoch of --reallocate-epochs moves words, so both tables stay "
+            "the same until lightrnn-reallocate moves them"
+        )
+
+
+def check_checkpoints(*paths: str) -> None:
+    """Refuses checkpoints that were cut short, which torch reports without their name."""
+    for path in paths:
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                is_zip = file.read(2) == b"PK"
+            if os.path.getsize(path) == 0 or (is_zip and not zipfile.is_zipfile(path)):
+                raise UsageError(
+                    f"{path}: the checkpoint is truncated; remove it, or go on from another one "
+                    "with --restore-file"
+                )

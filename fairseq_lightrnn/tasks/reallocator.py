@@ -1,0 +1,231 @@
+"""Moves the words of a model to better cells: gather statistics, solve, report."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from fairseq.logging import progress_bar
+from fairseq.utils import resolve_max_positions
+from torch import Tensor, nn
+
+from fairseq_lightrnn.allocation.gathering import (
+    Gathered,
+    gather_statistics,
+    sample_share,
+    statistics_storage,
+)
+from fairseq_lightrnn.core.table import WordTable
+from fairseq_lightrnn.errors import usage_errors
+from fairseq_lightrnn.models.word_head import WordHead
+from fairseq_lightrnn.workers import rank, table_of_first_worker, world_size
+
+if TYPE_CHECKING:
+    from fairseq_lightrnn.allocation.paper import Reallocation
+
+__all__ = ["Reallocator", "log_reallocation"]
+
+logger = logging.getLogger(__name__)
+
+
+class Reallocator:
+    """Moves the words of a model that a task trains, as the task's flags ask for.
+
+    Args:
+        task: has the text, and the flags of reallocation.
+        as_trained: leave out texts of more than ``--max-tokens``, as fairseq's training does. By
+            default that is the size of a batch, and a longer text makes one of its own.
+    """
+
+    def __init__(self, task: Any, as_trained: bool = False) -> None:
+        self.task = task
+        self.args = task.args
+        self.as_trained = as_trained
+
+    def move_words(
+        self,
+        model: nn.Module,
+        title: str,
+        folder: str,
+        export: Callable[[Gathered], None] | None = None,
+    ) -> tuple[dict[str, Any] | None, float]:
+        """Puts a better table into force.
+
+        Args:
+            model: whose words are moved; its parameters stay as they are.
+            title: of the log.
+            folder: where statistics that do not fit into memory may go.
+            export: called with the statistics.
+
+        Returns:
+            A report, on the first worker, and the seconds that the solver took.
+        """
+        words: WordHead = model.decoder.words  # type: ignore[assignment,union-attr]
+        logger.info(f"{title}: gathering statistics")
+        with self.gathered(model, folder) as (gathered, memory):
+            if export is not None:
+                export(gathered)
+            begun, old = time.monotonic(), words.table
+            report: dict[str, Any] | None = None
+
+            def solve() -> WordTable:
+                nonlocal report
+                logger.info(f"{title}: solving")
+                found = self._solve(words, gathered, memory)
+                report = _report(found, gathered, str(self.args.reallocation_objective))
+                return found.table
+
+            table = table_of_first_worker(solve, old.num_words, old.shape, old.coordinates.device)
+        old.seat(table)
+        return report, time.monotonic() - begun
+
+    @contextmanager
+    def gathered(self, model: nn.Module, folder: str) -> Iterator[tuple[Gathered, dict[str, int]]]:
+        """Yields the statistics of the training split, and the memory left to a solver.
+
+        Args:
+            model: predicts the text, in evaluation mode.
+            folder: where statistics that do not fit into memory may go, while they are needed.
+        """
+        words: WordHead = model.decoder.words  # type: ignore[assignment,union-attr]
+        size = words.table.num_words, words.table.num_components, words.head.softmax.vectors.dim
+        memory = self.args.reallocation_memory
+        with usage_errors(), ExitStack() as stack:
+            with usage_errors(f"--reallocation-memory {memory}"):
+                storage = stack.enter_context(statistics_storage(memory, size, folder))
+            training = model.training
+            model.eval()
+            try:
+                outputs = (_outputs(model, sample) for sample in self.batches(model))
+                yield (
+                    gather_statistics(
+                        outputs, *size, words.table.coordinates.device, storage.arguments
+                    ),
+                    storage.solver_memory,
+                )
+            finally:
+                model.train(training)
+
+    def _solve(self, words: WordHead, gathered: Gathered, memory: dict[str, int]) -> Reallocation:
+        """Finds the words' new cells, as the flags ask for."""
+        from fairseq_lightrnn.allocation.assignment import SolverOptions
+        from fairseq_lightrnn.allocation.paper import reallocate
+
+        components = range(words.table.num_components)
+        vectors, biases = zip(*map(words.head.softmax.component, components), strict=True)
+        return reallocate(
+            words.table.table(),
+            gathered.statistics,
+            [vector.detach() for vector in vectors],
+            [bias.detach() for bias in biases],
+            objective=str(self.args.reallocation_objective),
+            symbols=self.task.target_dictionary.symbols,
+            options=SolverOptions(**memory),
+        )
+
+    def batches(self, model: Any) -> Iterator[Any]:
+        """Yields this worker's share of the training split, without fairseq's dummy batches.
+
+        Args:
+            model: whose longest texts are the longest to be read.
+        """
+        args, task, max_tokens = self.args, self.task, self.args.max_tokens
+        dataset = task.dataset(args.train_subset)
+        limits = [task.max_positions(), model.max_positions()]
+        if self.as_trained:
+            limits.append(max_tokens)
+        elif max_tokens is not None:
+            max_tokens = max(max_tokens, int(np.max(dataset.sizes)))
+        iterator = task.get_batch_iterator(
+            dataset=dataset,
+            max_tokens=max_tokens,
+            max_sentences=args.batch_size,
+            max_positions=resolve_max_positions(*limits),
+            ignore_invalid_inputs=True,
+            seed=args.seed,
+            num_shards=world_size(),
+            shard_id=rank(),
+            num_workers=args.num_workers,
+            # A cached iterator would be the one that training goes on with.
+            disable_iterator_cache=True,
+        )
+        # Of pairs of texts the last is the one that is predicted.
+        lengths = dataset.sizes if np.ndim(dataset.sizes) == 1 else dataset.sizes[:, -1]
+        share = sample_share(
+            args.reallocation_words,
+            int(np.sum(lengths)),
+            len(iterator.frozen_batches),
+            task.in_order,
+        )
+        progress = progress_bar.progress_bar(
+            iterator.next_epoch_itr(shuffle=False),
+            log_format=args.log_format,
+            log_interval=args.log_interval,
+            prefix="reallocation statistics",
+            default_log_format="simple",
+        )
+        # Batches are dealt to the workers in turn, so that these are the same for any number.
+        chosen = (share(number * world_size() + rank()) for number in itertools.count())
+        return (sample for sample, used in zip(progress, chosen) if sample and used)  # noqa: B905
+
+
+def _outputs(model: nn.Module, sample: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns a batch's target words (N,), what predicts them (N, k, d) and how well (N, k)."""
+    decoder: Any = model.decoder
+    sample = _to_device(sample, decoder.words.table.coordinates.device)
+    target = sample["target"]
+    features, _ = model(**sample["net_input"])
+    real = target.ne(decoder.dictionary.pad())
+    words, features = target[real], features[real]
+    return words, decoder.words.hidden(features), decoder.words.log_probs(features, words)
+
+
+def _to_device(sample: Any, device: Any) -> Any:
+    if isinstance(sample, Tensor):
+        return sample.to(device)
+    if isinstance(sample, dict):
+        return {key: _to_device(value, device) for key, value in sample.items()}
+    return sample
+
+
+def _report(found: Reallocation, gathered: Gathered, objective: str) -> dict[str, Any]:
+    """Describes a reallocation, costs in nats per word.
+
+    The solver's costs lack the log-normalisers, which no table changes. The measured losses of the
+    old table have them, so that the costs reported are losses: of the first component for
+    ``row-first``, of all of them for ``joint``.
+    """
+    tokens = gathered.tokens
+    losses = gathered.losses.tolist()
+    measured = sum(losses) if objective == "joint" else losses[0]
+    return {
+        "objective": objective,
+        "moved": found.moved,
+        "words": found.table.num_words,
+        "tokens": tokens,
+        "cost_before": measured / tokens,
+        "cost_after": (measured + found.cost_after - found.cost_before) / tokens,
+        "lower_bound": (measured + found.lower_bound - found.cost_before) / tokens,
+        "gap": found.gap / tokens,
+        "table": found.table.digest(),
+    }
+
+
+def log_reallocation(title: str, report: dict[str, Any], table: WordTable) -> None:
+    """Logs a report as one line."""
+    seconds = report["seconds"]
+    share = report.get("share_of_training")
+    parts = [
+        f"{title} ({report['objective']}): {report['moved']} of {report['words']} words moved, "
+        f"cost {report['cost_before']:.5f} -> {report['cost_after']:.5f} nats per word, lower "
+        f"bound {report['lower_bound']:.5f}, gap {report['gap']:.2e}",
+        f"statistics {seconds['statistics']:.1f} s, solve {seconds['solve']:.1f} s"
+        + ("" if share is None else f", {100 * share:.1f} % of the training time so far"),
+        str(table),
+    ]
+    logger.info("; ".join(parts))
