@@ -60,6 +60,10 @@ def requirements(name: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
+INSTALL_REQUIRES = ["torch>=2.0", "numpy>=1.24", "scipy>=1.10", "numba>=0.59", "tqdm>=4.60"]
+# What fairseq 0.12.2 needs besides, on Pythons on which its own requirements no longer resolve.
+FAIRSEQ_REQUIRES = [one for one in requirements("requirements.txt") if one not in INSTALL_REQUIRES]
+
 readme = ROOT / "README.md"
 
 setup(
@@ -73,16 +77,21 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["fairseq_lightrnn*", "fairseq_compat*"]),
-    # Neither fairseq, which scripts/setup.sh installs without its own requirements since they no
-    # longer resolve, nor what fairseq needs: where it works, all of that is there.
-    install_requires=["torch>=2.0", "numpy>=1.24", "scipy>=1.10", "numba>=0.59", "tqdm>=4.60"],
-    extras_require={"dev": requirements("requirements-dev.txt"), "kenlm": ["kenlm"]},
+    # Neither fairseq, which has to be installed without its own requirements since they no longer
+    # resolve, nor what fairseq needs: where it works, all of that is there.
+    install_requires=INSTALL_REQUIRES,
+    extras_require={
+        "fairseq": FAIRSEQ_REQUIRES,
+        "dev": requirements("requirements-dev.txt"),
+        "kenlm": ["kenlm"],
+    },
     entry_points={
         "console_scripts": [
-            # name = fairseq_lightrnn.commands.module:function
-            "lightrnn-reallocate = fairseq_lightrnn.commands.reallocate:main",
-            "lightrnn-rescore = fairseq_lightrnn.commands.rescore:main",
-            "lightrnn-score = fairseq_lightrnn.commands.score:main",
+            # name = fairseq_lightrnn.commands.module:function; lightrnn-table needs no fairseq
+            "lightrnn-flags = fairseq_lightrnn.commands.start:flags",
+            "lightrnn-reallocate = fairseq_lightrnn.commands.start:reallocate",
+            "lightrnn-rescore = fairseq_lightrnn.commands.start:rescore",
+            "lightrnn-score = fairseq_lightrnn.commands.start:score",
             "lightrnn-table = fairseq_lightrnn.commands.table:main",
         ],
     },

@@ -2,9 +2,9 @@
 
 ::
 
-    from fairseq_lightrnn.models.lightrnn_lm import LightRNNLanguageModel
+    from fairseq_lightrnn.language_model import LanguageModel
 
-    model = LightRNNLanguageModel.from_pretrained("checkpoints", data="data-bin/corpus")
+    model = LanguageModel.from_pretrained("checkpoints")
     print(model.score("the cat sat on the mat").perplexity)
     print(model.next_words("the cat sat on the", 5))
     print(model.sample("the cat", seed=1))
@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import pickle
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,23 +21,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from fairseq import checkpoint_utils, utils
 from fairseq.data import Dictionary
 from fairseq.tokenizer import tokenize_line
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from fairseq_lightrnn import register  # noqa: F401  (fairseq must know the model and its task)
-from fairseq_lightrnn.distribution import sample_words, top_words
-from fairseq_lightrnn.errors import UsageError
-from fairseq_lightrnn.scoring import DEFAULT_BATCH_WORDS, Scorer
+from fairseq_lightrnn.checkpoint import (
+    build_model,
+    find_checkpoint,
+    find_dictionary,
+    language_model_tables,
+    load_state,
+)
+from fairseq_lightrnn.core.distribution import sample_words
+from fairseq_lightrnn.core.scoring import DEFAULT_BATCH_WORDS, Scorer
+from fairseq_lightrnn.core.search import top_words
+from fairseq_lightrnn.errors import value_errors
+from fairseq_lightrnn.models.lightrnn_transformer import (
+    LightRNNTransformerDecoder,
+    TransformerText,
+)
+from fairseq_lightrnn.tasks.lightrnn_language_modeling import LightRNNLanguageModelingTask
 
-__all__ = ["LanguageModel", "SentenceScore"]
+__all__ = ["LanguageModel", "SentenceScore", "find_device"]
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT_NAMES = ("checkpoint_best.pt", "checkpoint_last.pt")
-# What torch raises for files that are no checkpoints, or truncated ones.
-_DAMAGE = (OSError, RuntimeError, EOFError, pickle.PickleError, zipfile.BadZipFile)
 # Words of a prompt that are read at once.
 _READ_AT_ONCE = 2048
 # Words whose vectors are looked up at once.
@@ -80,22 +88,54 @@ class SentenceScore:
         return float(np.exp(-self.log_prob / len(self.tokens)))
 
 
+def find_device(name: str | torch.device) -> torch.device:
+    """Returns a device.
+
+    Raises:
+        ValueError: if there is none of that name here.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = " ".join(str(error).splitlines()[:1])
+        raise ValueError(f"there is no device {str(name)!r} here ({reason})") from None
+    return device
+
+
 class LanguageModel:
     """A model with its dictionary, ready to be asked.
 
     Args:
-        model: a fairseq model whose decoder is a ``LightRNNDecoder``.
+        model: one of the language models of this package, recurrent or a transformer.
         dictionary: its dictionary.
-        add_bos_token: whether it was trained on texts that begin with ``<s>`` rather than ``</s>``.
+        add_bos_token: whether it was trained on texts with ``<s>`` before the ``</s>`` that all
+            texts begin with.
+        carried_hidden_state: whether it was trained to go on from the hidden state of the text
+            before.
+
+    Attributes:
+        decoder: reads and predicts words: of a recurrent model its ``Decoder``.
+        table: the word table in force.
+        start: the ids of the words that the first word of a text is predicted from: ``</s>``, or
+            ``<s> </s>`` with ``--add-bos-token``.
     """
 
-    def __init__(self, model: Any, dictionary: Dictionary, add_bos_token: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        dictionary: Dictionary,
+        add_bos_token: bool = False,
+        carried_hidden_state: bool = False,
+    ) -> None:
         self.model = model.eval()
         self.dictionary = dictionary
-        self.composition = model.decoder.composition
-        self.softmax = model.decoder.softmax
-        self.table = model.decoder.table
-        self.start = dictionary.bos() if add_bos_token else dictionary.eos()
+        self.carried_hidden_state = carried_hidden_state
+        decoder = model.decoder
+        is_transformer = isinstance(decoder, LightRNNTransformerDecoder)
+        self.decoder: Any = TransformerText(decoder) if is_transformer else decoder.core
+        self.table = decoder.words.table
+        self.start = [dictionary.bos()] * bool(add_bos_token) + [dictionary.eos()]
 
     @classmethod
     def from_pretrained(
@@ -109,47 +149,29 @@ class LanguageModel:
         Args:
             path: a checkpoint, or a folder of checkpoints, of which the best is taken.
             data: folder of ``dict.txt``; by default that which the model was trained on, or that of
-                the checkpoint.
+                the checkpoint, where a word table file does as well.
             device: where to compute.
 
         Raises:
-            UsageError: if there is no such checkpoint or dictionary, or they do not fit.
+            ValueError: if there is no such checkpoint, dictionary or device, or they do not fit.
         """
-        checkpoint = _find_checkpoint(Path(path))
-        state = _load_state(checkpoint)
-        coordinates = state["model"].get("decoder.table.coordinates")
-        if coordinates is None:
-            raise UsageError(
-                f"{checkpoint}: holds no LightRNN language model (no word table); give a "
-                "checkpoint of --arch lightrnn_lm"
+        checkpoint = find_checkpoint(path)
+        device = find_device(device)
+        state = load_state(checkpoint)
+        tables = language_model_tables(checkpoint, state)
+        settings = OmegaConf.create(OmegaConf.to_container(state["cfg"].task))
+        dictionary = find_dictionary(checkpoint, tables, data, settings.data)
+        with value_errors():
+            task = LightRNNLanguageModelingTask(
+                settings, dictionary, dictionary, targets=["future"]
             )
-        if any(name.startswith("encoder.") for name in state["model"]):
-            raise UsageError(
-                f"{checkpoint}: holds a translation model, which fairseq-generate (for scores with "
-                "--score-reference) and fairseq-interactive use; its word table is the "
-                "word_table.txt in the same folder"
-            )
-        settings = state["cfg"].task if state.get("cfg") is not None else state["args"]
-        folder = _find_dictionary(checkpoint, data, settings.data)
-        dictionary = Dictionary.load(str(folder / "dict.txt"))
-        if len(dictionary) != len(coordinates):
-            raise UsageError(
-                f"{folder / 'dict.txt'}: has {len(dictionary)} words, the model of {checkpoint} "
-                f"has {len(coordinates)}; give the dictionary that it was trained with"
-            )
-        settings.data = str(folder)
-        try:
-            (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task(
-                [str(checkpoint)], state=state
-            )
-        except (RuntimeError, AttributeError) as error:
-            logger.debug("loading %s failed", checkpoint, exc_info=True)
-            reason = " ".join(str(error).split())
-            raise UsageError(
-                f"{checkpoint}: does not fit the model that it describes; was it written by "
-                f"another version? ({reason})"
-            ) from None
-        return cls(model.float().to(device), dictionary, bool(settings.add_bos_token))
+        model = build_model(task, state, checkpoint)
+        return cls(
+            model.float().to(device),
+            dictionary,
+            bool(settings.add_bos_token),
+            bool(settings.carry_hidden_state),
+        )
 
     @property
     def device(self) -> torch.device:
@@ -183,17 +205,24 @@ class LanguageModel:
 
     def score_lines(
         self,
-        lines: Iterable[str],
+        lines: Iterable[str | None],
         *,
         carry_hidden_state: bool = False,
         details: bool = False,
         batch_words: int = DEFAULT_BATCH_WORDS,
     ) -> Iterator[SentenceScore]:
-        """Scores any number of sentences in bounded memory; see :meth:`score`."""
+        """Scores any number of sentences in bounded memory; see :meth:`score`.
+
+        Sentences are batched. None among the lines asks for the scores of all before it, of a text
+        whose next line may be long in coming.
+        """
         eos = self.dictionary.eos()
 
-        def sentences() -> Iterator[tuple[list[str], np.ndarray]]:
+        def sentences() -> Iterator[tuple[list[str], np.ndarray] | None]:
             for line in lines:
+                if line is None:
+                    yield None
+                    continue
                 tokens, ids = self.encode(line)
                 yield [*tokens, self.dictionary[eos]], np.append(ids, eos)
 
@@ -213,20 +242,19 @@ class LanguageModel:
 
     def _score(
         self,
-        sentences: Iterable[tuple[list[str], np.ndarray]],
+        sentences: Iterable[tuple[list[str], np.ndarray] | None],
         carried: bool,
         details: bool,
         batch_words: int,
     ) -> Iterator[SentenceScore]:
-        scorer = Scorer(
-            self.composition, self.softmax, self.start, batch_words=batch_words, details=details
-        )
+        scorer = Scorer(self.decoder, self.start, batch_words=batch_words, details=details)
         waiting: list[tuple[list[str], np.ndarray]] = []
 
-        def ids() -> Iterator[np.ndarray]:
-            for tokens, words in sentences:
-                waiting.append((tokens, words))
-                yield words
+        def ids() -> Iterator[np.ndarray | None]:
+            for sentence in sentences:
+                if sentence is not None:
+                    waiting.append(sentence)
+                yield sentence and sentence[1]
 
         read = 0
         for scores in scorer.score(ids(), carried):
@@ -241,7 +269,7 @@ class LanguageModel:
         words = torch.from_numpy(np.append(self.start, self.encode(prefix)[1])).to(self.device)
         context = None
         for part in words[None].split(_READ_AT_ONCE, dim=1):
-            context = self.composition.read(self.table(part), context)
+            context = self.decoder.read(part, context)
         return context
 
     @torch.no_grad()
@@ -252,7 +280,7 @@ class LanguageModel:
             prefix: what comes before, from the beginning of a sentence.
             k: how many words.
         """
-        found = top_words(self.composition, self.softmax, self._read(prefix), k)
+        found = top_words(self.decoder.head, self._read(prefix), k)
         words, probabilities = found.words[0].tolist(), found.log_probs[0].exp().tolist()
         return [(self.dictionary[word], p) for word, p in zip(words, probabilities, strict=True)]
 
@@ -294,8 +322,8 @@ class LanguageModel:
         )
         for _ in range(max_words):
             words = sample_words(
-                self.composition, self.softmax, context, temperature=temperature, top_k=top_k,
-                top_p=top_p, generator=generator,
+                self.decoder.head, context, temperature=temperature, top_k=top_k, top_p=top_p,
+                generator=generator,
             )  # fmt: skip
             left = words.ne(self.dictionary.eos()).nonzero().squeeze(1)
             going = [going[index] for index in left.tolist()]
@@ -304,12 +332,12 @@ class LanguageModel:
             words = words[left]
             for text, word in zip(going, words.tolist(), strict=True):
                 texts[text].append(self.dictionary[word])
-            context = self.composition.read(self.table(words[:, None]), context.select(left))
+            context = self.decoder.read(words[:, None], context.select(left))
         return [" ".join(text) for text in texts]
 
     @torch.no_grad()
     def embedding(self, word: str) -> Tensor:
-        """Returns a word's input vectors, one for each component after the other, (k · dim,).
+        """Returns the vector that a word is read by, shape (d,): all that it has, added up.
 
         Raises:
             ValueError: if the dictionary does not hold the word.
@@ -317,20 +345,23 @@ class LanguageModel:
         number = self.dictionary.indices.get(word)
         if number is None:
             raise ValueError(f"{word!r} is not in the dictionary")
-        coordinates = self.table(torch.tensor([number], device=self.device))
-        return self.composition.embedding(coordinates).reshape(-1)  # type: ignore[no-any-return]
+        return self._vectors(torch.tensor(number, device=self.device))
+
+    def _vectors(self, words: Tensor) -> Tensor:
+        vectors: Tensor = self.decoder.reader.sum(words)
+        return vectors
 
     @torch.no_grad()
     def distances(self, word: str) -> Tensor:
-        """Returns the Euclidean distances of all words' input vectors from a word's, (V,).
+        """Returns the Euclidean distances of all words' vectors from a word's, shape (V,).
 
         Raises:
             ValueError: if the dictionary does not hold the word.
         """
         own = self.embedding(word)
         words = torch.arange(self.table.num_words, device=self.device)
-        vectors = (self.composition.embedding(self.table(some)) for some in words.split(_WORDS))
-        return torch.cat([(some.flatten(1) - own).norm(dim=1) for some in vectors])
+        vectors = (self._vectors(some) for some in words.split(_WORDS))
+        return torch.cat([(some - own).norm(dim=1) for some in vectors])
 
     def vocabulary_digest(self) -> str:
         """Returns twelve hexadecimal digits that name the words and their order."""
@@ -344,43 +375,3 @@ class LanguageModel:
             content.update(name.encode())
             content.update(value.detach().float().cpu().numpy().tobytes())
         return content.hexdigest()[:12]
-
-
-def _find_checkpoint(path: Path) -> Path:
-    if path.is_file():
-        return path
-    for name in CHECKPOINT_NAMES:
-        if (path / name).is_file():
-            return path / name
-    if path.is_dir():
-        raise UsageError(f"{path}: this folder has none of {', '.join(CHECKPOINT_NAMES)}")
-    raise UsageError(f"{path}: no such checkpoint")
-
-
-def _load_state(checkpoint: Path) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint))
-        state["model"]  # what is no checkpoint has none
-    except (*_DAMAGE, KeyError, TypeError):
-        logger.debug("loading %s failed", checkpoint, exc_info=True)
-        raise UsageError(f"{checkpoint}: not a checkpoint of fairseq, or a damaged one") from None
-    return state
-
-
-def _find_dictionary(checkpoint: Path, data: str | Path | None, recorded: str | None) -> Path:
-    """Returns the folder of the model's ``dict.txt``."""
-    if data is not None:
-        folders = [Path(data)]
-    else:
-        folders = [Path(part) for part in utils.split_paths(recorded or "")[:1]]
-        folders.append(checkpoint.parent)
-    for folder in folders:
-        if (folder / "dict.txt").is_file():
-            return folder
-    if data is not None:
-        raise UsageError(f"{Path(data) / 'dict.txt'}: no such dictionary; --data names its folder")
-    places = " nor ".join(str(folder / "dict.txt") for folder in folders)
-    raise UsageError(
-        f"{checkpoint}: its dictionary is neither {places}; name the folder of the binarised data "
-        "with --data"
-    )

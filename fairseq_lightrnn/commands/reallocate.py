@@ -13,34 +13,35 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from fairseq import checkpoint_utils, tasks
+from fairseq import tasks
 from omegaconf import OmegaConf
 
 from fairseq_lightrnn import register  # noqa: F401
-from fairseq_lightrnn.allocation.reshaping import (
-    reshape_biases,
-    reshape_vectors,
-    table_of_statistics,
-)
-from fairseq_lightrnn.commands._text import whole_file
-from fairseq_lightrnn.errors import UsageError, usage_errors
-from fairseq_lightrnn.models._table import parse_shape
-from fairseq_lightrnn.tasks._reallocation import log_reallocation
-from fairseq_lightrnn.tasks._statistics import Gathered, gather_statistics, statistics_storage
-from fairseq_lightrnn.word_table import WordTable, check_shape
+from fairseq_lightrnn.allocation.gathering import Gathered, statistics_storage
+from fairseq_lightrnn.checkpoint import build_model, load_state
+from fairseq_lightrnn.commands.run import command
+from fairseq_lightrnn.core.conditioning import Recurrent
+from fairseq_lightrnn.core.table import WordTable
+from fairseq_lightrnn.files import whole_file
+from fairseq_lightrnn.language_model import find_device
+from fairseq_lightrnn.models.flags import parse_shape
+from fairseq_lightrnn.models.word_head import WordHead
+from fairseq_lightrnn.tasks.reallocator import Reallocator, log_reallocation
 
 __all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
+Export = Callable[[Gathered], None]
 
-def _parser() -> argparse.ArgumentParser:
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="lightrnn-reallocate",
         description="Re-seat the words of a trained model in its word table, or in a table of "
@@ -55,149 +56,96 @@ def _parser() -> argparse.ArgumentParser:
     add("--objective", choices=("row-first", "joint"), default="row-first",
         help="what to minimise: the loss of rows, then that of columns within each row (default), "
         "or the sum of both")  # fmt: skip
-    add("--row-weight", type=float, default=1.0, metavar="X",
-        help="weight of the rows' loss in --objective joint (default: 1)")  # fmt: skip
-    add("--margin", type=float, default=0.0, metavar="X",
-        help="nats that a word must gain, each time it occurs, to change its row, and again its "
-        "column (default: 0)")  # fmt: skip
-    add("--regather", action="store_true",
-        help="gather statistics again before words choose columns in their new rows; takes twice "
-        "as long, and pays for models trained with --keep-input-table")  # fmt: skip
     add("--table-shape", metavar="RxC",
         help="seat the words in a table of this shape, such as 100x100 or 30x30x30; its vectors "
-        "are means of the old ones, so the model must be trained further")  # fmt: skip
-    add(
-        "--table",
-        metavar="FILE",
-        help="seat the words as in this word table file, whatever it costs; gathers no statistics",
-    )
+        "are means of the old ones, so the model must be trained further. For models of the "
+        "paper's architectures alone")  # fmt: skip
+    add("--table", metavar="FILE",
+        help="seat the words as in this word table file, whatever it costs; gathers no statistics"
+        )  # fmt: skip
     add("--words", type=int, metavar="N",
         help="gather statistics over about this many words (default: all)")  # fmt: skip
-    add(
-        "--memory",
-        type=float,
-        metavar="GIB",
-        help="GiB that statistics and costs may take, besides some 300 bytes a word",
-    )
+    add("--memory", type=float, metavar="GIB",
+        help="GiB that statistics and costs may take, besides some 300 bytes a word (default: 8 "
+        "for costs, no bound for the rest)")  # fmt: skip
     add("--export", metavar="DIR", help="also write the statistics, the table and the output "
         "vectors to this new folder, for scripts/benchmark_allocation.py --instances")  # fmt: skip
     add("--max-tokens", type=int, default=8192, metavar="N",
-        help="words of a batch (default: %(default)s); no result depends on it, and models trained "
-        "with --carry-hidden-state keep their lanes")  # fmt: skip
+        help="words of a batch (default: %(default)s); models trained with --carry-hidden-state "
+        "keep their lanes")  # fmt: skip
     add("--device", default="cpu", help="where to compute: cpu (default), cuda, …")
-    return parser
+    return parser.parse_intermixed_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status.
-
-    Raises:
-        UsageError: for mistakes in flags and files (on a command line: one sentence, status 1).
-    """
+@command("lightrnn-reallocate", _parse)
+def main(args: argparse.Namespace) -> None:
+    """Re-seats the words of a model as the flags ask for."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args = _parser().parse_args(arguments)
-    if not Path(args.output).absolute().parent.is_dir():
-        raise UsageError(f"--output {args.output}: there is no such folder to write into")
-    if args.export and Path(args.export).exists():
-        raise UsageError(f"--export {args.export}: exists already; give a new folder")
-    for other in ("table_shape", "export"):
-        if args.table and getattr(args, other):
-            raise UsageError(f"--table and --{other.replace('_', '-')}: give one of them")
-    for flag in ("margin", "regather"):
-        if getattr(args, flag) and (args.table or args.table_shape):
-            raise UsageError(
-                f"--{flag}: --table and --table-shape seat all words anew; leave it out"
-            )
-    if args.regather:
-        _check_regather(args)
-    if not 0 <= args.margin < float("inf"):
-        raise UsageError(f"--margin {args.margin}: must not be negative")
-    started = time.monotonic()
+    device = find_device(args.device)
+    _check(args)
     state, task = _load(args)
-    model = task.build_model(state["cfg"].model, from_checkpoint=True)
-    model.load_state_dict(state["model"], strict=True)
-    model.to(args.device)
-    decoder: Any = model.decoder
+    model = build_model(task, state, args.checkpoint)
+    model.to(device)
     if args.table:
-        _finish(args, state, *_seat(args, state, task, decoder))
-        return 0
-    shape = _new_shape(args, state, decoder)
-    task.load_dataset(args.split)
-    folder = tempfile.gettempdir()
-
-    def export(gathered: Gathered) -> None:
-        if args.export:
-            _export(Path(args.export), decoder, gathered)
-
-    if shape is None:
-        report, solving = task.move_words("reallocation", model, folder, export)
-        table = _put_into_force(state, decoder.table.table())
+        report = _seat(args, task, model.decoder.words)
     else:
-        size = decoder.table.num_words, *decoder.statistics_shape()
-        with statistics_storage(args.memory, size, folder) as storage:
-            gathered = gather_statistics(model, task.training_batches(), storage.arguments)
-            export(gathered)
-            begun = time.monotonic()
-            report, table = _reshape(state, decoder, gathered, shape)
-            solving = time.monotonic() - begun
-    total = time.monotonic() - started
-    report["seconds"] = {"statistics": total - solving, "solve": solving, "total": total}
-    if shape is None:
-        log_reallocation("reallocation", report, table)
-    _finish(args, state, report, table)
-    if shape is not None:
-        logger.info(
-            f"go on with fairseq-train … --restore-file {args.output} --reset-optimizer "
-            f"--num-components {len(shape)} --table-shape {'x'.join(map(str, shape))}"
-        )
-    return 0
-
-
-def _check_regather(args: argparse.Namespace) -> None:
-    """Refuses --regather beside flags of a reallocation that it has no meaning with."""
-    if args.objective == "joint":
-        raise UsageError(
-            "--regather belongs to --objective row-first; joint chooses rows and columns at once"
-        )
-    if args.margin:
-        raise UsageError("--margin and --regather: give one of them")
-
-
-def _finish(
-    args: argparse.Namespace, state: dict[str, Any], report: dict[str, Any], table: WordTable
-) -> None:
-    """Writes the checkpoint, then the report."""
+        shape = _new_shape(args, model.decoder.words)
+        _check_memory(args, model.decoder.words)
+        task.load_dataset(args.split)
+        if shape is None:
+            report = _move(args, task, model)
+        else:
+            model, report = _reshape(args, state, task, model, shape)
+    state["model"] = model.state_dict()
     _save(state, args.output)
-    logger.info(f"wrote {args.output}: {table}")
+    logger.info(f"wrote {args.output}: {model.decoder.words.table.table()}")
     if args.report:
         with whole_file(args.report) as file:
             print(json.dumps(report, indent=2), file=file)
+    if "new_shape" in report:
+        logger.info(
+            f"go on with fairseq-train … --restore-file {args.output} --reset-optimizer "
+            f"--table-shape {state['cfg'].model.table_shape}"
+        )
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not os.path.isfile(args.checkpoint):
+        raise ValueError(f"{args.checkpoint}: no such checkpoint")
+    for flag in ("output", "report"):
+        path = getattr(args, flag)
+        if path and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"--{flag} {path}: there is no such folder to write into")
+    if args.export and Path(args.export).exists():
+        raise ValueError(f"--export {args.export}: exists already; give a new folder")
+    for flag in ("words", "memory", "max_tokens"):
+        value = getattr(args, flag)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"--{flag.replace('_', '-')} {value}: must be above 0")
+    for other in ("table_shape", "export"):
+        if args.table and getattr(args, other):
+            raise ValueError(f"--table and --{other.replace('_', '-')}: give one of them")
 
 
 def _load(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """Loads the checkpoint and sets up its task for the flags."""
-    if not os.path.isfile(args.checkpoint):
-        raise UsageError(f"{args.checkpoint}: no such checkpoint")
     overrides = {
         "data": args.data,
         "train_subset": args.split,
         "reallocation_objective": args.objective,
-        "reallocation_row_weight": args.row_weight,
-        "reallocation_margin": args.margin,
-        "reallocation_regather": args.regather,
         "reallocation_words": args.words,
         "reallocation_memory": args.memory,
         "initial_table": "random",
         "reallocate_epochs": None,
-        "reallocate_interval": None,
         "max_tokens": args.max_tokens,
         "batch_size": None,
         "path": args.checkpoint,
+        "restore_file": os.path.abspath(args.checkpoint),
         "log_format": "simple",
     }
-    state = checkpoint_utils.load_checkpoint_to_cpu(args.checkpoint)
-    if "decoder.table.coordinates" not in state["model"]:
-        raise UsageError(f"{args.checkpoint}: the model has no word table")
+    state = load_state(args.checkpoint)
+    if not any(name.endswith(".coordinates") for name in state["model"]):
+        raise ValueError(f"{args.checkpoint}: the model has no word table")
     if state["cfg"].task.get("carry_hidden_state"):  # its lanes are those of the training
         overrides.update(max_tokens=None, batch_size=state["cfg"].dataset.batch_size)
     settings = OmegaConf.create(OmegaConf.to_container(state["cfg"].task))
@@ -207,99 +155,180 @@ def _load(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     return state, tasks.setup_task(settings)
 
 
-def _new_shape(
-    args: argparse.Namespace, state: dict[str, Any], decoder: Any
-) -> tuple[int, ...] | None:
+def _move(args: argparse.Namespace, task: Any, model: Any) -> dict[str, Any]:
+    """Moves the words in their table as training does."""
+    started = time.monotonic()
+    words: WordHead = model.decoder.words
+    report, solving = Reallocator(task).move_words(
+        model, "reallocation", tempfile.gettempdir(), _exporter(args, words)
+    )
+    assert report is not None  # there is but one worker
+    words.round.add_(1)
+    report["seconds"] = _seconds(started, solving)
+    log_reallocation("reallocation", report, words.table.table())
+    return report
+
+
+def _seconds(started: float, solving: float) -> dict[str, float]:
+    total = time.monotonic() - started
+    return {"statistics": total - solving, "solve": solving, "total": total}
+
+
+def _seat(args: argparse.Namespace, task: Any, words: WordHead) -> dict[str, Any]:
+    """Seats the words as in a file."""
+    old = words.table.table()
+    try:
+        table = WordTable.load(args.table, task.target_dictionary.symbols)
+    except ValueError as error:
+        raise ValueError(f"--table {error}") from None
+    if table.shape != old.shape:
+        shapes = ("x".join(map(str, shape)) for shape in (table.shape, old.shape))
+        raise ValueError("--table {}: its shape is {}, the model's {}".format(args.table, *shapes))
+    words.table.seat(table)
+    words.round.add_(1)
+    moved = int((table.cells != old.cells).sum())
+    return {"moved": moved, "words": table.num_words, "table": table.digest()}
+
+
+def _check_memory(args: argparse.Namespace, words: WordHead) -> None:
+    """Refuses a memory in which not even counts have room."""
+    size = words.table.num_words, words.table.num_components, words.head.softmax.vectors.dim
+    try:
+        with statistics_storage(args.memory, size, tempfile.gettempdir()):
+            pass
+    except ValueError as error:
+        raise ValueError(f"--memory {args.memory}: {error}") from None
+
+
+def _new_shape(args: argparse.Namespace, words: WordHead) -> tuple[int, ...] | None:
     """Returns the shape of --table-shape if it is another one, or None."""
     if args.table_shape is None:
         return None
-    with usage_errors(f"--table-shape {args.table_shape}"):
-        shape = check_shape(parse_shape(args.table_shape), decoder.table.num_words)
-    if shape == decoder.table.shape:
+    shape = parse_shape(args.table_shape, words.table.num_words)
+    if shape == words.table.shape:
         return None
-    if decoder.further is not None:
-        raise UsageError(
+    if words.further_tables:
+        raise ValueError(
             f"--table-shape {args.table_shape}: the model has further tables of shape "
-            f"{'x'.join(map(str, decoder.table.shape))}, which are not made anew; leave it out"
+            f"{'x'.join(map(str, words.table.shape))}, which are not made anew; leave it out"
         )
-    if str(getattr(state["cfg"].model, "composition", "gated")) != "recurrent":
-        raise UsageError(
+    if not isinstance(words.head.conditioner, Recurrent):
+        raise ValueError(
             f"--table-shape {args.table_shape}: gates of another shape cannot be made from those "
-            "of this model; train one with --initial-table and the table of --composition recurrent"
+            "of this model; train a new one with --table-shape, or one of the paper's "
+            "architectures, which have no gates"
         )
     return shape
 
 
-def _put_into_force(state: dict[str, Any], table: WordTable) -> WordTable:
-    """Makes a table that of the checkpoint."""
-    weights = state["model"]
-    weights["decoder.table.coordinates"] = _coordinates(table)
-    weights["decoder.reallocation_round"] = weights["decoder.reallocation_round"] + 1
-    return table
-
-
-def _seat(
-    args: argparse.Namespace, state: dict[str, Any], task: Any, decoder: Any
-) -> tuple[dict[str, Any], WordTable]:
-    """Seats the words as in a file."""
-    old = decoder.table.table()
-    with usage_errors("--table"):
-        table = WordTable.load(args.table, task.target_dictionary.symbols)
-    if table.shape != old.shape:
-        shapes = ("x".join(map(str, shape)) for shape in (table.shape, old.shape))
-        raise UsageError("--table {}: its shape is {}, the model's {}".format(args.table, *shapes))
-    moved = int((table.cells != old.cells).sum())
-    report = {"moved": moved, "words": table.num_words, "table": table.digest()}
-    return report, _put_into_force(state, table)
-
-
 def _reshape(
-    state: dict[str, Any], decoder: Any, gathered: Gathered, shape: tuple[int, ...]
-) -> tuple[dict[str, Any], WordTable]:
+    args: argparse.Namespace,
+    state: dict[str, Any],
+    task: Any,
+    model: Any,
+    shape: tuple[int, ...],
+) -> tuple[Any, dict[str, Any]]:
     """Seats the words in another shape and makes its vectors from the old ones."""
-    old = decoder.table.table()
-    table = table_of_statistics(gathered.statistics, shape)
-    counts = gathered.statistics.counts.cpu().numpy()
-    weights = state["model"]
-    for name in ("decoder.composition.embedding.weight", "decoder.softmax.weight"):
-        weights[name] = reshape_vectors(weights[name], old, table, counts)
-    weights["decoder.softmax.bias"] = reshape_biases(
-        weights["decoder.softmax.bias"], old, table, counts
-    )
-    weights["decoder.table.coordinates"] = _coordinates(table)
+    from fairseq_lightrnn.allocation.reshaping import table_of_statistics
+
+    started = time.monotonic()
+    words: WordHead = model.decoder.words
+    with Reallocator(task).gathered(model, tempfile.gettempdir()) as (gathered, _):
+        export = _exporter(args, words)
+        if export is not None:
+            export(gathered)
+        begun = time.monotonic()
+        table = table_of_statistics(gathered.statistics, shape)
+        counts = gathered.statistics.counts.cpu().numpy()
     state["cfg"].model.table_shape = "x".join(map(str, shape))
-    state["cfg"].model.num_components = len(shape)
+    new = task.build_model(state["cfg"].model, from_checkpoint=True).to(args.device)
+    _inherit(new, model, table, counts, f"--table-shape {args.table_shape}")
     state["last_optimizer_state"] = None  # its moments belong to vectors that are gone
     report = {
-        "old_shape": list(old.shape),
+        "old_shape": list(words.table.shape),
         "new_shape": list(shape),
         "words": table.num_words,
         "tokens": gathered.tokens,
         "loss_before": float(gathered.losses.sum()) / gathered.tokens,
         "table": table.digest(),
+        "seconds": _seconds(started, time.monotonic() - begun),
     }
-    return report, table
+    return new, report
 
 
-def _export(folder: Path, decoder: Any, gathered: Gathered) -> None:
-    """Writes what a reallocation is computed from."""
-    folder.mkdir(parents=True)
-    np.save(folder / "sums.npy", gathered.statistics.sums.float().numpy())
-    table = decoder.table.table()
-    outputs: dict[str, Any] = {}
-    for component in range(table.num_components):
-        vectors, biases = decoder.softmax.vectors(component)
-        outputs[f"vectors{component}"] = vectors.detach().cpu().numpy()
-        outputs[f"biases{component}"] = biases.detach().cpu().numpy()
-    counts = gathered.statistics.counts.numpy()
-    np.savez(folder / "rest.npz", cells=table.cells, shape=table.shape, counts=counts, **outputs)
+@torch.no_grad()
+def _inherit(new: Any, old: Any, table: WordTable, counts: np.ndarray, flag: str) -> None:
+    """Gives a model all that another one of another shape has learnt.
+
+    Args:
+        new: gets the vectors and biases of the new rows and columns as means of the old ones, and
+            everything else as it is.
+        old: the model that it inherits from.
+        table: seats the words of the new one.
+        counts: occurrences of the words, (V,).
+        flag: for errors.
+    """
+    from fairseq_lightrnn.allocation.reshaping import reshape_biases, reshape_vectors
+
+    ours, theirs = new.decoder.words, old.decoder.words
+    before = theirs.table.table()
+    vectors, softmax = ours.reader.vectors.weight, ours.head.softmax
+    pairs = [
+        (vectors, theirs.reader.vectors.weight, reshape_vectors),
+        (softmax.bias, theirs.head.softmax.bias, reshape_biases),
+    ]
+    if softmax.vectors.weight is not vectors:
+        pairs.append((softmax.vectors.weight, theirs.head.softmax.vectors.weight, reshape_vectors))
+    made = {id(target) for target, _, _ in pairs} | {id(ours.table.coordinates)}
+    names = [name for name, value in _state(new).items() if id(value) not in made]
+    learnt = old.state_dict()
+    try:
+        new.load_state_dict({name: learnt[name] for name in names}, strict=False)
+    except (KeyError, RuntimeError):
+        raise ValueError(
+            f"{flag}: the model has a table of the source's words, which is not made anew; leave "
+            "the flag out"
+        ) from None
+    for target, values, reshape in pairs:
+        target.copy_(reshape(values.cpu(), before, table, counts))
+    ours.table.seat(table)
 
 
-def _coordinates(table: WordTable) -> torch.Tensor:
-    return torch.from_numpy(table.coordinates.astype("int32"))
+def _state(model: Any) -> dict[str, torch.Tensor]:
+    """Returns a model's parameters and buffers themselves, under the names of its checkpoints."""
+    state: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    return state
+
+
+def _exporter(args: argparse.Namespace, words: WordHead) -> Export | None:
+    """Returns what writes all that a reallocation is computed from, if it is wanted."""
+    if not args.export:
+        return None
+    folder = Path(args.export)
+
+    def export(gathered: Gathered) -> None:
+        folder.mkdir(parents=True)
+        np.save(folder / "sums.npy", gathered.statistics.sums.float().numpy())
+        table = words.table.table()
+        outputs: dict[str, Any] = {}
+        for component in range(table.num_components):
+            vectors, biases = words.head.softmax.component(component)
+            outputs[f"vectors{component}"] = vectors.detach().cpu().numpy()
+            outputs[f"biases{component}"] = biases.detach().cpu().numpy()
+        counts = gathered.statistics.counts.numpy()
+        np.savez(
+            folder / "rest.npz", cells=table.cells, shape=table.shape, counts=counts, **outputs
+        )
+
+    return export
 
 
 def _save(state: dict[str, Any], path: str) -> None:
-    """Writes a checkpoint as fairseq does; it appears whole or not at all."""
-    state["cfg"] = OmegaConf.to_container(state["cfg"], resolve=True, enum_to_str=True)
-    checkpoint_utils.torch_persistent_save(state, path)
+    """Writes a checkpoint with what fairseq writes into it."""
+    flags = OmegaConf.to_container(state["cfg"], resolve=True, enum_to_str=True)
+    with whole_file(path, binary=True) as file:
+        torch.save({**state, "cfg": flags}, file)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

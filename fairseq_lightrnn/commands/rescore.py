@@ -20,17 +20,19 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from fairseq_lightrnn.commands._text import add_scoring_flags, read_texts, whole_file
-from fairseq_lightrnn.errors import UsageError, usage_errors
-from fairseq_lightrnn.language_model import LanguageModel
-from fairseq_lightrnn.nbest import (
+from fairseq_lightrnn.commands.nbest import (
     Hypothesis,
     Weights,
     format_hypothesis,
     read_nbest,
     read_references,
+    reference_format,
     tune,
 )
+from fairseq_lightrnn.commands.run import command
+from fairseq_lightrnn.commands.text import add_scoring_flags, read_texts
+from fairseq_lightrnn.files import STANDARD, read_text, whole_file
+from fairseq_lightrnn.language_model import LanguageModel
 
 __all__ = ["main"]
 
@@ -39,7 +41,7 @@ logger = logging.getLogger(__name__)
 _KENLM_WEIGHTS = tuple(share / 10 for share in range(11))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="lightrnn-rescore",
         description="Re-rank n-best lists ('id ||| hypothesis ||| features ||| score') with a "
@@ -47,8 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("checkpoint", help="checkpoint file, or folder with checkpoint_best.pt")
-    add("nbest", nargs="?", default="-", help="n-best lists (default: the standard input)")
-    add("--data", metavar="DIR", help="folder with dict.txt (default: that of the training)")
+    add("nbest", nargs="?", default=STANDARD, help="n-best lists, plain or .gz; - is the standard "
+        "input (default)")  # fmt: skip
+    add(
+        "--data",
+        metavar="DIR",
+        help="folder with dict.txt (default: that of the training, or "
+        "what lies beside the checkpoint)",
+    )
     add("--lm-weight", type=float, metavar="W",
         help=f"weight of log P (default: {Weights.lm})")  # fmt: skip
     add("--length-weight", type=float, metavar="W",
@@ -61,32 +69,36 @@ def _parser() -> argparse.ArgumentParser:
     add("--tune", metavar="REFERENCES", help="choose the weights that are best for these right "
         "sentences: line id + 1 is that of list id (Moses), or 'id words' lines (Kaldi)"
         )  # fmt: skip
+    add("--reference-format", choices=("moses", "kaldi"),
+        help="which of the two (default: Kaldi's if ids are no numbers, or if each line begins "
+        "with one of its own)")  # fmt: skip
     add("--metric", choices=("wer", "bleu"), default="wer", help="what --tune optimises")
     add("--save-weights", metavar="FILE", help="write the weights here, as JSON")
     add("--best", action="store_true", help="write the first choice of every list alone: its text, "
         "behind its id where ids are not numbers")  # fmt: skip
-    add("--output", metavar="FILE", help="write here instead of to the standard output")
+    add("--output", default=STANDARD, metavar="FILE",
+        help="write here instead of to the standard output")  # fmt: skip
     add_scoring_flags(parser)
-    return parser
+    return parser.parse_intermixed_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status.
-
-    Raises:
-        UsageError: for mistakes in flags and files (on a command line: one sentence, status 1).
-    """
-    args = _parser().parse_args(arguments)
+@command("lightrnn-rescore", _parse)
+def main(args: argparse.Namespace) -> None:
+    """Rescores n-best lists as the flags ask for."""
     weights = _weights(args)
+    for flag in ("output", "save_weights"):
+        path = getattr(args, flag)
+        if path and not Path(path).absolute().parent.is_dir():
+            name = flag.replace("_", "-")
+            raise ValueError(f"--{name} {path}: there is no such folder to write into")
     kenlm = _load_kenlm(args.kenlm) if args.kenlm else None
-    with usage_errors():
-        lists = read_nbest(read_texts([args.nbest]), args.nbest)
+    lists = read_nbest(read_texts([args.nbest]), args.nbest)
     references = None
     if args.tune and lists:
-        with usage_errors():
-            references = read_references(
-                list(read_texts([args.tune])), [nbest[0].key for nbest in lists], args.tune
-            )
+        keys = [nbest[0].key for nbest in lists]
+        lines = list(read_texts([args.tune]))
+        form = args.reference_format or reference_format(lines, keys, args.tune)
+        references = read_references(lines, keys, args.tune, form)
     model = LanguageModel.from_pretrained(args.checkpoint, args.data, args.device)
     scores = _Scores(model, kenlm, lists, args)
     if references is not None:
@@ -100,50 +112,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ):
             for line in _rescored(nbest, lm_scores, features, weights, args.best):
                 print(line, file=file)
-    return 0
 
 
 def _weights(args: argparse.Namespace) -> Weights:
     if args.batch_words < 1:
-        raise UsageError(f"--batch-words {args.batch_words}: must be at least 1")
+        raise ValueError(f"--batch-words {args.batch_words}: must be at least 1")
     if args.kenlm_weight is not None and not args.kenlm:
-        raise UsageError(f"--kenlm-weight {args.kenlm_weight} needs --kenlm, the model")
+        raise ValueError(f"--kenlm-weight {args.kenlm_weight} needs --kenlm, the model")
+    if args.reference_format and not args.tune:
+        raise ValueError(f"--reference-format {args.reference_format} needs --tune")
     if args.tune and args.weights:
-        raise UsageError("--tune and --weights exclude each other")
+        raise ValueError("--tune and --weights exclude each other")
     weights = Weights() if args.weights is None else _read_weights(args.weights)
     given = {"lm": args.lm_weight, "length": args.length_weight, "kenlm": args.kenlm_weight}
     weights = replace(
         weights, **{name: value for name, value in given.items() if value is not None}
     )
+    for name in ("lm", "length"):
+        if not math.isfinite(getattr(weights, name)):
+            raise ValueError(f"--{name}-weight {getattr(weights, name)}: must be finite")
     if not 0 <= weights.kenlm <= 1:
-        raise UsageError(f"--kenlm-weight {weights.kenlm}: must be between 0 and 1")
+        raise ValueError(f"--kenlm-weight {weights.kenlm}: must be between 0 and 1")
     return weights
 
 
 def _read_weights(path: str) -> Weights:
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_text(path)
+    except ValueError as error:
+        raise ValueError(f"--weights {error}") from None
+    try:
+        values = json.loads(content)
         return Weights(**{name: float(value) for name, value in values.items()})
-    except FileNotFoundError:
-        raise UsageError(f"--weights {path}: no such file") from None
     except (AttributeError, TypeError, ValueError):
-        raise UsageError(f"--weights {path}: not a file that --save-weights wrote") from None
+        raise ValueError(f"--weights {path}: not a file that --save-weights wrote") from None
 
 
 def _load_kenlm(path: str) -> Any:
     if not Path(path).is_file():
-        raise UsageError(f"--kenlm {path}: no such file")
+        raise ValueError(f"--kenlm {path}: no such file")
     try:
         import kenlm
     except ImportError:
-        raise UsageError(
+        raise ValueError(
             "--kenlm needs the package kenlm: pip install 'fairseq-lightrnn[kenlm]'"
         ) from None
     try:
         return kenlm.Model(path)
     except OSError as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"--kenlm {path}: not a KenLM model ({reason})") from None
+        raise ValueError(f"--kenlm {path}: not a KenLM model ({reason})") from None
 
 
 class _Scores:
@@ -234,6 +252,12 @@ def _rescored(
         hypothesis.score + weights.lm * lm + weights.length * len(hypothesis.text.split())
         for hypothesis, lm in zip(nbest, lm_scores, strict=True)
     ]
+    for hypothesis, total in zip(nbest, totals, strict=True):
+        if not math.isfinite(total):
+            raise ValueError(
+                f"the n-best list {hypothesis.key} has the hypothesis {hypothesis.text!r}, whose "
+                f"score comes to {total} with these weights and models"
+            )
     order = sorted(range(len(nbest)), key=lambda index: -totals[index])
     if best:
         first = nbest[order[0]]

@@ -10,19 +10,21 @@ import argparse
 import json
 import logging
 import math
+import struct
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TextIO
+from typing import IO, Any
 
 import numpy as np
 from fairseq.data import data_utils
 from tqdm import tqdm
 
-from fairseq_lightrnn.commands._text import add_scoring_flags, read_texts, whole_file
+from fairseq_lightrnn.commands.run import command
+from fairseq_lightrnn.commands.text import add_scoring_flags, read_chunks
+from fairseq_lightrnn.core.scoring import CorpusScore
 from fairseq_lightrnn.criterions.two_component_cross_entropy import component_names
-from fairseq_lightrnn.errors import UsageError, usage_errors
+from fairseq_lightrnn.files import STANDARD, whole_file
 from fairseq_lightrnn.language_model import LanguageModel, SentenceScore
-from fairseq_lightrnn.scoring import CorpusScore
 from fairseq_lightrnn.signature import signature
 from fairseq_lightrnn.version import __version__
 
@@ -33,49 +35,64 @@ logger = logging.getLogger(__name__)
 BASES = {"2": 2.0, "e": math.e, "10": 10.0}
 
 
-def _parser() -> argparse.ArgumentParser:
+# Nothing in our tab-separated values is quoted, since their tokens hold neither tabs nor newlines.
+_NOTHING_QUOTED = (
+    "Tab-separated values are not quoted: a token may be a quotation mark, or NA. Read them with "
+    "pandas.read_csv(FILE, sep='\\t', quoting=3, keep_default_na=False), or in R with "
+    "read.delim(FILE, quote='', na.strings=NULL)."
+)
+_NO_SPACE = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="lightrnn-score",
         description="Score text with a trained language model: perplexity, and log-probabilities "
         "of sentences or words.",
+        epilog=_NOTHING_QUOTED,
     )
     add = parser.add_argument
     add("checkpoint", help="checkpoint file, or folder with checkpoint_best.pt")
-    add("text", nargs="*", help="text files, a sentence a line (default: the standard input)")
-    add("--data", metavar="DIR", help="folder with dict.txt (default: that of the training)")
+    add("text", nargs="*", help="text files, plain or .gz, a sentence a line; - is the standard "
+        "input (default)")  # fmt: skip
+    add(
+        "--data",
+        metavar="DIR",
+        help="folder with dict.txt (default: that of the training, or "
+        "what lies beside the checkpoint)",
+    )
     add("--split", metavar="NAME", help="score this split of binarised data in --data, not text")
     add("--level", choices=("corpus", "sentence", "word"), default="corpus",
         help="what to write: one summary (default), a line a sentence, or a line a word; "
-        "for the latter the summary goes to the standard error")  # fmt: skip
+        "for the latter the summary goes to the standard error, and each line of the standard "
+        "input is answered as soon as it comes")  # fmt: skip
     add("--format", choices=("tsv", "json"), default="tsv",
         help="tab-separated values with a header (default), or a JSON object a line")  # fmt: skip
-    add("--output", metavar="FILE", help="write here instead of to the standard output; the file "
-        "appears when all is done")  # fmt: skip
+    add("--output", default=STANDARD, metavar="FILE", help="write here instead of to the standard "
+        "output; the file appears when all is done")  # fmt: skip
     add("--base", choices=tuple(BASES), default="2", help="base of logarithms (default: 2)")
     add("--no-eos", action="store_true", help="do not count ends of sentences as words")
-    add("--carry-hidden-state", action="store_true",
-        help="predict each sentence from all before it; otherwise each starts afresh")  # fmt: skip
+    add("--carry-hidden-state", action=argparse.BooleanOptionalAction,
+        help="predict each sentence from all before it, or start each afresh (default: as the "
+        "model was trained)")  # fmt: skip
     add("--entropy", action="store_true", help="with --level word: also the entropy of the "
         "distribution each word is predicted from, and the word's rank in it; takes a pass over "
         "the vocabulary for each word")  # fmt: skip
     add_scoring_flags(parser)
-    return parser
+    return parser.parse_intermixed_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status.
-
-    Raises:
-        UsageError: for mistakes in flags and files (on a command line: one sentence, status 1).
-    """
-    args = _parser().parse_args(arguments)
+@command("lightrnn-score", _parse)
+def main(args: argparse.Namespace) -> None:
+    """Scores text as the flags ask for."""
     _check(args)
     model = LanguageModel.from_pretrained(args.checkpoint, args.data, args.device)
+    _settle_state(model, args)
     scores = tqdm(
         _scores(model, args), unit=" sentences", disable=args.no_progress_bar or None, leave=False
     )
     total = CorpusScore(model.dictionary.unk(), model.dictionary.eos(), not args.no_eos)
-    with usage_errors(), whole_file(args.output) as file:
+    with whole_file(args.output) as file:
         names = component_names(model.table.num_components)
         writer = _Writer(args, names, total, file)
         for number, score in enumerate(scores, start=1):
@@ -86,18 +103,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _write_summary(summary, args.format, file)
     if args.level != "corpus":
         _write_summary(summary, args.format, sys.stderr)
-    return 0
 
 
 def _check(args: argparse.Namespace) -> None:
     if args.split is not None and args.text:
-        raise UsageError(f"--split {args.split} and text files exclude each other: {args.text[0]}")
+        raise ValueError(f"--split {args.split} and text files exclude each other: {args.text[0]}")
     if args.split is not None and args.data is None:
-        raise UsageError(f"--split {args.split} needs --data, the folder of the binarised data")
+        raise ValueError(f"--split {args.split} needs --data, the folder of the binarised data")
     if args.entropy and args.level != "word":
-        raise UsageError(f"--entropy needs --level word, not --level {args.level}")
+        raise ValueError(f"--entropy needs --level word, not --level {args.level}")
     if args.batch_words < 1:
-        raise UsageError(f"--batch-words {args.batch_words}: must be at least 1")
+        raise ValueError(f"--batch-words {args.batch_words}: must be at least 1")
+
+
+def _settle_state(model: LanguageModel, args: argparse.Namespace) -> None:
+    """Decides whether the hidden state is carried, and says so where no flag did."""
+    if not model.decoder.carries_state:
+        if args.carry_hidden_state:
+            raise ValueError(
+                "--carry-hidden-state: this model, a transformer, has no hidden state to carry; "
+                "leave the flag out"
+            )
+        args.carry_hidden_state = False
+    elif args.carry_hidden_state is None:
+        args.carry_hidden_state = model.carried_hidden_state
+        what = (
+            "each sentence is predicted from all before it (otherwise: --no-carry-hidden-state)"
+            if args.carry_hidden_state
+            else "each sentence starts afresh (otherwise: --carry-hidden-state)"
+        )
+        print(f"as in training, {what}", file=sys.stderr)
 
 
 def _scores(model: LanguageModel, args: argparse.Namespace) -> Iterator[SentenceScore]:
@@ -107,15 +142,29 @@ def _scores(model: LanguageModel, args: argparse.Namespace) -> Iterator[Sentence
         "batch_words": args.batch_words,
     }
     if args.split is None:
-        return model.score_lines(read_texts(args.text), **options)
+        return model.score_lines(_lines(args), **options)
     return model.score_ids(_binarised(args.data, args.split, model), **options)
+
+
+def _lines(args: argparse.Namespace) -> Iterator[str | None]:
+    """Yields lines; where each is to be answered, None whenever the next is still to come."""
+    for chunk in read_chunks(args.text):
+        yield from chunk
+        if args.level != "corpus":
+            yield None
 
 
 def _binarised(data: str, split: str, model: LanguageModel) -> Iterable[np.ndarray]:
     """Yields the sentences of a split, each with its end."""
-    dataset = data_utils.load_indexed_dataset(f"{data}/{split}", model.dictionary)
+    try:
+        dataset = data_utils.load_indexed_dataset(f"{data}/{split}", model.dictionary)
+    except (AssertionError, struct.error, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--split {split}: {data}/{split}.idx is damaged ({reason})") from None
     if dataset is None:
-        raise UsageError(f"--split {split}: there is no {data}/{split}.bin and .idx")
+        raise ValueError(f"--split {split}: there is no {data}/{split}.bin and .idx")
+    if getattr(dataset, "supports_prefetch", False):
+        dataset.prefetch(range(len(dataset)))  # of --dataset-impl cached
     for index in range(len(dataset)):
         yield dataset[index].numpy().astype(np.int64)
 
@@ -124,9 +173,10 @@ class _Writer:
     """Writes a line for each sentence or word."""
 
     def __init__(
-        self, args: argparse.Namespace, names: list[str], total: CorpusScore, file: TextIO
+        self, args: argparse.Namespace, names: list[str], total: CorpusScore, file: IO[str]
     ) -> None:
         self.level, self.format, self.file = args.level, args.format, file
+        self.live = args.split is None
         self.total = total
         self.unit = math.log(BASES[args.base])
         self.columns = [f"{name}_logprob" for name in names]
@@ -136,7 +186,7 @@ class _Writer:
         if self.format == "tsv" and self.level == "word":
             self._line(
                 "sentence_id", "token_id", "token", "logprob", "surprisal", *self.columns,
-                *self.details,
+                *self.details, "unknown",
             )  # fmt: skip
 
     def sentence(self, number: int, score: SentenceScore) -> None:
@@ -148,13 +198,14 @@ class _Writer:
         if self.format == "json":
             if words is not None:
                 record["tokens"] = words
-            print(json.dumps(record, ensure_ascii=False), file=self.file)
+            print(_json(record), file=self.file)
         elif words is None:
             self._line(*record.values())
         else:
             for word in words:
-                del word["unknown"]
                 self._line(number, *word.values())
+        if self.live:
+            self.file.flush()
 
     def _sentence(self, score: SentenceScore) -> dict[str, Any]:
         one = CorpusScore(self.total.unk, self.total.eos, self.total.count_eos)
@@ -187,10 +238,28 @@ class _Writer:
         print("\t".join(map(_text, values)), file=self.file)
 
 
+def _json(record: dict[str, Any]) -> str:
+    """Returns a JSON object; it knows no infinite numbers, which become null."""
+    try:
+        return json.dumps(record, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(record), ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _text(value: Any) -> str:
     if value is None:
         return "NA"
-    return f"{value:.6f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.6f}"
+    return str(int(value)) if isinstance(value, bool) else str(value).translate(_NO_SPACE)
 
 
 def _summary(
@@ -226,9 +295,9 @@ def _signature(model: LanguageModel, args: argparse.Namespace) -> str:
     )
 
 
-def _write_summary(summary: dict[str, Any], form: str, file: TextIO) -> None:
+def _write_summary(summary: dict[str, Any], form: str, file: IO[str]) -> None:
     if form == "json":
-        print(json.dumps(summary, ensure_ascii=False), file=file)
+        print(_json(summary), file=file)
         return
     for key, value in summary.items():
         print(f"{key}\t{_text(value)}", file=file)

@@ -15,29 +15,32 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fairseq_lightrnn.commands._text import read_lines, read_texts, whole_file
+from fairseq_lightrnn.commands.run import command
 from fairseq_lightrnn.commands.table_page import (
     DEFAULT_MAX_WORDS,
     SPECIAL_SYMBOLS,
     read_dictionary,
     write_table_page,
 )
-from fairseq_lightrnn.errors import UsageError, usage_errors
-from fairseq_lightrnn.table_statistics import (
+from fairseq_lightrnn.commands.text import read_texts
+from fairseq_lightrnn.core.table import WordTable
+from fairseq_lightrnn.core.table_statistics import (
     class_mutual_information,
     compare,
     quality,
     same_cell_part,
 )
-from fairseq_lightrnn.word_table import WordTable
+from fairseq_lightrnn.files import STANDARD, read_lines, whole_file
 
 if TYPE_CHECKING:
     from fairseq_lightrnn.language_model import LanguageModel
 
 __all__ = ["main"]
 
-# Symbols of fairseq's that CNTK's vocabularies usually lack.
+# Symbols of fairseq's that CNTK's vocabularies usually lack, and the words by which
+# fairseq-preprocess fills a dictionary up to a multiple of 8.
 _OFTEN_MISSING = ("<s>", "<pad>")
+_FILLING = re.compile(r"madeupword\d{4}")
 
 
 class Source(NamedTuple):
@@ -56,7 +59,7 @@ class Source(NamedTuple):
         try:
             return self.symbols.index(word)
         except ValueError:
-            raise UsageError(
+            raise ValueError(
                 f"{word!r} is not in the table; lightrnn-table search finds similar words"
             ) from None
 
@@ -74,29 +77,22 @@ def _load(path: str, data: str | None) -> Source:
         model = LanguageModel.from_pretrained(path, data)
         counts = np.array(model.dictionary.count)
         counts[: model.dictionary.nspecial] = 0
-        return Source(model.table.table(), model.dictionary.symbols, counts, model)
-    with usage_errors():
-        if data is not None:
-            symbols, counts = read_dictionary(_dictionary(data))
-            return Source(WordTable.load(path, symbols), symbols, counts)
-        symbols = list(_symbols(file))
-        return Source(WordTable.load(path, symbols), symbols, None)
+        known = counts if counts.any() else None  # words of a table file have none
+        return Source(model.table.table(), model.dictionary.symbols, known, model)
+    if path != STANDARD and not file.exists():
+        raise ValueError(f"{path}: no such table file or checkpoint")
+    if data is None:
+        symbols, table = WordTable.load_with_symbols(path)
+        return Source(table, symbols, None)
+    symbols, counts = read_dictionary(_dictionary(data))
+    return Source(WordTable.load(path, symbols), symbols, counts)
 
 
-def _dictionary(data: str) -> Path:
+def _dictionary(data: str) -> str | Path:
     """Returns the dictionary that ``--data`` names, itself or by its folder."""
-    return Path(data) if Path(data).is_file() else Path(data) / "dict.txt"
-
-
-def _symbols(path: Path) -> Iterator[str]:
-    """Yields the words of a table file, in the order of their ids."""
-    if not path.is_file():
-        raise UsageError(f"{path}: no such table file or checkpoint")
-    with path.open("rb") as file:
-        lines = read_lines(file, str(path))
-        components = next(lines, "").rpartition(" ")[2].count("x") + 1
-        for line in lines:
-            yield line.rsplit(" ", components)[0]
+    if data == STANDARD or (Path(data).exists() and not Path(data).is_dir()):
+        return data
+    return Path(data) / "dict.txt"
 
 
 def _place(source: Source, word: int) -> str:
@@ -123,7 +119,7 @@ def _show(args: argparse.Namespace) -> Iterator[str]:
     chosen = range(len(members)) if args.row is None else args.row
     for row in chosen:
         if not 0 <= row < table.shape[0]:
-            raise UsageError(f"--row {row}: the table has rows 0 to {table.shape[0] - 1}")
+            raise ValueError(f"--row {row}: the table has rows 0 to {table.shape[0] - 1}")
         words = members[row].tolist() if row < len(members) else []
         yield f"row {row} ({len(words)} words): {_words(source, words, args.limit)}"
 
@@ -134,7 +130,7 @@ def _search(args: argparse.Namespace) -> Iterator[str]:
     try:
         pattern = re.compile(args.pattern)
     except re.error as error:
-        raise UsageError(f"{args.pattern!r} is not a regular expression: {error}") from None
+        raise ValueError(f"{args.pattern!r} is not a regular expression: {error}") from None
     found = [word for word, symbol in enumerate(source.symbols) if pattern.search(symbol)]
     yield f"{len(found)} words match"
     for word in source.by_frequency(found)[: args.limit]:
@@ -168,21 +164,21 @@ def _quality(args: argparse.Namespace) -> Iterator[str]:
         "words": source.table.num_words,
         "shape": "x".join(map(str, source.table.shape)),
     }
-    with usage_errors(args.table):
-        if source.counts is None and args.text is None:
-            raise UsageError(
-                f"{args.table}: has no counts of words; give --data, a checkpoint or --text"
-            )
-        texts = None if args.text is None else _encode(source, args.text)
-        counts = source.counts
-        if texts is not None:
-            counts = np.bincount(np.concatenate(texts), minlength=len(source.symbols))
-        if counts is not None:
-            figures.update(quality(source.table, counts)._asdict())
-        if texts is not None:
-            for number, figure in enumerate(class_mutual_information(source.table, texts), start=1):
-                name = ("row", "column")[number - 1] if len(source.table.shape) == 2 else number
-                figures[f"mutual_information_{name}"] = figure
+    if source.counts is None and args.text is None:
+        raise ValueError(
+            f"{args.table}: has no counts of words; give --data, a checkpoint or --text"
+        )
+    texts = None if args.text is None else _encode(source, args.text)
+    counts = source.counts
+    if texts is not None:
+        counts = np.bincount(np.concatenate(texts), minlength=len(source.symbols))
+    if counts is not None:
+        # Counts below zero are those of sentencepiece's vocabularies, which are logarithms.
+        figures.update(quality(source.table, np.maximum(counts, 0))._asdict())
+    if texts is not None:
+        for number, figure in enumerate(class_mutual_information(source.table, texts), start=1):
+            name = ("row", "column")[number - 1] if len(source.table.shape) == 2 else number
+            figures[f"mutual_information_{name}"] = figure
     if args.json:
         yield json.dumps(figures)
         return
@@ -192,13 +188,16 @@ def _quality(args: argparse.Namespace) -> Iterator[str]:
 
 def _encode(source: Source, path: str) -> list[np.ndarray]:
     numbers = {symbol: word for word, symbol in enumerate(source.symbols)}
+    for symbol in SPECIAL_SYMBOLS[2:]:
+        if symbol not in numbers:
+            raise ValueError(f"--text {path}: the table holds no {symbol!r}")
     unknown, end = (numbers[symbol] for symbol in (SPECIAL_SYMBOLS[3], SPECIAL_SYMBOLS[2]))
     texts = [
         np.array([*(numbers.get(word, unknown) for word in line.split()), end])
         for line in read_texts([path])
     ]
     if not texts:
-        raise UsageError(f"--text {path}: is empty")
+        raise ValueError(f"--text {path}: is empty")
     return texts
 
 
@@ -206,9 +205,8 @@ def _compare(args: argparse.Namespace) -> Iterator[str]:
     """Writes what moved between two tables."""
     first, second = _load(args.table, args.data), _load(args.other, args.data)
     if first.symbols != second.symbols:
-        raise UsageError(f"{args.table} and {args.other} hold different words; nothing to compare")
-    with usage_errors():
-        found = compare(first.table, second.table)
+        raise ValueError(f"{args.table} and {args.other} hold different words; nothing to compare")
+    found = compare(first.table, second.table)
     count = first.table.num_words
     yield f"{found.moved} of {count} words moved ({found.moved / count:.1%})"
     names = ["row", "column"] if len(found.changed) == 2 else None
@@ -233,14 +231,19 @@ def _compare(args: argparse.Namespace) -> Iterator[str]:
 def _export(args: argparse.Namespace) -> Iterator[str]:
     """Writes a table in another format."""
     source = _load(args.table, args.data)
-    with usage_errors():
-        if args.format == "table":
-            source.table.save(args.output, source.symbols)
-        elif args.format == "cntk":
-            source.table.save_cntk(args.output, source.symbols)
-        else:
-            _export_lines(source, args.output, args.format)
-    yield f"wrote {args.output}"
+    if args.format == "table":
+        source.table.save(args.output, source.symbols)
+    elif args.format == "cntk":
+        source.table.save_cntk(args.output, source.symbols)
+    else:
+        _export_lines(source, args.output, args.format)
+    yield from _wrote(args.output)
+
+
+def _wrote(output: str, what: str = "") -> Iterator[str]:
+    """Writes where a result went, but for the standard output itself."""
+    if output not in (STANDARD, "/dev/stdout"):
+        yield f"wrote {output}{what}"
 
 
 def _export_lines(source: Source, output: str, form: str) -> None:
@@ -264,53 +267,68 @@ def _export_lines(source: Source, output: str, form: str) -> None:
 
 def _import(args: argparse.Namespace) -> Iterator[str]:
     """Reads CNTK's files into a table file."""
-    vocabulary = Path(args.directory) / "vocab.txt"
-    if not vocabulary.is_file():
-        raise UsageError(f"{vocabulary}: no such file")
-    names = set(read_texts([str(vocabulary)]))
-    specials = {symbol: "" for symbol in _OFTEN_MISSING if symbol not in names}
+    names = set(read_lines(Path(args.directory) / "vocab.txt", "file"))
+    symbols, _ = read_dictionary(_dictionary(args.data))
+    specials = {
+        symbol: ""
+        for symbol in symbols
+        if symbol not in names and (symbol in _OFTEN_MISSING or _FILLING.fullmatch(symbol))
+    }
     for pair in args.special or []:
         ours, equals, theirs = pair.partition("=")
         if not equals:
-            raise UsageError(f"--special {pair}: expected OURS=THEIRS, such as '<unk>=UNK'")
+            raise ValueError(f"--special {pair}: expected OURS=THEIRS, such as '<unk>=UNK'")
         specials[ours] = theirs
     shape = None
     if args.shape is not None:
         if not re.fullmatch(r"\d+x\d+", args.shape):
-            raise UsageError(f"--shape {args.shape}: expected two sizes, such as 100x100")
+            raise ValueError(f"--shape {args.shape}: expected two sizes, such as 100x100")
         shape = tuple(map(int, args.shape.split("x")))
-    with usage_errors():
-        symbols, _ = read_dictionary(_dictionary(args.data))
-        table = WordTable.load_cntk(args.directory, symbols, shape, specials)
-        table.save(args.output, symbols)
-    yield f"wrote {args.output}: {table}"
+    table = WordTable.load_cntk(args.directory, symbols, shape, specials, args.round)
+    table.save(args.output, symbols)
+    yield from _wrote(args.output, f": {table}")
 
 
 def _page(args: argparse.Namespace) -> Iterator[str]:
     """Writes a page for a browser."""
     source = _load(args.table, args.data)
     counts = np.zeros(len(source.symbols)) if source.counts is None else source.counts
-    with usage_errors():
-        write_table_page(
-            args.output, source.table, source.symbols, counts, title=args.title,
-            max_words=args.max_words,
-        )  # fmt: skip
-    yield f"wrote {args.output}"
+    write_table_page(
+        args.output, source.table, source.symbols, counts, title=args.title,
+        max_words=args.max_words,
+    )  # fmt: skip
+    yield from _wrote(args.output)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line, whose options may stand anywhere.
+
+    argparse cannot do so for a command that has commands of its own.
+    """
+    parser, commands = _parsers()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    at = next((at for at, argument in enumerate(given) if argument in commands), None)
+    if at is None:
+        return parser.parse_args(given)
+    return commands[given[at]].parse_intermixed_args(given[:at] + given[at + 1 :])
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Returns the parser of the command line, and those of its commands by name."""
     parser = argparse.ArgumentParser(
         prog="lightrnn-table", description="Look at word tables, compare and convert them."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(
+    def add_command(
         name: str, run: Callable[[argparse.Namespace], Iterator[str]], text: str, table: bool = True
     ) -> Any:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.set_defaults(run=run)
         if table:
-            sub.add_argument("table", help="word table file, or checkpoint")
+            sub.add_argument(
+                "table", help="word table file (- is the standard input), or checkpoint"
+            )
         sub.add_argument(
             "--data", metavar="DIR", required=not table,
             help="folder with dict.txt, or a dictionary such as dict.de.txt, for the words' counts",
@@ -321,39 +339,41 @@ def _parser() -> argparse.ArgumentParser:
         add("--limit", type=_positive, default=default, metavar="N",
             help="show so many words (default: %(default)s)")  # fmt: skip
 
-    add = command("show", _show, "show the words of each row")
+    add = add_command("show", _show, "show the words of each row")
     add("--row", type=int, action="append", metavar="R", help="only this row (can be repeated)")
     limit(add, 20)
-    add = command("search", _search, "find the cells of words that match a regular expression")
+    add = add_command("search", _search, "find the cells of words that match a regular expression")
     add("pattern")
     limit(add, 50)
-    add = command("neighbours", _neighbours, "show the words nearest to a word by its cell")
+    add = add_command("neighbours", _neighbours, "show the words nearest to a word by its cell")
     add("word")
     limit(add, 20)
-    add = command("quality", _quality, "say how well a table divides the words of a text")
+    add = add_command("quality", _quality, "say how well a table divides the words of a text")
     add("--text", metavar="FILE", help="text to count words and neighbours of rows in")
     add("--json", action="store_true", help="write JSON")
-    add = command("compare", _compare, "show what moved between two tables")
+    add = add_command("compare", _compare, "show what moved between two tables")
     add("other", help="the other table")
     limit(add, 5)
-    add = command("export", _export, "write a table in another format")
+    add = add_command("export", _export, "write a table in another format")
     add("--format", choices=("table", "cntk", "tsv", "json"), default="table",
         help="a word table file (default), a folder of CNTK's files, tab-separated values or a "
         "JSON object a line")  # fmt: skip
     add("--output", required=True, metavar="PATH", help="file, or with cntk folder, to write")
-    add = command("import", _import, "make a word table file of CNTK's vocab.txt and "
-                  "word-k.location", table=False)  # fmt: skip
+    add = add_command("import", _import, "make a word table file of CNTK's vocab.txt and "
+                      "word-N.location", table=False)  # fmt: skip
     add("directory", help="folder of CNTK's files")
+    add("--round", type=int, metavar="N", help="take word-N.location (default: the newest)")
     add("--output", required=True, metavar="FILE", help="word table file to write")
-    add("--shape", metavar="RxC", help="keep this part of CNTK's square (default: all)")
+    add("--shape", metavar="RxC", help="keep this part of CNTK's square (default: all, and rows "
+        "below it for symbols of fairseq's that find no empty cell)")  # fmt: skip
     add("--special", action="append", metavar="OURS=THEIRS", help="CNTK's name of a word of ours, "
         "or nothing if it has none: '<unk>=UNK', '<unk>=' (can be repeated)")  # fmt: skip
-    add = command("page", _page, "write a page that shows a table in a browser")
+    add = add_command("page", _page, "write a page that shows a table in a browser")
     add("--output", required=True, metavar="FILE", help="HTML file to write")
     add("--title", default="Word table", help="heading of the page")
     add("--max-words", type=_positive, default=DEFAULT_MAX_WORDS, metavar="N",
         help="show only the N most frequent words (default: %(default)s)")  # fmt: skip
-    return parser
+    return parser, dict(commands.choices)
 
 
 def _positive(text: str) -> int:
@@ -363,16 +383,11 @@ def _positive(text: str) -> int:
     return number
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status.
-
-    Raises:
-        UsageError: for mistakes in flags and files (on a command line: one sentence, status 1).
-    """
-    args = _parser().parse_args(arguments)
+@command("lightrnn-table", _parse)
+def main(args: argparse.Namespace) -> None:
+    """Does what the command line asks for."""
     for line in args.run(args):
         print(line)
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,24 +1,19 @@
-"""A page to look at a word table in a browser: one self-contained HTML file, no network needed.
-
-Run it as ``python -m fairseq_lightrnn.commands.table_page --table word_table.txt --dict dict.txt
---out table.html``.
-"""
+"""A page to look at a word table in a browser: one self-contained HTML file, no network needed."""
 
 from __future__ import annotations
 
-import argparse
 import html
+import io
 import json
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fairseq_lightrnn.word_table import WordTable
+from fairseq_lightrnn.core.table import WordTable
+from fairseq_lightrnn.files import open_bytes, whole_file
 
-__all__ = ["main", "read_dictionary", "write_table_page"]
+__all__ = ["read_dictionary", "write_table_page"]
 
 # The symbols that fairseq puts before the words of every dictionary file.
 SPECIAL_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")
@@ -41,7 +36,7 @@ def write_table_page(
     column.
 
     Args:
-        path: file to write; replaced as a whole.
+        path: file to write.
         table: the word table, V words.
         symbols: the V words in order of their ids.
         counts: how often each of the V words occurs in the training text.
@@ -63,13 +58,8 @@ def write_table_page(
     # "<" is escaped so that no word can end the script element that holds the data.
     payload = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     page = _PAGE.replace("@TITLE@", html.escape(title)).replace("@DATA@", payload)
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        partial.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(page.encode("utf-8", "replace").decode("utf-8"))
 
 
 def _page_data(
@@ -104,52 +94,33 @@ def read_dictionary(path: str | Path) -> tuple[list[str], np.ndarray]:
         special symbols, which the file does not count).
 
     Raises:
-        ValueError: the file is missing or a line is not "word count".
+        ValueError: the file is missing, a line is not "word count", or a word stands there twice.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such dictionary file")
     symbols, counts = list(SPECIAL_SYMBOLS), [0] * len(SPECIAL_SYMBOLS)
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            entry = line.rstrip().removesuffix(" #fairseq:overwrite")
-            word, _, count = entry.rpartition(" ")
-            if not word or not count.isdigit():
-                raise ValueError(f"{path}: line {number} is {line.rstrip()!r}, not 'word count'")
-            symbols.append(word)
-            counts.append(int(count))
-    return symbols, np.array(counts)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fairseq_lightrnn.commands.table_page",
-        description="Write a page that shows a word table in a browser.",
-    )
-    parser.add_argument("--table", required=True, metavar="FILE", help="word table file")
-    parser.add_argument("--dict", required=True, metavar="FILE", help="fairseq's dict.txt")
-    parser.add_argument("--out", required=True, metavar="FILE", help="HTML file to write")
-    parser.add_argument("--title", default="Word table", help="heading of the page")
-    parser.add_argument(
-        "--max-words",
-        type=int,
-        default=DEFAULT_MAX_WORDS,
-        metavar="N",
-        help="show only the N most frequent words (default: %(default)s)",
-    )
-    args = parser.parse_args(arguments)
+    known = set(symbols)
+    with open_bytes(path, "dictionary file") as file:
+        content = file.read()
     try:
-        symbols, counts = read_dictionary(args.dict)
-        table = WordTable.load(args.table, symbols)
-        write_table_page(
-            args.out, table, symbols, counts, title=args.title, max_words=args.max_words
-        )
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {args.out}")
-    return 0
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no dictionary, its bytes are not UTF-8 ({error})") from None
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+        entry = line.rstrip()
+        overwrite = entry.endswith(" #fairseq:overwrite")
+        if overwrite:
+            entry = entry.removesuffix(" #fairseq:overwrite")
+        word, space, count = entry.rpartition(" ")
+        try:
+            counts.append(int(count))
+        except ValueError:
+            space = ""
+        if not space:
+            raise ValueError(f"{path}: line {number} is {line.rstrip()!r}, not 'word count'")
+        if word in known and not overwrite:
+            raise ValueError(f"{path}: line {number} holds {word!r} a second time")
+        known.add(word)
+        symbols.append(word)
+    return symbols, np.array(counts)
 
 
 _PAGE = """<!DOCTYPE html>
@@ -388,6 +359,3 @@ drawAll();
 </body>
 </html>
 """
-
-if __name__ == "__main__":
-    sys.exit(main())

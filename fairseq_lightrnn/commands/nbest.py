@@ -7,6 +7,7 @@ features and score may be missing. Lines of one id make a list.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ __all__ = [
     "format_hypothesis",
     "read_nbest",
     "read_references",
+    "reference_format",
     "tune",
     "word_errors",
 ]
@@ -31,6 +33,7 @@ _LENGTH_WEIGHTS = (0.0, *(sign * 2.0**power for power in range(-3, 4) for sign i
 _REFINEMENTS = 6
 
 Metric = Literal["wer", "bleu"]
+ReferenceFormat = Literal["moses", "kaldi"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,11 @@ def read_nbest(lines: Iterable[str], name: str) -> list[list[Hypothesis]]:
             number_or_not = _number(rest[-1])
             if number_or_not is not None:
                 score = number_or_not
+                if not math.isfinite(score):
+                    raise ValueError(
+                        f"{name}: line {number} has the score {rest[-1]!r}; every score must be "
+                        "finite"
+                    )
                 rest.pop()
             elif len(rest) == 2:
                 raise ValueError(f"{name}: line {number} has the score {rest[-1]!r}, not a number")
@@ -108,26 +116,63 @@ def format_hypothesis(hypothesis: Hypothesis, features: str, score: float) -> st
     return f"{hypothesis.key} ||| {hypothesis.text} ||| {features} ||| {score:.6f}"
 
 
-def read_references(lines: Sequence[str], keys: Sequence[str], name: str) -> list[list[str]]:
+def reference_format(lines: Sequence[str], keys: Sequence[str], name: str) -> ReferenceFormat:
+    """Tells in which format references are.
+
+    Args:
+        lines: of the file.
+        keys: ids of the n-best lists.
+        name: of the file, for errors.
+
+    Returns:
+        ``kaldi`` if ids are no numbers, or if they are and each line begins with one of its own,
+        those of all lists among them.
+
+    Raises:
+        ValueError: if a single line could be either.
+    """
+    if not all(key.isdecimal() for key in keys):
+        return "kaldi"
+    first = [words[0] for words in map(str.split, lines) if words]
+    own = len(set(first)) == len(first) and all(word.isdecimal() for word in first)
+    if not own or not set(keys) <= set(first):
+        return "moses"
+    if len(first) == 1:
+        raise ValueError(
+            f"{name}: its line begins with {first[0]!r}, an id or a word; say which with "
+            "--reference-format kaldi or moses"
+        )
+    return "kaldi"
+
+
+def read_references(
+    lines: Sequence[str], keys: Sequence[str], name: str, form: ReferenceFormat
+) -> list[list[str]]:
     """Finds the reference of each n-best list.
 
     Args:
-        lines: where ids are numbers (Moses), line ``id`` from 0; otherwise (Kaldi) lines of an id
-            and the words after it.
+        lines: in Moses' format, line ``id`` from 0; in Kaldi's, an id and the words after it.
         keys: ids of the lists.
         name: of the file, for errors.
+        form: of the lines.
 
     Returns:
         The words of each list's reference.
 
     Raises:
-        ValueError: if a list has no reference.
+        ValueError: if a list has no reference, or two.
     """
-    if all(key.isdecimal() for key in keys):
-        found = {str(number): line.split() for number, line in enumerate(lines)}
-        keys = [str(int(key)) for key in keys]
-    else:
-        found = {words[0]: words[1:] for words in map(str.split, lines) if words}
+    found: dict[str, list[str]] = {}
+    for number, line in enumerate(lines):
+        words = line.split()
+        if form == "moses":
+            found[str(number)] = words
+        elif words:
+            if words[0] in found:
+                raise ValueError(f"{name}: line {number + 1} is a second reference for {words[0]}")
+            found[words[0]] = words[1:]
+    if form == "moses":
+        keys = [str(int(key)) if key.isdecimal() else key for key in keys]
     missing = next((key for key in keys if key not in found), None)
     if missing is not None:
         raise ValueError(f"{name}: has no reference for the n-best list {missing}")

@@ -1,0 +1,8 @@
+"""``python -m fairseq_lightrnn``: the flags of the plugin, and the path to give to --user-dir."""
+
+import sys
+
+from fairseq_lightrnn.commands.flags import main
+
+if __name__ == "__main__":
+    sys.exit(main([flag for flag in sys.argv[1:] if flag not in ("-h", "--help")]))

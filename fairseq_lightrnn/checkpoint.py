@@ -1,0 +1,214 @@
+"""Finds trained language models, and the words that belong to them."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fairseq import checkpoint_utils, utils
+from fairseq.data import Dictionary
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+
+from fairseq_lightrnn.core.table import WordTable
+from fairseq_lightrnn.errors import value_errors
+
+__all__ = [
+    "build_model",
+    "find_checkpoint",
+    "find_dictionary",
+    "language_model_tables",
+    "load_state",
+]
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINT_NAMES = ("checkpoint_best.pt", "checkpoint_last.pt")
+# What torch raises for files that are no checkpoints, or truncated ones.
+_DAMAGE = (
+    OSError, RuntimeError, EOFError, pickle.PickleError, zipfile.BadZipFile, LookupError, TypeError,
+    AttributeError, ValueError, ImportError, AssertionError, MemoryError, OverflowError,
+)  # fmt: skip
+# Training writes the newest table here, and one of each round under the epoch's number.
+_TABLE_FILES = ("word_table.txt", "word_table.epoch*.txt")
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Returns a checkpoint file, or of a folder the best checkpoint.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    for name in _CHECKPOINT_NAMES:
+        if (path / name).is_file():
+            return path / name
+    if path.is_dir():
+        raise ValueError(f"{path}: this folder has none of {', '.join(_CHECKPOINT_NAMES)}")
+    raise ValueError(f"{path}: no such checkpoint")
+
+
+def load_state(checkpoint: str | Path) -> dict[str, Any]:
+    """Reads what fairseq saved of a training.
+
+    Raises:
+        ValueError: if the file is no checkpoint.
+    """
+    try:
+        with open(checkpoint, "rb") as file:
+            file.read(1)  # a file that may not be read is not damaged
+    except OSError as error:
+        raise ValueError(f"{checkpoint}: {error.strerror}") from None
+    try:
+        state: dict[str, Any] = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint))
+        # What is no checkpoint has none of these.
+        if not all(isinstance(value, Tensor) for value in state["model"].values()):
+            raise TypeError
+        state["cfg"].model, state["cfg"].task
+    except _DAMAGE:
+        logger.debug("loading %s failed", checkpoint, exc_info=True)
+        raise ValueError(f"{checkpoint}: not a checkpoint of fairseq, or a damaged one") from None
+    return state
+
+
+def build_model(task: Any, state: dict[str, Any], checkpoint: str | Path) -> Any:
+    """Builds the model of a checkpoint.
+
+    Args:
+        task: knows its words.
+        state: what :func:`load_state` read.
+        checkpoint: for errors.
+
+    Raises:
+        ValueError: if the checkpoint does not hold the model that it describes.
+    """
+    flags = state["cfg"].model
+    try:
+        with value_errors():
+            model = task.build_model(flags, from_checkpoint=True)
+            model.load_state_dict(state["model"], strict=True, model_cfg=flags)
+    except (
+        RuntimeError, LookupError, AttributeError, TypeError, OmegaConfBaseException,
+    ) as error:  # fmt: skip
+        logger.debug("loading %s failed", checkpoint, exc_info=True)
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{checkpoint}: does not fit the model that it describes; was it written by "
+            f"another version? ({reason})"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}") from error
+    return model
+
+
+def language_model_tables(checkpoint: str | Path, state: dict[str, Any]) -> list[np.ndarray]:
+    """Returns the coordinates (V, k) of a language model's words in each of its tables.
+
+    Raises:
+        ValueError: if the checkpoint holds another model.
+    """
+    tables = [
+        value.numpy() for name, value in state["model"].items() if name.endswith(".coordinates")
+    ]
+    if not tables:
+        raise ValueError(
+            f"{checkpoint}: holds no LightRNN language model (no word table); give a checkpoint of "
+            "--task lightrnn_language_modeling"
+        )
+    if any(name.startswith("encoder.") for name in state["model"]):
+        raise ValueError(
+            f"{checkpoint}: holds a translation model, which fairseq-generate (for scores with "
+            "--score-reference) and fairseq-interactive use; its word table is the "
+            "word_table.txt in the same folder"
+        )
+    return tables
+
+
+def find_dictionary(
+    checkpoint: Path, tables: list[np.ndarray], data: str | Path | None, recorded: str | None
+) -> Dictionary:
+    """Finds the words of a language model.
+
+    Args:
+        checkpoint: of the model.
+        tables: where its words sit; see :func:`language_model_tables`.
+        data: the folder of ``dict.txt``. By default it is looked for where the training had its
+            data, then beside the checkpoint. Failing that, words are taken from a word table file
+            beside the checkpoint that seats as many words in the same cells.
+        recorded: where the training had its data.
+
+    Raises:
+        ValueError: if the words are not found, or are not as many as the model's.
+    """
+    if data is not None:
+        folders = [Path(data)]
+    else:
+        folders = [Path(part) for part in utils.split_paths(recorded or "")[:1]]
+        folders.append(checkpoint.parent)
+    files = [folder / "dict.txt" for folder in folders]
+    others = []
+    for file in files:
+        if not file.is_file():
+            continue
+        dictionary = _load_dictionary(file)
+        if len(dictionary) == len(tables[0]):
+            return dictionary
+        others.append(
+            f"{file}: has {len(dictionary)} words, the model of {checkpoint} has {len(tables[0])}; "
+            "give the dictionary that it was trained with"
+        )
+    if data is not None:
+        raise ValueError(
+            others[0] if others else f"{files[0]}: no such dictionary; --data names its folder"
+        )
+    for file in _table_files(checkpoint.parent):
+        found = _dictionary_of_table(file, tables)
+        if found is not None:
+            logger.info("the words are those of %s", file)
+            return found
+    places = " nor ".join(map(str, files))
+    raise ValueError(
+        others[0]
+        if others
+        else f"{checkpoint}: its dictionary is neither {places}, and no word table file of the "
+        "model lies beside the checkpoint; name the folder of the binarised data with --data"
+    )
+
+
+def _load_dictionary(file: Path) -> Dictionary:
+    try:
+        return Dictionary.load(str(file))
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # fairseq's own, of bytes that are not UTF-8 and of doubled words
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _table_files(folder: Path) -> Iterator[Path]:
+    for pattern in _TABLE_FILES:
+        yield from sorted(folder.glob(pattern))
+
+
+def _dictionary_of_table(file: Path, tables: list[np.ndarray]) -> Dictionary | None:
+    """Returns the words of a table file if it is one of a model's tables, otherwise None."""
+    dictionary = Dictionary()
+    try:
+        symbols, table = WordTable.load_with_symbols(file)
+    except (OSError, ValueError):
+        logger.debug("%s is no table", file, exc_info=True)
+        return None
+    if not any(np.array_equal(table.coordinates, coordinates) for coordinates in tables):
+        return None
+    special = dictionary.nspecial
+    if symbols[:special] != dictionary.symbols:
+        return None
+    for symbol in symbols[special:]:
+        dictionary.add_symbol(symbol, n=0, overwrite=True)
+    return dictionary

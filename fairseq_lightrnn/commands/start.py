@@ -1,0 +1,30 @@
+"""Starts the commands that need fairseq, or says in one sentence that it is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+
+from fairseq_lightrnn.errors import UsageError
+
+__all__ = ["flags", "reallocate", "rescore", "score"]
+
+
+def _starter(name: str) -> Callable[[], int]:
+    def start() -> int:
+        if find_spec("fairseq") is None:
+            raise UsageError(
+                f"lightrnn-{name}: fairseq is not installed: pip install 'fairseq-lightrnn"
+                "[fairseq]', then pip install --no-deps fairseq==0.12.2"
+            )
+        status: int = import_module(f"fairseq_lightrnn.commands.{name}").main()
+        return status
+
+    return start
+
+
+flags = _starter("flags")
+reallocate = _starter("reallocate")
+rescore = _starter("rescore")
+score = _starter("score")

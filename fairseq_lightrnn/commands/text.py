@@ -1,0 +1,41 @@
+"""What commands share: some flags, and reading lines of text."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fairseq_lightrnn.core.scoring import DEFAULT_BATCH_WORDS
+from fairseq_lightrnn.files import STANDARD, read_lines, text_chunks
+
+__all__ = ["add_scoring_flags", "read_chunks", "read_texts"]
+
+
+def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of commands that score text."""
+    add = parser.add_argument
+    add("--batch-words", type=int, default=DEFAULT_BATCH_WORDS, metavar="N",
+        help="words scored at once (default: %(default)s); no result depends on it")  # fmt: skip
+    add("--device", default="cpu", help="where to compute: cpu (default), cuda, …")
+    add("--no-progress-bar", action="store_true", help="show no progress on the standard error")
+
+
+def read_texts(paths: Sequence[str]) -> Iterator[str]:
+    """Yields the lines of files one after the other; ``-``, or no file, is the standard input."""
+    for path in _existing(paths):
+        yield from read_lines(path)
+
+
+def read_chunks(paths: Sequence[str]) -> Iterator[list[str]]:
+    """Yields the lines of files, as many at a time as are there without waiting for more."""
+    for path in _existing(paths):
+        yield from text_chunks(path)
+
+
+def _existing(paths: Sequence[str]) -> Sequence[str]:
+    """Returns what to read; a file that is missing is told before the first is read."""
+    for path in paths:
+        if path != STANDARD and not Path(path).exists():
+            raise ValueError(f"{path}: no such text file")
+    return paths or [STANDARD]
