@@ -15,9 +15,10 @@ import torch
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
-from fairseq_lightrnn.allocation import AllocationStatistics, LowRankCosts
-from fairseq_lightrnn.allocation._cell_auction import scan
-from fairseq_lightrnn.word_table import WordTable
+from fairseq_lightrnn.allocation.costs import LowRankCosts
+from fairseq_lightrnn.allocation.kernels import scan
+from fairseq_lightrnn.allocation.statistics import AllocationStatistics
+from fairseq_lightrnn.core.table import WordTable
 
 _BLOCK = 4096
 

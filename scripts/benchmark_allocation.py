@@ -20,7 +20,6 @@ holds besides such files.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import logging
 import os
@@ -37,8 +36,10 @@ import numpy as np
 import torch
 from allocation_peers import PEERS, Instance
 
-from fairseq_lightrnn.allocation import reallocate
-from fairseq_lightrnn.word_table import WordTable, balanced_cells, default_shape
+from fairseq_lightrnn.allocation import assignment, joint
+from fairseq_lightrnn.allocation.assignment import SolverOptions
+from fairseq_lightrnn.allocation.paper import reallocate
+from fairseq_lightrnn.core.table import WordTable, balanced_cells, default_shape
 
 _MAPPED_BYTES = 4 << 30  # statistics larger than this are not read into memory
 
@@ -116,7 +117,7 @@ def solve(name: str, instance: Instance) -> dict[str, float]:
             instance.vectors,
             instance.biases,
             objective=objective,
-            gap=gap,
+            options=SolverOptions(gap),
         )
         cells = found.table.cells
         result["lower_bound"] = found.lower_bound
@@ -183,16 +184,13 @@ def compile_for_float32(name: str) -> None:
     """Compiles what only large instances use, so that compilation is not on the clock."""
     if name not in OURS:
         return
-    limits = {"balanced_assignment": "_FLOAT64_LIMIT", "joint_assignment": "_FLOAT64_LIMIT"}
-    modules = [
-        importlib.import_module(f"fairseq_lightrnn.allocation.{module}") for module in limits
-    ]
-    kept = [getattr(module, limit) for module, limit in zip(modules, limits.values(), strict=True)]
-    for module, limit in zip(modules, limits.values(), strict=True):
-        setattr(module, limit, 0)
+    modules = (assignment, joint)
+    kept = [module._FLOAT64_LIMIT for module in modules]
+    for module in modules:
+        module._FLOAT64_LIMIT = 0
     solve(name, synthetic(2500, 8, 0))
-    for module, limit, value in zip(modules, limits.values(), kept, strict=True):
-        setattr(module, limit, value)
+    for module, limit in zip(modules, kept, strict=True):
+        module._FLOAT64_LIMIT = limit
 
 
 def compare(

@@ -2,8 +2,9 @@
 
     python scripts/benchmark_inference.py --sizes 10000 33278 415000 1000000 --json results.json
 
-LightRNN (the paper's composition, the gated one, and that with a bias and residuals for each word)
-beside fairseq's ``lstm_lm`` with full and with adaptive softmax, all of one width. Measured are
+LightRNN (the paper's model; the gated one with one table, with a bias and 64 numbers of each word's
+own, with a bias and three further tables) beside fairseq's ``lstm_lm`` with full and with adaptive
+softmax, all of one width. Measured are
 
 - ``score``: words a second through fairseq's ``SequenceScorer``, as ``fairseq-eval-lm`` scores;
 - ``greedy``, ``beam5``, ``sample``: words a second through fairseq's ``SequenceGenerator``, as the
@@ -26,7 +27,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -37,15 +37,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-MODELS = ("lightrnn", "gated", "gated+words", "full", "adaptive")
+from side_by_side import machine
+
+# What words have in the models of the plugin, see ``LSTMConfig``.
+OURS: dict[str, dict[str, Any]] = {
+    "lightrnn": {},
+    "gated": {"word_dim": 0, "further_tables": "0"},
+    "gated+words": {"word_dim": 65},
+    "gated+tables": {"word_dim": 1, "further_tables": "3"},
+}
+MODELS = (*OURS, "full", "adaptive")
 SEARCHES = ("greedy", "beam5", "next10")
 FLAT = tuple(f"{measure} flat" for measure in SEARCHES)
 MEASURES = ("score", "sample", "sample2", *SEARCHES, *FLAT)
-OURS = ("lightrnn", "gated", "gated+words")
 ONLY_OURS = ("sample2", *FLAT)
 # Cutoffs of fairseq's adaptive softmax; those beyond the vocabulary are left out.
 CUTOFFS = (10_000, 50_000, 200_000)
-RESIDUALS = (16, 8)
 
 
 def parse() -> argparse.Namespace:
@@ -55,8 +62,8 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--sizes", type=int, nargs="+", default=[10_000, 33_278, 415_000, 1_000_000],
         metavar="V", help="vocabulary sizes")  # fmt: skip
-    add("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    add("--measures", nargs="+", choices=MEASURES, default=list(MEASURES))
+    add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="(default: all)")
+    add("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), help="(default: all)")
     add("--width", type=int, default=200, help="of vectors and LSTM (default: %(default)s)")
     add("--layers", type=int, default=1, help="of the LSTM (default: %(default)s)")
     add("--batch", type=int, default=16, help="sentences scored at once (default: %(default)s)")
@@ -67,7 +74,7 @@ def parse() -> argparse.Namespace:
         )  # fmt: skip
     add("--seconds", type=float, default=3.0, help="to measure each for (default: %(default)s)")
     add("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
-    add("--device", default="cpu")
+    add("--device", default="cpu", help="where to compute (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the figures here too")
     add("--worker", nargs=3, metavar=("MODEL", "MEASURE", "V"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -88,39 +95,39 @@ def build(name: str, num_words: int, args: argparse.Namespace) -> Any:
     dictionary = Sized()
     if name in OURS:
         from fairseq_lightrnn.models.lightrnn_lm import (
+            GatedLanguageModel,
             LightRNNDecoder,
             LightRNNLanguageModel,
-            LightRNNLanguageModelConfig,
+            LSTMConfig,
         )
 
-        cfg = LightRNNLanguageModelConfig(
-            embed_dim=args.width, hidden_size=args.width, num_layers=args.layers,
-            composition="recurrent" if name == "lightrnn" else "gated",
-        )  # fmt: skip
-        if name == "gated+words":
-            cfg.word_bias = True
-            cfg.input_residual_dim, cfg.output_residual_dim = RESIDUALS
-        return LightRNNLanguageModel(LightRNNDecoder(cfg, dictionary))
+        cfg = LSTMConfig(
+            embed_dim=args.width, hidden_size=args.width, num_layers=args.layers, **OURS[name]
+        )
+        kind = LightRNNLanguageModel if name == "lightrnn" else GatedLanguageModel
+        settings = kind.table_settings(cfg, num_words)
+        return kind(LightRNNDecoder(cfg, settings, dictionary, kind.conditioner))
     from fairseq.models.lstm_lm import LSTMLanguageModel
 
     cutoffs = [cutoff for cutoff in CUTOFFS if cutoff < num_words] or [num_words // 5]
     task = Namespace(
         dictionary=dictionary, source_dictionary=dictionary, target_dictionary=dictionary
     )
-    settings = Namespace(
+    flags = Namespace(
         decoder_embed_dim=args.width, decoder_hidden_size=args.width, decoder_layers=args.layers,
         decoder_out_embed_dim=args.width, share_decoder_input_output_embed=False,
         criterion="adaptive_loss" if name == "adaptive" else "cross_entropy",
         adaptive_softmax_cutoff=",".join(map(str, cutoffs)),
     )  # fmt: skip
-    return LSTMLanguageModel.build_model(settings, task)
+    return LSTMLanguageModel.build_model(flags, task)
 
 
 def sharpen(decoder: Any, perplexity: float) -> None:
     """Sets biases, falling with the logarithm of a random rank, of this perplexity."""
     import torch
 
-    for component, size in enumerate(decoder.table.shape):
+    softmax = decoder.words.head.softmax
+    for component, size in enumerate(softmax.table.shape):
         ranks = torch.randperm(size) + 1.0
         low, high = 0.0, 20.0
         for _ in range(60):
@@ -128,7 +135,7 @@ def sharpen(decoder: Any, perplexity: float) -> None:
             log_probs = torch.log_softmax(-slope * ranks.log(), 0)
             flat = -(log_probs.exp() * log_probs).sum() > math.log(perplexity)
             low, high = (slope, high) if flat else (low, slope)
-        decoder.softmax.vectors(component)[1].copy_(-low * ranks.log())
+        softmax.component(component)[1].copy_(-low * ranks.log())
 
 
 def work(name: str, measure: str, model: Any, args: argparse.Namespace) -> Callable[[], int]:
@@ -138,7 +145,7 @@ def work(name: str, measure: str, model: Any, args: argparse.Namespace) -> Calla
     from fairseq.sequence_generator import SequenceGenerator
     from fairseq.sequence_scorer import SequenceScorer
 
-    from fairseq_lightrnn.tasks._generator import TopWordsGenerator
+    from fairseq_lightrnn.tasks.generator import TopWordsGenerator
 
     dictionary = model.decoder.dictionary
     num_words, eos = len(dictionary), dictionary.eos()
@@ -176,6 +183,7 @@ def work(name: str, measure: str, model: Any, args: argparse.Namespace) -> Calla
 
 
 def query(name: str, measure: str, model: Any, args: argparse.Namespace) -> Callable[[], int]:
+    """Returns a function that asks for one next word, or draws some in two stages."""
     import torch
 
     decoder = model.decoder
@@ -190,19 +198,21 @@ def query(name: str, measure: str, model: Any, args: argparse.Namespace) -> Call
             return 1
 
         return dense
-    from fairseq_lightrnn.distribution import sample_words, top_words
+    from fairseq_lightrnn.core.distribution import sample_words
+    from fairseq_lightrnn.core.search import top_words
+
+    core = decoder.core
 
     def top() -> int:
-        context = decoder.composition.read(decoder.table(words))
-        found = top_words(decoder.composition, decoder.softmax, context, 10)
+        found = top_words(core.head, core.read(words), 10)
         top.expanded = int(found.expanded[0])  # type: ignore[attr-defined]
         return 1
 
     def two_stage() -> int:
         drawn, context = words[:, 0], None
         for _ in range(args.generated):
-            context = decoder.composition.read(decoder.table(drawn[:, None]), context)
-            drawn = sample_words(decoder.composition, decoder.softmax, context)
+            context = core.read(drawn[:, None], context)
+            drawn = sample_words(core.head, context)
         return args.generated
 
     return two_stage if measure == "sample2" else top
@@ -255,11 +265,12 @@ def worker(args: argparse.Namespace) -> None:
     }
     if hasattr(run, "expanded"):
         result["expanded_rows"] = run.expanded
-        result["rows"] = model.decoder.table.shape[0]
+        result["rows"] = model.decoder.words.table.shape[0]
     print(json.dumps(result))
 
 
 def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measures everything, each in a process of its own."""
     results = []
     for size in args.sizes:
         for measure in args.measures:
@@ -282,11 +293,13 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def environment(args: argparse.Namespace) -> dict[str, str]:
+    """Returns the environment of a process that measures."""
     return {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
 
 
 def line(record: dict[str, Any]) -> str:
-    head = f"{record['words']:>9,}  {record['measure']:<11}  {record['model']:<11}"
+    """Returns a measurement as a line of text."""
+    head = f"{record['words']:>9,}  {record['measure']:<11}  {record['model']:<12}"
     if "error" in record:
         return f"{head}  failed: {record['error']}"
     speed = f"{record['words_per_second']:>12,.0f} words/s"
@@ -304,15 +317,10 @@ def main() -> None:
         return
     results = measure_all(args)
     if args.json:
-        import torch
-
         settings = {
             key: value for key, value in vars(args).items() if key not in ("json", "worker")
         }
-        report = {
-            "settings": settings, "machine": platform.processor() or platform.machine(),
-            "python": platform.python_version(), "torch": torch.__version__, "results": results,
-        }  # fmt: skip
+        report = {"settings": settings, **machine(), "results": results}
         partial = args.json.with_name(args.json.name + ".tmp")
         partial.write_text(json.dumps(report, indent=1) + "\n")
         os.replace(partial, args.json)

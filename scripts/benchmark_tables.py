@@ -6,150 +6,49 @@ FOLDER holds text as for ``benchmark_language_model.py``, and OUTPUT receives th
 each run, ``results.json``, ``results.md`` and curves. Finished runs are kept.
 
 One model, small enough for many runs: one LSTM layer of 128, the gated composition with a bias for
-each word, carried state in 64 lanes, Adam at a constant rate. A seed is one of the model and of the
-table. ``--tables`` names what is compared:
+each word and no feed-forward layer, carried state in 64 lanes, Adam at a constant rate. A seed is
+one of the model and of the table.
 
-* ``random``, ``frequency``, ``cooccurrence``: the initial tables of the task, never reallocated;
-* ``unequal-lengths``, ``apart``, ``roots``, ``one-window``, ``columns-3``, ``columns-10``: what a
-  co-occurrence table counts and weighs, one thing changed at a time: words of unequal length,
-  rows and columns that do not settle together, and so on; ``unsettled``: the first two at once;
-* ``former``: these, one window for rows and columns, and roots of the values; ``power-0.5``,
-  ``power-1``, ``window-2``, ``window-5``, ``left``, ``right``, ``dim-25``, ``dim-50``, ``dim-300``:
-  one thing changed in that;
-* ``50x201``, ``201x50``, ``401x25``, ``22x22x22``: other shapes, and three components;
-* ``tied``: input and output share component vectors;
-* ``further-1``, ``further-3``, ``further-6``: so many further tables from co-occurrence;
-  ``random-further-3``: three random ones beside a co-occurrence table;
-* ``own-8``, ``own-32``, ``own-64``: so many numbers of each word's own for input and output alike;
-  ``own-64-further-3``: with further tables besides;
-  ``width-64``, ``width-256``: another width of vectors and LSTM: what else parameters buy;
-* ``…-row-first``, ``…-joint``: a random or a co-occurrence table, reallocated once
-  (``--reallocate-after``); ``-regather``: columns from statistics gathered again; ``-margin-…``:
-  only words that gain so many nats each time move; ``-kept``: words are read by the initial table
-  for good, and only the table that predicts them changes (with ``-regather``, but for
-  ``cooccurrence-kept``); ``-often``: after every epoch from then on. All go on from the same
-  epochs before, but for ``-early``: after epochs 1, 2 and 4.
+``--tables`` names what is compared, each an initial table and perhaps what differs, joined by ``+``
+(``cooccurrence+own-64+row-first``):
+
+* ``random``, ``frequency``, ``cooccurrence``: the initial table;
+* ``50x201``, ``22x22x22``, ``3d`` …: its shape (nearly square by default);
+* ``further-3``: so many further tables of the same kind;
+* ``own-64``: so many numbers of each word's own, besides its bias;
+* ``shared``: input and output share component vectors;
+* ``width-256``: another width of vectors and LSTM;
+* ``paper``: the paper's model, whose words have no bias;
+* ``row-first``, ``joint``: words are reallocated with this objective after the epochs of
+  ``--reallocate-after``; ``often``: after every epoch; ``kept``: words are read by the initial
+  table for good, and only the table that predicts them changes.
+
+What differs in its reallocations alone has the same training before the first of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from benchmark_language_model import add_training_flags, binarise, describe, test
-from fairseq.data import Dictionary, data_utils
 from language_model_report import summarise
-from side_by_side import PLUGIN, device_flags, train_in_steps
+from language_model_runs import OURS, add_training_flags, binarise, describe, test, training_flags
+from side_by_side import train_in_steps
 
-from fairseq_lightrnn.allocation import CoOccurrence, initial_table
-from fairseq_lightrnn.data.target_input import consecutive_text
-from fairseq_lightrnn.word_table import default_shape
-
-JOINT = ("--reallocation-objective", "joint")
-REGATHER = ("--reallocation-regather",)
-MARGIN = ("--reallocation-margin", "0.5")
-WIDE_MARGIN = ("--reallocation-margin", "2")
-OFTEN = ("--reallocate-interval", "1")
-EARLY = ("--reallocate-epochs", "1,2,4")
-KEPT = ("--keep-input-table",)
-
-
-@dataclass(frozen=True)
-class Table:
-    """One way to seat words.
-
-    Attributes:
-        kind: of the initial table.
-        how: what a co-occurrence table is made of.
-        shape: of the table; nearly square if None.
-        flags: of the model.
-        further: how many further tables there are.
-        further_kind: of these.
-        reallocation: flags of a reallocation, or None without one.
-    """
-
-    kind: str = "cooccurrence"
-    how: CoOccurrence = field(default_factory=CoOccurrence)
-    shape: tuple[int, ...] | None = None
-    flags: tuple[str, ...] = ()
-    further: int = 0
-    further_kind: str = "cooccurrence"
-    reallocation: tuple[str, ...] | None = None
-
-
-def former(**how: Any) -> Table:
-    """The co-occurrence table of an earlier revision, one thing changed."""
-    return Table(
-        how=CoOccurrence(
-            column_window=None, singular_power=0.5, unit_length=False, joint=False, **how
-        )
-    )
-
-
-def own(numbers: int, further: int = 0) -> Table:
-    """Words have so many numbers of their own, a co-occurrence table and further ones."""
-    size = str(numbers)
-    residuals = ("--input-residual-dim", size, "--output-residual-dim", size)
-    return Table(flags=(*residuals, "--share-residuals"), further=further)
-
-
-TABLES = {
-    "random": Table("random"),
-    "frequency": Table("frequency"),
-    "cooccurrence": Table(),
-    "unequal-lengths": Table(how=CoOccurrence(unit_length=False)),
-    "apart": Table(how=CoOccurrence(joint=False)),
-    "unsettled": Table(how=CoOccurrence(unit_length=False, joint=False)),
-    "roots": Table(how=CoOccurrence(singular_power=0.5)),
-    "one-window": Table(how=CoOccurrence(column_window=None)),
-    "columns-3": Table(how=CoOccurrence(column_window=3)),
-    "columns-10": Table(how=CoOccurrence(column_window=10)),
-    "former": former(),
-    "power-0.5": former(weight_power=0.5),
-    "power-1": former(weight_power=1.0),
-    "window-2": former(window=2),
-    "window-5": former(window=5),
-    "left": former(sides="left"),
-    "right": former(sides="right"),
-    "dim-25": former(dim=25),
-    "dim-50": former(dim=50),
-    "dim-300": former(dim=300),
-    "50x201": Table(shape=(50, 201)),
-    "201x50": Table(shape=(201, 50)),
-    "401x25": Table(shape=(401, 25)),
-    "22x22x22": Table(shape=(22, 22, 22)),
-    "tied": Table(flags=("--share-component-vectors",)),
-    "further-1": Table(further=1),
-    "further-3": Table(further=3),
-    "further-6": Table(further=6),
-    "further-3-kept-regather": Table(flags=KEPT, further=3, reallocation=REGATHER),
-    "random-further-3": Table(further=3, further_kind="random"),
-    "own-8": own(8),
-    "own-32": own(32),
-    "own-64": own(64),
-    "own-64-further-3": own(64, 3),
-    "width-64": Table(flags=("--embed-dim", "64", "--hidden-size", "64")),
-    "width-256": Table(flags=("--embed-dim", "256", "--hidden-size", "256")),
-    "random-row-first": Table("random", reallocation=()),
-    "random-joint": Table("random", reallocation=JOINT),
-    "random-regather": Table("random", reallocation=REGATHER),
-    "random-margin-0.5": Table("random", reallocation=MARGIN),
-    "cooccurrence-row-first": Table(reallocation=()),
-    "cooccurrence-joint": Table(reallocation=JOINT),
-    "cooccurrence-regather": Table(reallocation=REGATHER),
-    "cooccurrence-margin-0.5": Table(reallocation=MARGIN),
-    "cooccurrence-margin-2": Table(reallocation=WIDE_MARGIN),
-    "random-kept": Table("random", flags=KEPT, reallocation=REGATHER),
-    "cooccurrence-kept": Table(flags=KEPT, reallocation=()),
-    "cooccurrence-kept-regather": Table(flags=KEPT, reallocation=REGATHER),
-    "cooccurrence-kept-margin-2": Table(flags=KEPT, reallocation=REGATHER + WIDE_MARGIN),
-    "cooccurrence-kept-early": Table(flags=KEPT, reallocation=REGATHER + EARLY),
-    "cooccurrence-kept-often": Table(flags=KEPT, reallocation=REGATHER + OFTEN),
-}
+KINDS = ("random", "frequency", "cooccurrence")
+OBJECTIVES = ("row-first", "joint")
+TABLES = (
+    "random", "frequency", "cooccurrence",
+    "cooccurrence+201x50", "cooccurrence+50x201", "cooccurrence+3d",
+    "cooccurrence+further-1", "cooccurrence+further-3", "cooccurrence+further-6",
+    "cooccurrence+own-8", "cooccurrence+own-32", "cooccurrence+own-64",
+    "cooccurrence+own-64+further-3", "cooccurrence+shared",
+    "random+row-first", "random+joint", "cooccurrence+row-first", "cooccurrence+joint",
+    "cooccurrence+kept+row-first", "cooccurrence+kept+row-first+often",
+)  # fmt: skip
 
 
 def parse() -> argparse.Namespace:
@@ -157,75 +56,78 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--tables", nargs="+", choices=TABLES, default=list(TABLES))
-    add("--seeds", type=int, nargs="+", default=[1, 2])
-    add("--epochs", type=int, default=8, help="of training (default: %(default)s)")
-    add("--reallocate-after", type=int, default=3, metavar="N",
-        help="epochs before a reallocation (default: %(default)s)")  # fmt: skip
     add_training_flags(parser, width=128, dropout=0.2, lanes=64)
+    add("--tables", nargs="+", type=check_name, default=list(TABLES), metavar="TABLE",
+        help=f"what to compare (default: {' '.join(TABLES)})")  # fmt: skip
+    add("--epochs", type=int, default=8, help="of training (default: %(default)s)")
+    add("--reallocate-after", default="3", metavar="N,N,…",
+        help="epochs that a reallocation follows (default: %(default)s)")  # fmt: skip
     return parser.parse_args()
 
 
-def make_table(table: Table, data: Path, path: Path, seed: int) -> None:
-    """Writes the file of an initial table, unless it is there."""
-    if path.exists():
-        return
-    dictionary = Dictionary.load(str(data / "dict.txt"))
-    text = data_utils.load_indexed_dataset(str(data / "train"), dictionary)
-    initial_table(
-        table.kind,
-        len(dictionary),
-        table.shape or default_shape(len(dictionary)),
-        seed=seed,
-        counts=np.array(dictionary.count),
-        tokens=consecutive_text(text),
-        how=table.how,
-    ).save(path, dictionary.symbols)
+def check_name(name: str) -> str:
+    """Returns the name of what is compared, if it is one."""
+    kind, *parts = name.split("+")
+    known = r"further-\d+|own-\d+|width-\d+|\dd|\d+(x\d+)+|shared|paper|row-first|joint|often|kept"
+    wrong = [part for part in parts if not re.fullmatch(known, part)]
+    if kind not in KINDS or wrong:
+        raise argparse.ArgumentTypeError(f"{name}: {(wrong or [kind])[0]} is no part of a name")
+    moves = [part for part in parts if part in OBJECTIVES]
+    if len(moves) > 1 or (not moves and {"often", "kept"} & set(parts)):
+        raise argparse.ArgumentTypeError(f"{name}: must have one of row-first and joint")
+    if {"paper", "kept"} <= set(parts):
+        raise argparse.ArgumentTypeError(f"{name}: the paper's model has one table for both sides")
+    return name
 
 
-def further_tables(name: str, seed: int, data: Path, args: argparse.Namespace) -> str:
-    """Returns how many further tables there are to make, or the files of random ones."""
-    table = TABLES[name]
-    if table.further_kind == "cooccurrence":
-        return str(table.further)
-    files = []
-    for number in range(1, table.further + 1):
-        files.append(args.out / f"{name}.{seed}.further{number}.table.txt")
-        # Far from the seeds of first tables.
-        make_table(Table(table.further_kind), data, files[-1], 100 * seed + number)
-    return ",".join(map(str, files))
+def flags_of(name: str, args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
+    """Returns flags of the model and its table, and those that differ after a reallocation."""
+    kind, *parts = name.split("+")
+    numbers = dict(part.rsplit("-", 1) for part in parts if part.rpartition("-")[2].isdecimal())
+    width = numbers.get("width", args.width)
+    word_dim = 0 if "paper" in parts else 1
+    if "own" in numbers:
+        word_dim += int(numbers["own"])
+    model = [
+        "--arch", "lightrnn_lm" if "paper" in parts else "lightrnn_lm_gated",
+        "--embed-dim", width, "--hidden-size", width, "--num-layers", args.layers,
+        "--output-ffn-dim", 0, "--word-dim", word_dim,
+        "--further-tables", numbers.get("further", 0), "--initial-table", kind,
+        "--component-vectors", "shared" if "shared" in parts else "separate",
+    ]  # fmt: skip
+    for part in parts:
+        if re.fullmatch(r"\dd|\d+(x\d+)+", part):
+            model += ["--table-shape", part]
+    if "kept" in parts:
+        model += ["--keep-input-table"]
+    for part in parts:
+        if part in OBJECTIVES:
+            epochs = f"1-{args.epochs - 1}" if "often" in parts else args.reallocate_after
+            return model, ["--reallocate-epochs", epochs, "--reallocation-objective", part]
+    return model, []
+
+
+def first_reallocation(args: argparse.Namespace) -> int:
+    """Returns the first of the epochs that a reallocation follows."""
+    return min(int(epoch) for epoch in re.findall(r"\d+", args.reallocate_after))
 
 
 def train(name: str, seed: int, data: Path, args: argparse.Namespace) -> Path:
     """Trains a model on a table and returns its folder."""
-    table, folder = TABLES[name], args.out / f"{name}-{seed}"
-    file = args.out / f"{name}.{seed}.table.txt"
-    make_table(table, data, file, seed)
-    flags: list[Any] = [
-        data, "--user-dir", PLUGIN, "--task", "lightrnn_language_modeling", "--carry-hidden-state",
-        "--arch", "lightrnn_lm_gated", "--criterion", "two_component_cross_entropy", "--word-bias",
-        "--embed-dim", args.width, "--hidden-size", args.width, "--num-layers", args.layers,
-        "--output-ffn-dim", 0, "--initial-table", file, "--table-seed", seed, *table.flags,
-        "--dropout", args.dropout,
-        "--tokens-per-sample", args.block, "--batch-size", args.batch_size, "--optimizer", "adam",
-        "--lr", args.lr, "--clip-norm", 1, "--seed", seed, *device_flags(args),
-    ]  # fmt: skip
-    if table.further:
-        flags += ["--further-tables", further_tables(name, seed, data, args)]
-    if table.reallocation is None or "--reallocate-epochs" in table.reallocation:
-        train_in_steps(folder, flags + list(table.reallocation or ()), args.epochs, args.epochs)
-        return folder
-    # Before a reallocation there is nothing to keep: all tables of a kind start alike.
-    kind = f"{table.kind}-further" if table.further else table.kind
-    start = args.out / f"start-{kind}-{args.reallocate_after}-{seed}"
-    without = [flag for flag in flags if flag not in KEPT]
-    train_in_steps(start, without, args.reallocate_after, args.reallocate_after)
-    if not folder.exists():
-        shutil.copytree(start, folder)
-    flags += table.reallocation
-    if "--reallocate-interval" not in table.reallocation:
-        flags += ["--reallocate-epochs", args.reallocate_after]
-    train_in_steps(folder, flags, args.epochs, args.epochs)
+    folder = args.out / f"{name}-{seed}"
+    model, reallocation = flags_of(name, args)
+    common = training_flags("lstm", seed, data, args)
+    flags = [*common, "--lr", args.lr, *OURS, "--carry-hidden-state", *model]
+    if reallocation and "often" not in name.split("+") and not folder.exists():
+        parts = [part for part in name.split("+") if part not in OBJECTIVES]
+        first = first_reallocation(args)
+        start = args.out / f"start-{'+'.join(parts)}-{first}-{seed}"
+        train_in_steps(start, flags, first, first)
+        copy = args.out / "copy"  # a folder with a run's name is complete
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(start, copy)
+        copy.rename(folder)
+    train_in_steps(folder, flags + reallocation, args.epochs, args.epochs)
     return folder
 
 
@@ -236,8 +138,8 @@ def main() -> None:
     for seed in args.seeds:
         for name in args.tables:
             folder = train(name, seed, data, args)
-            test("gated", data, folder, args)
-            summarise(args.out, {**describe(args), "reallocate_after": args.reallocate_after})
+            test("lightrnn_lm", data, folder, args)
+            summarise(args.out, describe(args))
 
 
 if __name__ == "__main__":

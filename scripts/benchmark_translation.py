@@ -8,15 +8,10 @@ are the vocabulary, all of them; with it, that many pieces of a sentencepiece mo
 text. OUTPUT receives binarised data, a folder for each run, ``results.json`` and ``results.md``.
 Finished runs are kept, interrupted ones go on from their last checkpoint.
 
-Systems (``--systems``): fairseq's ``lstm`` and ``transformer``, and this plugin's
-``lightrnn_translation`` with the paper's composition (``lightrnn``), with the gated one and 25
-numbers of each word's own (``lightrnn-gated``), with 128 more for each of 1,500 frequent words
-(``lightrnn-frequent``), or with 37 numbers of each word's own: 12 for input and 24 for output
-(``lightrnn-wide``), or 36 for both (``lightrnn-shared``, ``--shared``), these also with a
-feed-forward layer of four times the width (``lightrnn-ffn``), or with that layer, fewer numbers
-(``--shared-further``) and cells in further tables (``lightrnn-further``, ``--further``);
-``lightrnn_transformer`` with the 25 or the 37 (``lightrnn-transformer-wide``), or as the last two
-(``lightrnn-transformer-ffn``, ``lightrnn-transformer-further``).
+Systems (``--systems``): fairseq's ``lstm`` and ``transformer``, and this plugin's models, each with
+the settings that are recommended: ``lightrnn-gated`` (``--arch lightrnn_translation_gated``) and
+``lightrnn-transformer``; ``-further``: either with a bias and three further tables instead of
+numbers of words' own; ``lightrnn``: the paper's composition (``--arch lightrnn_translation``).
 All are trained alike, with a learning rate that falls to nothing, and tested with the checkpoint of
 the best validation perplexity. ``results.json`` has sacrebleu's paired bootstrap of every system
 against fairseq's own. Question answering is translation here: ``--metrics answers`` counts exact
@@ -29,8 +24,6 @@ included; decoding speed is what fairseq-generate reports, so measure it on an i
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import math
 import re
 from collections import Counter
@@ -40,40 +33,23 @@ from typing import Any
 
 from side_by_side import (
     PLUGIN,
+    Systems,
     add_gpu_flag,
     call,
+    checksum,
     collect,
-    count_parameters,
     device_flags,
     is_tested,
     machine,
     mean_and_spread,
-    read_lines,
     train_in_steps,
-    words_own,
+    write_results,
+    write_test,
 )
 
 SYSTEMS = (
-    "lstm", "lightrnn", "lightrnn-gated", "lightrnn-frequent", "lightrnn-wide", "lightrnn-shared",
-    "lightrnn-ffn", "lightrnn-further", "transformer", "lightrnn-transformer",
-    "lightrnn-transformer-wide", "lightrnn-transformer-ffn", "lightrnn-transformer-further",
-)  # fmt: skip
-# Composition, and what words have of their own.
-OWN: dict[str, list[str]] = {
-    "lightrnn": [],
-    "lightrnn-gated": ["--composition", "gated", *words_own(16, 8)],
-    "lightrnn-frequent": ["--composition", "gated", *words_own(16, 8), "--frequent-words", "1500"],
-    "lightrnn-wide": ["--composition", "gated", *words_own(12, 24)],
-    "lightrnn-shared": ["--composition", "gated", "--share-residuals"],
-    "lightrnn-ffn": ["--composition", "gated", "--share-residuals"],
-    "lightrnn-further": ["--composition", "gated", "--share-residuals"],
-}
-# By name and seed, what is known of a run.
-Systems = dict[str, dict[str, dict[str, Any]]]
-# Parts of the names of parameters that the target's vocabulary makes.
-VOCABULARY = (
-    "decoder.embed_tokens", "decoder.fc_out", "decoder.output_projection",
-    "decoder.composition.embedding", "decoder.softmax", "gates",
+    "lstm", "lightrnn", "lightrnn-gated", "lightrnn-gated-further",
+    "transformer", "lightrnn-transformer", "lightrnn-transformer-further",
 )  # fmt: skip
 
 
@@ -85,15 +61,17 @@ def parse() -> argparse.Namespace:
     add("out", type=Path, metavar="OUTPUT", help="folder to write to")
     add("--source", required=True, help="suffix of the source files")
     add("--target", required=True, help="suffix of the target files")
-    add("--train", required=True, metavar="PREFIX")
-    add("--valid", required=True, metavar="PREFIX")
-    add("--test", required=True, nargs="+", metavar="NAME=PREFIX")
+    add("--train", required=True, metavar="PREFIX", help="of the training text")
+    add("--valid", required=True, metavar="PREFIX", help="of the validation text")
+    add("--test", required=True, nargs="+", metavar="NAME=PREFIX", help="of texts to test on")
     add("--pieces", type=int, metavar="N", help="split words into pieces, N of them")
-    add("--metrics", choices=["translations", "answers"], default="translations")
+    add("--metrics", choices=["translations", "answers"], default="translations",
+        help="BLEU and chrF, or exact matches and F1 of words (default: %(default)s)")  # fmt: skip
     add("--table-text", choices=["target", "both"], default="target",
         help="text whose neighbours make LightRNN's tables (default: %(default)s)")  # fmt: skip
-    add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    add("--seeds", type=int, nargs="+", default=[1])
+    add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="SYSTEM",
+        help="what to compare (default: all of the above)")  # fmt: skip
+    add("--seeds", type=int, nargs="+", default=[1], help="of each system (default: %(default)s)")
     add("--epochs", type=int, default=12, help="(default: %(default)s)")
     add("--step", type=int, default=4, help="epochs of a process (default: %(default)s)")
     add("--width", type=int, default=256, help="of vectors and networks (default: %(default)s)")
@@ -104,12 +82,11 @@ def parse() -> argparse.Namespace:
     add("--lr", type=float, default=0.002,
         help="of Adam in the first epoch, from which it falls (default: %(default)s)")  # fmt: skip
     add("--max-tokens", type=int, default=2000, help="of a batch (default: %(default)s)")
-    add("--shared", type=int, default=36, metavar="N",
-        help="numbers of a word's own that serve both sides (default: %(default)s)")  # fmt: skip
-    add("--further", type=int, default=3, metavar="N",
-        help="further tables of the systems of that name (default: %(default)s)")  # fmt: skip
-    add("--shared-further", type=int, default=12, metavar="N",
-        help="as --shared, of the systems with further tables (default: %(default)s)")  # fmt: skip
+    add("--transformer-lr", type=float, default=0.001,
+        help="as --lr, for transformers (default: %(default)s)")  # fmt: skip
+    add("--word-dim", type=int, metavar="N",
+        help="a bias and N-1 numbers of every word's own, in systems that have them (default: what "
+        "is recommended for the vocabulary)")  # fmt: skip
     add("--beam", type=int, default=5, help="(default: %(default)s)")
     add_gpu_flag(parser)
     return parser.parse_args()
@@ -160,54 +137,38 @@ def binarise(args: argparse.Namespace) -> Path:
 
 def model_flags(system: str, args: argparse.Namespace) -> list[Any]:
     """Returns the flags of a system's task, model and criterion."""
-    ours = [
-        "--user-dir", PLUGIN, "--task", "lightrnn_translation",
-        "--criterion", "two_component_cross_entropy", "--label-smoothing", args.label_smoothing,
-        "--table-text", args.table_text,
-    ]  # fmt: skip
-    stock = ["--task", "translation", "--criterion", "label_smoothed_cross_entropy",
+    # The plugin's tasks build their own criterion in place of this one.
+    flags = [*sizes_of(system, args), "--criterion", "label_smoothed_cross_entropy",
              "--label-smoothing", args.label_smoothing]  # fmt: skip
+    if not system.startswith("lightrnn"):
+        return ["--task", "translation", "--arch", system, *flags]
+    arch = "lightrnn_translation" if system == "lightrnn" else "lightrnn_translation_gated"
     if "transformer" in system:
-        sides = [
-            part
-            for side in ("encoder", "decoder")
-            for name, value in (
-                ("embed-dim", args.width),
-                ("ffn-embed-dim", 2 * args.width),
-                ("layers", args.transformer_layers),
-                ("attention-heads", 4),
-            )
-            for part in (f"--{side}-{name}", value)
-        ]
-        if system == "transformer":
-            return [*stock, "--arch", "transformer", *sides]
-        own = words_own(12, 24) if system.endswith("wide") else words_own(16, 8)
-        if system.endswith(("ffn", "further")):
-            own = [*shared_flags(system, args), "--share-residuals"]
-        return [*ours, "--arch", "lightrnn_transformer", *sides, *own]
+        arch = "lightrnn_transformer"
+    flags += ["--user-dir", PLUGIN, "--task", "lightrnn_translation", "--arch", arch,
+              "--table-text", args.table_text]  # fmt: skip
+    if system.endswith("-further"):
+        flags += ["--further-tables", 3]
+    elif system != "lightrnn" and args.word_dim is not None:
+        flags += ["--word-dim", args.word_dim]
+    return flags
+
+
+def sizes_of(system: str, args: argparse.Namespace) -> list[Any]:
+    """Returns the flags of width and depth, the same for all."""
+    width, layers = args.width, args.layers
+    if "transformer" in system:
+        sizes = {"embed-dim": width, "ffn-embed-dim": 2 * width, "attention-heads": 4,
+                 "layers": args.transformer_layers}  # fmt: skip
+        sides = ("encoder", "decoder")
+        return [part for side in sides for name, size in sizes.items()
+                for part in (f"--{side}-{name}", size)]  # fmt: skip
     if system == "lstm":
-        return [
-            *stock, "--arch", "lstm", "--encoder-embed-dim", args.width,
-            "--encoder-hidden-size", args.width, "--encoder-bidirectional",
-            "--encoder-layers", args.layers, "--decoder-embed-dim", args.width,
-            "--decoder-hidden-size", args.width, "--decoder-out-embed-dim", args.width,
-            "--decoder-layers", args.layers,
-        ]  # fmt: skip
-    sizes = ["--embed-dim", args.width, "--hidden-size", args.width, "--num-layers", args.layers]
-    own = shared_flags(system, args) if "--share-residuals" in OWN[system] else []
-    return [*ours, "--arch", "lightrnn_translation", *sizes, *OWN[system], *own]
-
-
-def shared_flags(system: str, args: argparse.Namespace) -> list[str]:
-    """Returns how many numbers a word has for both sides, further tables, and the layer."""
-    if system.endswith("further"):
-        own = words_own(args.shared_further, args.shared_further)
-        own += ["--further-tables", str(args.further)]
-    else:
-        own = words_own(args.shared, args.shared)
-    if system.endswith(("ffn", "further")):
-        own += ["--output-ffn-dim", str(4 * args.width)]
-    return own
+        return ["--encoder-embed-dim", width, "--encoder-hidden-size", width,
+                "--encoder-bidirectional", "--encoder-layers", layers,
+                "--decoder-embed-dim", width, "--decoder-hidden-size", width,
+                "--decoder-out-embed-dim", width, "--decoder-layers", layers]  # fmt: skip
+    return ["--embed-dim", width, "--hidden-size", width, "--num-layers", layers]
 
 
 def learning_rates(highest: float, epochs: int) -> str:
@@ -218,10 +179,11 @@ def learning_rates(highest: float, epochs: int) -> str:
 
 def train(system: str, seed: int, data: Path, folder: Path, args: argparse.Namespace) -> None:
     """Trains one system."""
+    highest = args.transformer_lr if "transformer" in system else args.lr
     flags = [
         data, *model_flags(system, args), "--source-lang", args.source, "--target-lang",
         args.target, "--dropout", args.dropout, "--max-tokens", args.max_tokens,
-        "--optimizer", "adam", "--lr", learning_rates(args.lr, args.epochs), "--lr-scheduler",
+        "--optimizer", "adam", "--lr", learning_rates(highest, args.epochs), "--lr-scheduler",
         "fixed", "--warmup-updates", 400, "--clip-norm", 1, "--seed", seed,
         "--best-checkpoint-metric", "nll_loss", *device_flags(args),
     ]  # fmt: skip
@@ -247,9 +209,7 @@ def test(system: str, data: Path, folder: Path, args: argparse.Namespace) -> Non
         scores[name] = score(read_translations(folder, name), references(prefix, args), args)
         speed = re.search(r"([0-9.]+) tokens/s", output)
         scores[name]["tokens_per_second"] = float(speed[1]) if speed else None
-    epoch = read_lines(folder / "steps.jsonl")[-1]["epoch"]
-    result = {"epoch": epoch, "scores": scores, **count_parameters(folder, VOCABULARY)}
-    (folder / "test.json").write_text(json.dumps(result) + "\n")
+    write_test(folder, scores=scores)
 
 
 def read_translations(folder: Path, test: str) -> list[str]:
@@ -339,25 +299,21 @@ def summarise(args: argparse.Namespace) -> None:
         for seed in sorted({seed for runs in systems.values() for seed in runs}):
             add_significance(seed, systems, args)
     ignored = ("out", "train", "valid", "test", "seeds", "systems")
-    settings = {name: value for name, value in vars(args).items() if name not in ignored}
     report = {
-        "settings": settings,
+        "settings": {name: value for name, value in vars(args).items() if name not in ignored},
         "sha256": checksums(args),
         "target_words": words,
         **machine(),
         "systems": systems,
     }
-    table = markdown(systems, words, args.gpu)
-    (args.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-    (args.out / "results.md").write_text(table)
-    print(table, flush=True)
+    write_results(args.out, report, markdown(systems, words, args.gpu))
 
 
 def checksums(args: argparse.Namespace) -> dict[str, str]:
     """Returns what tells the texts, by their names."""
     prefixes = [args.train, args.valid, *(test.split("=", 1)[1] for test in args.test)]
     paths = [Path(f"{prefix}.{side}") for prefix in prefixes for side in (args.source, args.target)]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths}
+    return {path.name: checksum(path) for path in paths}
 
 
 def markdown(systems: Systems, words: int, gpu: bool) -> str:
@@ -387,7 +343,7 @@ def markdown(systems: Systems, words: int, gpu: bool) -> str:
             f"{max(run['peak_mib'] for run in runs):,}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def main() -> None:

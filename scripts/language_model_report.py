@@ -1,14 +1,13 @@
-"""Tables and curves of scripts/benchmark_language_model.py, from what its runs left in a folder."""
+"""Tables and curves of benchmarks of language models, from what their runs left in a folder."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from side_by_side import collect, mean_and_spread
+from side_by_side import Systems, collect, mean_and_spread, write_results
 
 __all__ = ["summarise"]
 
@@ -16,7 +15,7 @@ __all__ = ["summarise"]
 CLOCKS = {"seconds": "s", "cpu_seconds": "CPU s"}
 
 
-def markdown(systems: dict[str, dict[str, dict[str, Any]]], tokens: int, clock: str) -> str:
+def markdown(systems: Systems, tokens: int, clock: str) -> str:
     """Returns the systems as a table, best test perplexity first."""
     lines = [
         "| system | parameters | of the vocabulary | epochs (best) | valid | test | seeds "
@@ -41,9 +40,7 @@ def markdown(systems: dict[str, dict[str, dict[str, Any]]], tokens: int, clock: 
     return "\n".join(lines)
 
 
-def families(
-    systems: dict[str, dict[str, dict[str, Any]]],
-) -> dict[str, list[tuple[int, float]]]:
+def families(systems: Systems) -> dict[str, list[tuple[int, float]]]:
     """Returns parameters and mean test perplexity of systems that differ in a size alone.
 
     Those are ``own-8`` and ``own-64``, for example, under the name ``own``; the smallest first.
@@ -62,7 +59,7 @@ def families(
     }
 
 
-def draw(systems: dict[str, dict[str, dict[str, Any]]], path: Path, clock: str | None) -> None:
+def draw(systems: Systems, path: Path, clock: str | None) -> None:
     """Draws validation perplexity against epochs and seconds, and test against parameters.
 
     Triangles mark reallocations, lines connect systems that differ in a size alone. Without a
@@ -115,11 +112,8 @@ def summarise(out: Path, description: dict[str, Any]) -> None:
     systems = collect(out)
     if not systems:
         return
-    report = {**description, "systems": systems}
     clock = description["clock"]
-    table = markdown(systems, description["train_tokens"], clock)
-    (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "results.md").write_text(table + "\n")
     # On a GPU that several processes share, seconds compare nothing.
     draw(systems, out / "results.png", None if description["shared"] else clock)
-    print(table, flush=True)
+    table = markdown(systems, description["train_tokens"], clock)
+    write_results(out, {**description, "systems": systems}, table)

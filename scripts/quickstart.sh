@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains, reallocates and evaluates a LightRNN language model on real text.
+# Trains and evaluates a language model with a word table on real text.
 # See `bash scripts/quickstart.sh --help`.
 set -euo pipefail
 
@@ -7,11 +7,11 @@ usage() {
     cat <<'TEXT'
 Usage: bash scripts/quickstart.sh [OPTIONS] [TRAIN VALID TEST]
 
-Sets everything up, trains a LightRNN language model with fairseq's own commands, moves its words to
-better cells of the word table on the way, and shows what came of it.
+Sets everything up, trains the recommended language model with fairseq's own commands, and shows what
+came of it: about five minutes on two cores.
 
 Without files, the text is documentation that is already on this machine: the docstrings and help
-texts of the Python standard library, torch, numpy and scipy. TRAIN VALID TEST are text files of your
+texts of the Python standard library, numpy and scipy. TRAIN VALID TEST are text files of your
 own: UTF-8, one sentence a line, words separated by spaces.
 
 What an earlier run has finished is reused as long as its input is the same.
@@ -20,10 +20,8 @@ Options:
   --out DIR                  folder for everything that is made
                              (default: runs/quickstart, with own files runs/quickstart-own)
   --tokenize                 split the words of own files and drop their case first
-  --epochs N                 epochs of training, at least 2 (default: 3)
-  --reallocate-epochs LIST   reallocate after these epochs, such as 1,2 (default: 1)
-  --initial-table KIND       table to begin with: random, frequency or cooccurrence (default: cooccurrence)
-  --width N                  width of the vectors and of the LSTM (default: 128)
+  --epochs N                 epochs of training (default: 2)
+  --width N                  width of the embeddings and of the LSTM (default: the model's own)
   --min-count N              words seen less often in TRAIN become <unk> (default: 2)
   --prompt TEXT              words to continue at the end (default: a fixed one, with own files the
                              beginning of a line of TEST)
@@ -49,19 +47,17 @@ whole_number() { # FLAG VALUE LEAST
 
 # --- the command line -----------------------------------------------------------------------------
 
-out='' tokenize=0 epochs=3 reallocate=1 initial_table=cooccurrence width=128 min_count=2 prompt='' seed=1
+out='' tokenize=0 epochs=2 width='' min_count=2 prompt='' seed=1
 files=()
 while (($#)); do
     case $1 in
         -h | --help) usage && exit 0 ;;
         --tokenize) tokenize=1 ;;
-        --out | --epochs | --reallocate-epochs | --initial-table | --width | --min-count | --prompt | --seed)
+        --out | --epochs | --width | --min-count | --prompt | --seed)
             [[ $# -ge 2 && -n $2 ]] || mistake "$1 needs a value"
             case $1 in
                 --out) out=$2 ;;
                 --epochs) epochs=$2 ;;
-                --reallocate-epochs) reallocate=$2 ;;
-                --initial-table) initial_table=$2 ;;
                 --width) width=$2 ;;
                 --min-count) min_count=$2 ;;
                 --prompt) prompt=$2 ;;
@@ -74,20 +70,10 @@ while (($#)); do
     esac
     shift
 done
-whole_number --epochs "$epochs" 2
-whole_number --width "$width" 1
+whole_number --epochs "$epochs" 1
+[[ -z $width ]] || whole_number --width "$width" 1
 whole_number --min-count "$min_count" 1
 whole_number --seed "$seed" 1
-case $initial_table in
-    random | frequency | cooccurrence) ;;
-    *) mistake "--initial-table $initial_table: give random, frequency or cooccurrence" ;;
-esac
-[[ $reallocate =~ ^[0-9]+(,[0-9]+)*$ ]] ||
-    mistake "--reallocate-epochs $reallocate: give epochs joined by commas, such as 1,2"
-for epoch in ${reallocate//,/ }; do
-    ((10#$epoch >= 1 && 10#$epoch < epochs)) ||
-        mistake "--reallocate-epochs $reallocate: with --epochs $epochs give epochs from 1 to $((epochs - 1)), since training goes on after a reallocation"
-done
 case ${#files[@]} in
     0)
         ((tokenize == 0)) || mistake "--tokenize is for files of your own: give TRAIN VALID TEST"
@@ -133,18 +119,26 @@ failed() {
         printf 'was interrupted. Run the same command again to go on.\n' >&2
     else
         printf 'failed (exit status %s).\n' "$status" >&2
+        if [[ -n $step_log ]]; then
+            printf '  Its last words:\n' >&2
+            tail -n 8 -- "$step_log" | cut -c 1-300 | sed 's/^/    /' >&2
+            printf '  Its complete output: %s\n' "$step_log" >&2
+        fi
         printf '  What to do: %s\n' "$hint" >&2
-        [[ -z $step_log ]] || printf '  Its complete output: %s\n' "$step_log" >&2
     fi
     exit "$status"
 }
 trap 'failed $?' EXIT
 trap 'exit 130' INT
 
+number=0
 begin() { # NAME TITLE HINT
     step=$1 hint=$3 step_log='' started=$SECONDS
-    printf '\n=== %s\n' "$2"
+    number=$((number + 1))
+    printf '[%d/7] %s\n' "$number" "$2"
 }
+
+say() { printf '      %s\n' "$1"; }
 
 key_of() { printf '%s\n' "$@" | sha256sum | cut -d' ' -f1; }
 
@@ -160,7 +154,7 @@ finish() { # KEY
 run() { # COMMAND...: shows it, runs it, keeps its output in the step's log
     step_log=$logs/$step.log
     printf '$ %s\n' "$(shown "$@")" | tee -a "$step_log"
-    "$@" 2>&1 | python "$tools/progress.py" "$step_log"
+    "$@" 2>&1 | python "$tools/progress.py" "$step_log" ${shown_epochs:+"$shown_epochs"}
 }
 
 shown() { # COMMAND...: as one would type it, in lines of 100 characters
@@ -177,6 +171,8 @@ shown() { # COMMAND...: as one would type it, in lines of 100 characters
     printf '%s' "${text% }"
 }
 
+shown_epochs='' # of the step, where it is a training
+
 # Where threads share cores with other work, waiting for each other in busy loops makes them ten
 # times slower than a single one.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
@@ -184,14 +180,15 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 # --- set-up ---------------------------------------------------------------------------------------
 
 begin setup "Set-up" "see the messages above; most often the package index cannot be reached"
-bash scripts/setup.sh
+step_log=$logs/setup.log
+bash scripts/setup.sh 2>&1 | tee "$step_log" | sed -un 's/^setup: /      /p'
 # shellcheck disable=SC1091
 source .venv/bin/activate
 finish setup
 
 # --- corpus ---------------------------------------------------------------------------------------
 
-begin corpus "Corpus" "see the message above"
+begin corpus "Text" "see the message above"
 corpus=$out/corpus
 if ((${#files[@]})); then
     arguments=(own "${files[@]}")
@@ -206,14 +203,14 @@ is_done "$key" || finish "$key"
 
 # --- binarised data -------------------------------------------------------------------------------
 
-begin preprocess "Vocabulary and binarised text" "look into its output for the file that it names"
+begin preprocess "Vocabulary, and the text as numbers" "look into its output for the file that it names"
 data=$out/data
 command=(fairseq-preprocess --only-source --trainpref "$corpus/train.txt"
     --validpref "$corpus/valid.txt" --testpref "$corpus/test.txt" --destdir "$data"
     --thresholdsrc "$min_count" --padding-factor 1 --workers 2)
 key=$(key_of "$key" "${command[@]}")
 if is_done "$key" && [[ -s $data/train.bin ]]; then
-    echo "Done before with the same text: $data"
+    say "done before with the same text: $data"
 else
     rm -rf "$data" "$logs/preprocess.log"
     run "${command[@]}"
@@ -222,33 +219,34 @@ fi
 
 # --- training -------------------------------------------------------------------------------------
 
-begin train "Training, with reallocation after epoch $reallocate of $epochs" \
+begin train "Training" \
     "run the same command again, it goes on after the last finished epoch; if memory is short, with a smaller --width"
 checkpoints=$out/checkpoints
 rates='' # one for each epoch, the last one lower
 for ((epoch = 1; epoch < epochs; epoch++)); do rates+=0.004,; done
 rates+=0.0015
 command=(fairseq-train "$data" --user-dir fairseq_lightrnn --task lightrnn_language_modeling
-    --arch lightrnn_lm --criterion two_component_cross_entropy
-    --embed-dim "$width" --hidden-size "$width" --num-layers 1 --dropout 0.1
-    --initial-table "$initial_table" --table-seed "$seed" --reallocate-epochs "$reallocate"
-    --sample-break-mode none --tokens-per-sample 64 --batch-size 32
+    --arch lightrnn_lm_gated)
+[[ -z $width ]] || command+=(--embed-dim "$width" --hidden-size "$width")
+command+=(--tokens-per-sample 64 --batch-size 32
     --optimizer adam --lr "$rates" --lr-scheduler fixed --warmup-updates 100 --clip-norm 1
     --max-epoch "$epochs" --no-epoch-checkpoints --save-dir "$checkpoints"
-    --seed "$seed" --num-workers 0 --log-format json --log-interval 100)
+    --seed "$seed" --num-workers 0 --log-format json --log-interval 20)
 # Another version of the plugin is another model.
 plugin=$(find fairseq_lightrnn -name '*.py' -not -path '*/commands/*' | LC_ALL=C sort | xargs cat | sha256sum)
 key=$(key_of "$key" "$plugin" "${command[@]}")
 if is_done "$key" && [[ -s $checkpoints/checkpoint_best.pt ]]; then
-    echo "Done before with the same text and settings: $checkpoints"
+    say "done before with the same text and settings: $checkpoints"
 else
     if [[ -f $steps/train.begun && $(<"$steps/train.begun") == "$key" ]]; then
-        echo "Going on with the training that was begun before: $checkpoints"
+        say "going on with the training that was begun before: $checkpoints"
     else
         rm -rf "$checkpoints" "$logs/train.log"
         printf '%s\n' "$key" >"$steps/train.begun"
     fi
+    shown_epochs=$epochs
     run "${command[@]}"
+    shown_epochs=''
     finish "$key"
 fi
 best=$checkpoints/checkpoint_best.pt
@@ -258,11 +256,10 @@ best=$checkpoints/checkpoint_best.pt
 begin evaluate "Evaluation on the test text" \
     "if the checkpoint cannot be read, delete $checkpoints and run the same command again"
 command=(fairseq-eval-lm "$data" --user-dir fairseq_lightrnn --task lightrnn_language_modeling
-    --path "$best" --gen-subset test --sample-break-mode none --tokens-per-sample 64
-    --batch-size 64 --log-format none)
+    --path "$best" --gen-subset test --tokens-per-sample 64 --batch-size 64 --log-format none)
 evaluate_key=$(key_of "$key" "${command[@]}")
 if is_done "$evaluate_key"; then
-    grep -o 'Loss (base 2).*' "$logs/evaluate.log"
+    say "done before with the same model: $logs/evaluate.log"
 else
     rm -f "$logs/evaluate.log"
     run "${command[@]}"
@@ -288,7 +285,7 @@ command=(fairseq-interactive "$data" --user-dir fairseq_lightrnn --task lightrnn
     --seed "$seed")
 continue_key=$(key_of "$key" "$prompt" "${command[@]}")
 if is_done "$continue_key"; then
-    grep '^H-0' "$logs/continue.log"
+    say "done before with the same model: $logs/continue.log"
 else
     rm -f "$logs/continue.log"
     printf '$ echo %s |\n' "$(shown "$prompt")"

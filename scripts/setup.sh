@@ -10,7 +10,7 @@ Makes the virtual environment .venv, or goes on with the one that is there, and 
   1. requirements.txt, in the versions of constraints.txt
   2. fairseq 0.12.2, without its own requirements, which no longer resolve
   3. this plugin, so that changes to its code take effect at once
-  4. with --dev, the tools of scripts/test.sh (requirements-dev.txt)
+  4. with --dev, the tools of scripts/test.sh (requirements-dev.txt) and, where it builds, kenlm
 A second run finds everything done and takes no time.
 
 Environment:
@@ -168,6 +168,9 @@ if [ -n "$dev" ]; then
         step "installing requirements-dev.txt" \
             "See that the package index can be reached. What was installed so far is kept." \
             quietly pip_install --no-warn-conflicts -r requirements-dev.txt -c constraints.txt
+        # It is built from source, and only the tests of re-ranking by a KenLM model need it.
+        pip_install --no-deps kenlm -c constraints.txt >/dev/null 2>&1 || printf \
+            'setup: kenlm does not build here (it needs cmake and a C++ compiler): its tests will be skipped\n'
         printf '%s\n' "$current" >"$dev_stamp"
     fi
 fi

@@ -1,7 +1,7 @@
 """What benchmarks that train several systems share: fairseq's commands as processes, resumable.
 
-Every run has a folder: ``steps.jsonl`` holds the CPU seconds and memory of each training process,
-``epochs.jsonl`` the validation of each epoch.
+Every run has a folder, ``SYSTEM-SEED``: ``steps.jsonl`` holds the CPU seconds and memory of each
+training process, ``epochs.jsonl`` the validation of each epoch, ``test.json`` what a test said.
 """
 
 from __future__ import annotations
@@ -25,22 +25,35 @@ from typing import Any, NamedTuple
 
 __all__ = [
     "PLUGIN",
+    "VOCABULARY",
+    "Systems",
     "add_gpu_flag",
     "append_line",
     "call",
+    "checksum",
     "collect",
     "count_parameters",
     "device_flags",
     "is_tested",
+    "last_epoch",
     "machine",
     "mean_and_spread",
     "read_lines",
     "train_for",
     "train_in_steps",
-    "words_own",
+    "write_results",
+    "write_test",
 ]
 
+Systems = dict[str, dict[str, dict[str, Any]]]
+"""By name and seed, what is known of a run."""
+
 PLUGIN = Path(__file__).resolve().parent.parent / "fairseq_lightrnn"
+# Parts of the names of parameters that the vocabulary which is predicted makes.
+VOCABULARY = (
+    "decoder.embed_tokens", "decoder.fc_out", "decoder.output_projection", "adaptive_softmax",
+    "core.reader", "head.softmax", "conditioner.gates",
+)  # fmt: skip
 # glibc hands large blocks of memory back and asks for them anew at each step, by default; the page
 # faults take a third of the time of a softmax over 10,000 words.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
@@ -48,12 +61,6 @@ _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": 
 _LOG_INTERVAL = 100
 # What fairseq logs after an epoch's validation.
 _EPOCH = r"\{\"epoch\": \d+, \"valid_loss\".*\}"
-
-
-def words_own(of_input: int, of_output: int) -> list[str]:
-    """Returns the flags that give each word a bias, and residuals of so many numbers."""
-    widths = "--input-residual-dim", str(of_input), "--output-residual-dim", str(of_output)
-    return ["--word-bias", *widths]
 
 
 def add_gpu_flag(parser: argparse.ArgumentParser) -> None:
@@ -211,11 +218,22 @@ def _seconds_per_epoch(steps: list[dict[str, Any]], kind: str = "cpu_seconds") -
     return sum(step[kind] for step in steps if step["trained"]) / (trained or 1)
 
 
+def last_epoch(folder: Path) -> float:
+    """Returns the last epoch that a run was trained for."""
+    epoch: float = read_lines(folder / "steps.jsonl")[-1]["epoch"]
+    return epoch
+
+
 def is_tested(folder: Path) -> bool:
     """Tells whether a run was tested after its last epoch."""
     path = folder / "test.json"
-    last = read_lines(folder / "steps.jsonl")[-1]["epoch"]
-    return path.exists() and json.loads(path.read_text())["epoch"] == last
+    return path.exists() and json.loads(path.read_text())["epoch"] == last_epoch(folder)
+
+
+def write_test(folder: Path, **found: Any) -> None:
+    """Keeps what a test of the best checkpoint found, and the numbers of its parameters."""
+    result = {"epoch": last_epoch(folder), **found, **count_parameters(folder, VOCABULARY)}
+    (folder / "test.json").write_text(json.dumps(result) + "\n")
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
@@ -230,7 +248,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         **test,
         "valid_ppl": best["valid_ppl"],
         "best_epoch": best["epoch"],
-        "epochs": steps[-1]["epoch"],
+        "epochs": last_epoch(folder),
         "valid_ppls": {record["epoch"]: record["valid_ppl"] for record in epochs},
         "reallocated_after": [
             record["epoch"] for record in read_lines(folder / "reallocations.jsonl")
@@ -242,9 +260,9 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     }
 
 
-def collect(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Returns all runs, by system and seed."""
-    systems: dict[str, dict[str, dict[str, Any]]] = {}
+def collect(out: Path) -> Systems:
+    """Returns all runs that were tested."""
+    systems: Systems = {}
     for folder in sorted(out.iterdir()):
         system, _, seed = folder.name.rpartition("-")
         run = read_run(folder) if seed.isdigit() else None
@@ -290,13 +308,28 @@ def count_parameters(folder: Path, vocabulary: Iterable[str]) -> dict[str, int]:
     return {"parameters": sum(sizes.values()), "vocabulary_parameters": own}
 
 
+def checksum(path: Path) -> str:
+    """Returns what tells a text: the beginning of its SHA-256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
 def machine() -> dict[str, Any]:
-    """Returns versions and hardware."""
+    """Returns commit, versions and hardware."""
     import torch
 
+    git = ["git", "-C", str(PLUGIN), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     packages = ("fairseq", "torch", "numpy", "scipy", "sacrebleu")
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
+        "commit": commit or None,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), **gpu},
     }
+
+
+def write_results(out: Path, report: dict[str, Any], table: str) -> None:
+    """Writes ``results.json`` and ``results.md``, and prints the latter."""
+    (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "results.md").write_text(table + "\n")
+    print(table, flush=True)

@@ -1,8 +1,8 @@
 """The quickstart's text: documentation that is already on the machine, or the user's own files.
 
 ``build`` collects the docstrings and the command-line help texts of the Python standard library,
-torch, numpy and scipy as they are installed beside this interpreter. The source files are parsed
-with ``ast`` and never imported. ``own`` takes three text files as they are. Both write
+numpy and scipy as they are installed beside this interpreter. The source files are parsed with
+``ast`` and never imported. ``own`` takes three text files as they are. Both write
 ``train.txt``, ``valid.txt`` and ``test.txt``, one sentence a line and words separated by spaces,
 and a ``manifest.json`` with counts, versions and checksums. The same input gives the same files.
 """
@@ -15,8 +15,10 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
@@ -37,7 +39,7 @@ __all__ = [
 ]
 
 SPLITS = ("train", "valid", "test")
-PACKAGES = ("torch", "numpy", "scipy")
+PACKAGES = ("numpy", "scipy")
 # Of 100 parts; what is left after these two is the test split.
 TRAIN_PARTS, VALID_PARTS = 90, 5
 # Distributions of Python differ in which of these they ship, and they hold next to no prose.
@@ -47,6 +49,10 @@ SKIPPED_FOLDERS = frozenset(
 HELP_KEYWORDS = frozenset({"description", "epilog", "help"})
 # Functions by which C extensions are given their docstrings.
 DOCUMENTING_CALLS = frozenset({"_add_docstr", "add_docstr", "add_newdoc"})
+
+_OTHER_TEXTS = re.compile(
+    rf"\b(?:{'|'.join(sorted(HELP_KEYWORDS))})\s*=|(?:{'|'.join(sorted(DOCUMENTING_CALLS))})\s*\("
+)
 
 
 def documentation(source: str, filename: str = "<source>") -> list[str]:
@@ -71,7 +77,9 @@ def documentation(source: str, filename: str = "<source>") -> list[str]:
         warnings.simplefilter("ignore")
         tree = ast.parse(source, filename)
     found: list[tuple[int, int, str]] = []
-    for node in ast.walk(tree):
+    # Most sources hold nothing but docstrings, which are found without a look at expressions.
+    nodes = ast.walk(tree) if _OTHER_TEXTS.search(source) else _statements(tree)
+    for node in nodes:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if node.body and isinstance(node.body[0], ast.Expr):
                 found.extend(_string_constant(node.body[0].value))
@@ -85,6 +93,16 @@ def documentation(source: str, filename: str = "<source>") -> list[str]:
                         # A name of an object has no space in it, a text has.
                         found.extend(text for text in _string_constant(part) if " " in text[2])
     return [text for _, _, text in sorted(found)]
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yields the module and all statements in it, however deep, without their expressions."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+            waiting.extend(getattr(node, name, ()))
 
 
 def _string_constant(node: ast.AST) -> list[tuple[int, int, str]]:
@@ -144,7 +162,27 @@ def _modules(roots: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
     return iter(sorted(found))
 
 
-def build_corpus(out: Path, roots: Mapping[str, Path], versions: Mapping[str, str]) -> dict:
+def _prose_of(path: Path) -> list[tuple[str, list[str]]] | None:
+    """Returns, of each text of a source, what it is known by and its sentences; None if broken."""
+    try:
+        texts = documentation(path.read_text(encoding="utf-8"), str(path))
+    except (SyntaxError, ValueError, RecursionError):
+        return None
+    return [(" ".join(text.split()), sentences(text)) for text in texts]
+
+
+def _read(paths: list[Path], workers: int) -> Iterator[list[tuple[str, list[str]]] | None]:
+    """Reads sources in several processes, if asked to, and yields them in the given order."""
+    if workers == 1:
+        yield from map(_prose_of, paths)
+    else:
+        with multiprocessing.Pool(workers) as pool:
+            yield from pool.imap(_prose_of, paths, chunksize=16)
+
+
+def build_corpus(
+    out: Path, roots: Mapping[str, Path], versions: Mapping[str, str], workers: int = 1
+) -> dict:
     """Writes the documentation found below some folders as a corpus of three splits.
 
     A text that occurs in several places is kept where it comes first in order of the module paths.
@@ -154,6 +192,7 @@ def build_corpus(out: Path, roots: Mapping[str, Path], versions: Mapping[str, st
         out: folder to write to; made if it is not there.
         roots: source folders by the package name that their modules begin with.
         versions: what is installed, for the manifest and as the key for reuse.
+        workers: processes that read sources; the corpus does not depend on it.
 
     Returns:
         The manifest, see ``_write_corpus``; unchanged files of an earlier call are kept.
@@ -169,17 +208,17 @@ def build_corpus(out: Path, roots: Mapping[str, Path], versions: Mapping[str, st
     lines: dict[str, list[str]] = {split: [] for split in SPLITS}
     seen: set[str] = set()
     skipped = []
-    for module, path in _modules(roots):
-        try:
-            texts = documentation(path.read_text(encoding="utf-8"), str(path))
-        except (SyntaxError, ValueError, RecursionError):
+    modules = list(_modules(roots))
+    for (module, _), texts in zip(
+        modules, _read([path for _, path in modules], workers), strict=True
+    ):
+        if texts is None:
             skipped.append(module)
             continue
-        for text in texts:
-            key = " ".join(text.split())
+        for key, prose_lines in texts:
             if key not in seen:
                 seen.add(key)
-                lines[split_of(module)].extend(sentences(text))
+                lines[split_of(module)].extend(prose_lines)
     for split in SPLITS:
         if not lines[split]:
             raise ValueError(f"no documentation for the {split} split below {list(roots.values())}")
@@ -328,13 +367,13 @@ def _file_sha256(*paths: Path) -> str:
 
 
 def _report(manifest: Mapping, out: Path) -> str:
-    state = "unchanged, reused" if manifest["reused"] else "written"
-    lines = [f"Corpus in {out} ({state}):"]
-    for split in SPLITS:
-        counts = manifest["splits"][split]
-        lines.append(f"  {split:5}  {counts['lines']:9,} lines  {counts['words']:11,} words")
-    lines.append(f"  sha256 of the three files: {manifest['corpus_sha256']}")
-    return "\n".join(lines)
+    splits = manifest["splits"]
+    words = {split: f"{splits[split]['words']:,}" for split in SPLITS}
+    reused = ", as found by an earlier run" if manifest["reused"] else ""
+    return (
+        f"{words['train']} words to train on, {words['valid']} to validate and {words['test']} "
+        f"to test with{reused}: {out}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -353,7 +392,8 @@ def main(arguments: list[str] | None = None) -> int:
         if args.command == "build":
             versions = {name: importlib.metadata.version(name) for name in PACKAGES}
             versions["python"] = platform.python_version()
-            manifest = build_corpus(args.out, installed_roots(), versions)
+            workers = len(os.sched_getaffinity(0))
+            manifest = build_corpus(args.out, installed_roots(), versions, workers)
         else:
             files = {split: getattr(args, split) for split in SPLITS}
             manifest = own_corpus(args.out, files, tokenized=not args.tokenize)

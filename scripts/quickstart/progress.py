@@ -1,6 +1,7 @@
 """Keeps the whole output of a command in a log file and shows the part that a newcomer wants.
 
-Use: ``COMMAND 2>&1 | python progress.py LOGFILE``.
+Use: ``COMMAND 2>&1 | python progress.py LOGFILE [EPOCHS]``, with the number of epochs where the
+command is a training, which then gets a progress bar.
 """
 
 from __future__ import annotations
@@ -9,78 +10,151 @@ import json
 import re
 import signal
 import sys
-import textwrap
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import TextIO
 
-__all__ = ["copy_and_show", "readable"]
+__all__ = ["Display", "copy_and_show"]
 
-WIDTH = 160
+_BAR = 24
 _PREFIX = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| [A-Z]+ \| ([\w.]+) \| ")
-_UNWANTED = re.compile(
-    r"^(Namespace\(|\{'_name'|[SWDP]-\d+\t|\s*\d+%\|)"
-    r"|^(Preparing to save|Saving|Finished saving|Start iterating|grouped total_num_itrs)\b"
-    r"|^(begin (validation|training)|end of epoch|skipp?ing remaining batches|rank \d+:|\*{9})"
-)
+# What a command's output tells a newcomer, and in which words.
+_TELLING: list[tuple[re.Pattern[str], Callable[[re.Match[str]], str]]] = [
+    (
+        re.compile(r"^\[None\] Dictionary: (\d+) types"),
+        lambda found: f"a vocabulary of {int(found[1]):,} words",
+    ),
+    (
+        re.compile(r"^initial table: (\w+), WordTable\((\d+) words, ([\d×]+)\b.*?([\d.]+) seconds"),
+        lambda found: (
+            f"a word table of {found[3]} cells, made from "
+            + ("which words occur together" if found[1] == "cooccurrence" else found[1])
+            + f" ({float(found[4]):.0f} s)"
+        ),
+    ),
+    (
+        re.compile(r"Loss \(base 2\): \S+ Perplexity: ([\d.]+|inf)"),
+        lambda found: f"perplexity {float(found[1]):.1f} on the test text",
+    ),
+    (re.compile(r"^H-0\t\S+\t(.*)"), lambda found: found[1]),
+    (re.compile(r"^(\d[\d,]* words to train on.*)"), lambda found: found[1]),
+]
 
 
-def readable(line: str) -> str | None:
-    """Returns how a line of output is shown, or None if it is only kept in the log file."""
-    plain = _PREFIX.sub("", line.rstrip())
-    if not plain or _UNWANTED.search(plain):
-        return None
-    if plain.startswith("{"):
-        try:
-            return _readable_record(json.loads(plain))
-        except (ValueError, KeyError, TypeError):
-            pass
-    if plain.startswith("reallocation after"):
-        return textwrap.fill(plain, 100, initial_indent="  ", subsequent_indent="    ")
-    return plain if len(plain) <= WIDTH else plain[: WIDTH - 1] + "…"
+class Display:
+    """Shows lines that stay and, on a terminal, a last line that changes.
+
+    Args:
+        screen: where to show them.
+        epochs: of the training that is shown; 0 if it is none.
+        clock: tells seconds.
+    """
+
+    def __init__(
+        self, screen: TextIO, epochs: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.screen, self.epochs, self.clock = screen, epochs, clock
+        self.start: tuple[float, float] | None = None  # time and epochs done at the first record
+        self.tenths = -1
+        self.last = ""
+        self.changing = False
+
+    def line(self, text: str) -> None:
+        """Shows a line that stays, unless it repeats the one before it."""
+        self.end()
+        if text == self.last:
+            return
+        self.last = text
+        print(f"      {text}", file=self.screen, flush=True)
+
+    def end(self) -> None:
+        """Takes away the line that changes."""
+        if self.changing:
+            print("\r\033[K", end="", file=self.screen, flush=True)
+            self.changing = False
+
+    def show(self, output: str) -> None:
+        """Shows what a line of a command's output tells, if anything."""
+        plain = _PREFIX.sub("", output.rstrip())
+        if plain.startswith("{") and self.epochs:
+            try:
+                self._record(json.loads(plain))
+            except (ValueError, KeyError, TypeError):
+                return
+        for pattern, words in _TELLING:
+            found = pattern.search(plain)
+            if found:
+                self.line(words(found))
+
+    def _record(self, record: dict) -> None:
+        """Shows a progress record of fairseq's."""
+        if "valid_ppl" in record:
+            perplexity = float(record["valid_ppl"])
+            self.line(
+                f"epoch {record['epoch']} of {self.epochs} done: "
+                f"perplexity {perplexity:.1f} on the validation text"
+            )
+        elif "train_ppl" not in record:
+            self._bar(float(record["update"]), record)
+
+    def _bar(self, done: float, record: dict) -> None:
+        """Shows the progress bar; without a terminal, at every tenth of the training.
+
+        Args:
+            done: epochs done, such as 1.5.
+            record: of fairseq's.
+        """
+        now = self.clock()
+        if self.start is None:
+            self.start = now, done
+        began, first = self.start
+        share = min(done / self.epochs, 1.0)
+        full = round(share * _BAR)
+        text = f"epoch {record['epoch']} of {self.epochs} {'█' * full}{'░' * (_BAR - full)}"
+        text += f" {100 * share:3.0f} %"
+        if "ppl" in record:
+            text += f"  perplexity {float(record['ppl']):.1f}"
+        if float(record.get("wps", 0)) > 0:
+            text += f"  {float(record['wps']):,.0f} words/s"
+        if done > first:
+            left = round((self.epochs - done) * (now - began) / (done - first))
+            text += f"  {left // 60}:{left % 60:02d} left"
+        if self.screen.isatty():
+            print(f"\r\033[K      {text}", end="", file=self.screen, flush=True)
+            self.changing = True
+        elif int(10 * share) > self.tenths:
+            self.tenths = int(10 * share)
+            self.line(text)
 
 
-def _readable_record(record: dict) -> str | None:
-    """Puts a progress record of fairseq's into words."""
-    epoch = f"  epoch {record['epoch']}"
-    if "valid_ppl" in record:
-        return f"{epoch}: validation perplexity {float(record['valid_ppl']):.1f}"
-    if "train_ppl" in record:
-        return f"{epoch}: training perplexity {float(record['train_ppl']):.1f}"
-    share = 100 * (float(record["update"]) - int(record["epoch"]) + 1)
-    shown = f"{epoch}, {share:3.0f} %"
-    if "ppl" in record:
-        shown += f": training perplexity {float(record['ppl']):.1f}"
-    if "wps" in record and float(record["wps"]) > 0:
-        shown += f", {float(record['wps']):,.0f} words/s"
-    return shown
-
-
-def copy_and_show(lines: Iterable[str], log: TextIO, screen: TextIO) -> None:
-    """Copies every line to the log and shows the readable ones.
+def copy_and_show(lines: Iterable[str], log: TextIO, display: Display) -> None:
+    """Copies every line to the log and shows what the telling ones say.
 
     Args:
         lines: the output of a command, as it comes.
         log: takes all of it.
-        screen: takes what is to be shown.
+        display: takes what is to be shown.
     """
-    for line in lines:
-        log.write(line)
-        log.flush()
-        shown = readable(line)
-        if shown is not None:
-            print(shown, file=screen, flush=True)
+    try:
+        for line in lines:
+            log.write(line)
+            log.flush()
+            display.show(line)
+    finally:
+        display.end()
 
 
 def main() -> int:
     """Runs the command line; returns the exit status."""
-    if len(sys.argv) != 2:
-        print("usage: COMMAND 2>&1 | progress.py LOGFILE", file=sys.stderr)
+    if len(sys.argv) not in (2, 3):
+        print("usage: COMMAND 2>&1 | progress.py LOGFILE [EPOCHS]", file=sys.stderr)
         return 2
     # An interrupted command may have last words: read them before ending.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+    epochs = int(sys.argv[2]) if len(sys.argv) == 3 else 0
     with open(sys.argv[1], "a", encoding="utf-8") as log:
-        copy_and_show(sys.stdin, log, sys.stdout)
+        copy_and_show(sys.stdin, log, Display(sys.stdout, epochs))
     return 0
 
 

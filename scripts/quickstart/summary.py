@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fairseq_lightrnn.commands.table_page import write_table_page
-from fairseq_lightrnn.word_table import WordTable
+from fairseq_lightrnn.core.table import WordTable
 
 __all__ = ["Model", "main", "ordinary_lstm_parameters", "report", "summarise", "table_rows"]
 
@@ -73,7 +73,7 @@ def load_model(checkpoint: Path, data: Path) -> Model:
     return Model(
         symbols=list(dictionary.symbols),
         counts=counts,
-        table=decoder.table.table(),
+        table=decoder.words.table.table(),
         parameters=sum(parameter.numel() for parameter in models[0].parameters()),
         embed_dim=config.embed_dim,
         hidden_size=config.hidden_size,
@@ -229,6 +229,8 @@ def report(summary: Mapping, rows: Mapping[int, list[str]], out: Path, prompt: s
     ]
     for reallocation in summary["reallocations"]:
         lines.extend(_reallocation_lines(reallocation, valid))
+    if not summary["reallocations"]:
+        lines.append("Reallocation      none: every word keeps its cell of the initial table")
     lines.append("Rows of the learnt table, their most frequent words:")
     lines.extend(f"  row {row:3}  {'  '.join(words)}" for row, words in rows.items())
     lines.append("A prompt continued:")
