@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import logging
@@ -16,28 +17,42 @@ import fairseq_compat
 fairseq_compat.install()
 
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from fairseq import checkpoint_utils  # noqa: E402
 from fairseq.logging import metrics  # noqa: E402
+from fairseq_cli import eval_lm as eval_lm_command  # noqa: E402
 from fairseq_cli import train as train_command  # noqa: E402
+from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: E402
 
 import fairseq_lightrnn.register  # noqa: E402
+from fairseq_lightrnn.core.table import WordTable  # noqa: E402
 
 USER_DIR = str(Path(fairseq_lightrnn.register.__file__).parent)
 TASK = ["--user-dir", USER_DIR, "--task", "lightrnn_language_modeling"]
 TRANSLATION = ["--user-dir", USER_DIR, "--task", "lightrnn_translation"]
+CARRY = "--carry-hidden-state"
 
 
-# Flags of a tiny transformer, which has sizes of its own.
-TINY_TRANSFORMER: dict[str, Any] = {
-    "embed_dim": None, "hidden_size": None,
-    **{
-        f"{side}_{name}": value
-        for side in ("encoder", "decoder")
-        for name, value in {
-            "embed_dim": 8, "ffn_embed_dim": 8, "layers": 1, "attention_heads": 2
-        }.items()
-    },
-}  # fmt: skip
+def tiny_transformer(*sides: str) -> dict[str, Any]:
+    """Returns the flags of a tiny transformer, which has sizes of its own."""
+    sizes = {"embed_dim": 8, "ffn_embed_dim": 8, "layers": 1, "attention_heads": 2}
+    named = {f"{side}_{name}": value for side in sides for name, value in sizes.items()}
+    return {"embed_dim": None, "hidden_size": None, **named}
+
+
+TINY_TRANSFORMER = tiny_transformer("encoder", "decoder")
+TINY_TRANSFORMER_LM = tiny_transformer("decoder")
+
+
+_parse_rule = OverridesParser.parse_rule
+_parsed: dict[tuple[str, str], Any] = {}
+
+
+def parse_once(parser: OverridesParser, text: str, rule: str) -> Any:
+    """Parses a setting for hydra, or remembers it: most are the same from command to command."""
+    if (text, rule) not in _parsed:
+        _parsed[text, rule] = _parse_rule(parser, text, rule)
+    return copy.deepcopy(_parsed[text, rule])
 
 
 def run(command: str, *arguments: Any) -> None:
@@ -49,7 +64,10 @@ def run(command: str, *arguments: Any) -> None:
     module = importlib.import_module(f"fairseq_cli.{command.replace('-', '_')}")
     logging.getLogger().setLevel(logging.INFO)  # fairseq's own choice, which pytest overrules
     argv = [f"fairseq-{command}", *map(str, arguments)]
-    with mock.patch.object(sys, "argv", argv):
+    with (
+        mock.patch.object(sys, "argv", argv),
+        mock.patch.object(OverridesParser, "parse_rule", parse_once),
+    ):
         module.cli_main()
 
 
@@ -120,6 +138,8 @@ def train_translation(
 
 def train_arguments(data: Path, save_dir: Path, *arguments: Any, **flags: Any) -> list[str]:
     """Returns the arguments with which fairseq-train trains a tiny model on the CPU."""
+    if flags.get("arch") == "lightrnn_transformer_lm":
+        flags = {**TINY_TRANSFORMER_LM, **flags}
     values = {
         "arch": "lightrnn_lm", "criterion": "two_component_cross_entropy", "optimizer": "adam",
         "lr": 0.01, "embed-dim": 8, "hidden-size": 8, "tokens-per-sample": 12, "batch-size": 8,
@@ -177,3 +197,58 @@ def valid_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     by_epoch = {record["epoch"]: record for record in records if "valid_wps" in record}
     return list(by_epoch.values())
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Returns what a checkpoint file holds."""
+    state: dict[str, Any] = torch.load(path, weights_only=False)
+    return state
+
+
+def coordinates(model: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Returns where words sit in each table of a checkpoint's model: (V, k), by name."""
+    return {name: value for name, value in model.items() if name.endswith(".coordinates")}
+
+
+def table_of(path: Path, shape: tuple[int, ...], side: str = "decoder") -> WordTable:
+    """Returns the table that a checkpoint's model predicts words by, or reads the source's by."""
+    found = coordinates(load(path)["model"])
+    if side == "encoder":
+        return WordTable(found["encoder.embed_tokens.reader.seats.coordinates"].numpy(), shape)
+    # Its name where words are read by it, or by one of their own.
+    shared, own = "reader.seats.coordinates", "head.softmax.table.coordinates"
+    for last in (own, shared):
+        for name, value in found.items():
+            if name.startswith("decoder.") and name.endswith(last):
+                return WordTable(value.numpy(), shape)
+    raise AssertionError(f"{path} has the tables {', '.join(found)}")
+
+
+def assert_same_training(first: Path, second: Path) -> None:
+    """Parameters, buffers (the tables among them) and optimiser state are equal bit for bit."""
+    one, two = load(first), load(second)
+    assert one["model"].keys() == two["model"].keys()
+    for name, value in one["model"].items():
+        # Of fairseq's transformer: a buffer without a value, and copies that are made on loading.
+        if re.search(r"_float_tensor$|layers\.\d+\.(in_proj|out_proj|fc1|fc2)_", name):
+            continue
+        assert torch.equal(value, two["model"][name]), name
+    moments = [state["last_optimizer_state"]["state"] for state in (one, two)]
+    assert moments[0].keys() == moments[1].keys()
+    for index, values in moments[0].items():
+        for name, value in values.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(moments[1][index][name]))
+
+
+def eval_lm(data: Path, path: Any, *flags: Any) -> float:
+    """Returns the loss in bits a word that fairseq-eval-lm computes, unrounded."""
+    results: dict[str, float] = {}
+    original = eval_lm_command.eval_lm
+
+    def spy(*args: Any, **kwargs: Any) -> dict[str, float]:
+        results.update(original(*args, **kwargs))
+        return results
+
+    with mock.patch.object(eval_lm_command, "eval_lm", spy):
+        run("eval-lm", data, *TASK, "--path", path, "--cpu", "--num-workers", 0, *flags)
+    return float(results["loss"])

@@ -15,14 +15,17 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 from fairseq.data import data_utils
+from fairseq.optim import FairseqOptimizer
 from fairseq_run import TASK, read_log, run, train, train_arguments, valid_losses
+
+from fairseq_lightrnn.tasks.lightrnn_language_modeling import LightRNNLanguageModelingTask
 
 CARRY = "--carry-hidden-state"
 KINDS = [
-    {"num_components": 1},
-    {"num_components": 2},
-    {"num_components": 3},
-    {"num_components": 2, "composition": "gated", "num_layers": 2},
+    {"table_shape": "1d"},
+    {"table_shape": "2d"},
+    {"table_shape": "3d"},
+    {"arch": "lightrnn_lm_gated", "num_layers": 2},
 ]
 
 
@@ -41,7 +44,7 @@ def unbroken_loss(path: Path, split: str, lanes: int) -> float:
         lane = text[None, start : start + size + 1]
         with torch.no_grad():
             features = decoder(lane[:, :-1], target_tokens=lane[:, 1:])[0]
-            loss -= decoder.component_log_probs(features, lane[:, 1:]).sum().item()
+            loss -= decoder.words.log_probs(features, lane[:, 1:]).sum().item()
         start += size
     return loss / (len(text) - 1) / math.log(2)
 
@@ -84,6 +87,35 @@ def test_random_blocks_have_the_losses_of_unbroken_lanes(data: Path, tmp_path: P
                if "train_wps" in record}  # fmt: skip
     ends = [0, *(int(updates[epoch]) for epoch in (1, 2, 3))]
     assert len(set(np.diff(ends))) > 1  # epochs differ in their number of blocks
+
+
+@pytest.mark.parametrize("update_freq", [1, 2])
+def test_longer_random_blocks_take_longer_steps(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update_freq: int
+) -> None:
+    """As in arXiv 1708.02182, section 4.1; the mean where several blocks make a step."""
+    rates: list[float] = []
+    lengths: list[int] = []
+
+    def spy(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        rates.append(optimizer.get_lr())
+        return step(optimizer, *args, **kwargs)
+
+    def count(task: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        lengths.append(sample["target"].size(1))
+        return train_step(task, sample, *args, **kwargs)
+
+    step, train_step = FairseqOptimizer.step, LightRNNLanguageModelingTask.train_step
+    monkeypatch.setattr(FairseqOptimizer, "step", spy)
+    monkeypatch.setattr(LightRNNLanguageModelingTask, "train_step", count)
+    records = train(
+        data, tmp_path, CARRY, "--random-block-lengths", optimizer="sgd", lr=0.5, batch_size=5,
+        tokens_per_sample=10, max_epoch=1, update_freq=update_freq,
+    )  # fmt: skip
+    groups = [lengths[i : i + update_freq] for i in range(0, len(lengths), update_freq)]
+    assert len(set(lengths)) > 2
+    assert rates == pytest.approx([0.5 * np.mean(group) / 10 for group in groups])
+    assert {record["train_lr"] for record in records if "train_lr" in record} == {"0.5"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,7 +184,10 @@ def test_reallocation_gathers_statistics_of_carried_states(data: Path, tmp_path:
             ["--random-block-lengths", "--tokens-per-sample", "4"],
             "--tokens-per-sample 4: blocks of --random-block-lengths have at least 5 words",
         ),
-        (["--max-tokens", "100"], "give --batch-size rather than --max-tokens"),
+        (
+            ["--max-tokens", "100"],
+            "--max-tokens has no effect with --carry-hidden-state, which reads --batch-size",
+        ),
     ],
 )
 def test_flags_that_do_not_go_together(
@@ -189,9 +224,10 @@ class TestWorkers:
         )  # fmt: skip
         assert result.returncode == 0, result.stderr[-3000:]
 
+    @pytest.mark.slow
     def test_two_workers_have_the_lanes_of_one(self, data: Path, tmp_path: Path) -> None:
         flags = {"max_epoch": 2, "reallocate_epochs": 1, "save_interval_updates": 7}
-        self.start(data, tmp_path / "one", batch_size=8, **flags)
+        train(data, tmp_path / "one", CARRY, batch_size=8, dropout=0.0, **flags)
         self.start(data, tmp_path / "two", *self.WORKERS, batch_size=4, **flags)
         one, two = (load(tmp_path / name / "checkpoint2.pt")["model"] for name in ("one", "two"))
         for name, value in one.items():
@@ -213,7 +249,7 @@ class TestWorkers:
     def test_two_workers_draw_the_same_blocks_and_average(self, data: Path, tmp_path: Path) -> None:
         flags = {
             "max_epoch": 4, "optimizer": "nt_asgd", "nonmonotone_interval": 0, "lr": 4,
-            "clip_norm": 0.2, "activation_regularisation": 2,
+            "clip_norm": 0.2, "regularise": "awd,weight=0,component=0,activation=2,change=0",
         }  # fmt: skip
         random = "--random-block-lengths"
         self.start(data, tmp_path / "one", random, batch_size=8, **flags)

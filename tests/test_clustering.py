@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from fairseq_lightrnn.allocation import clustering
 from fairseq_lightrnn.allocation.clustering import table_of_vectors, unexplained
-from fairseq_lightrnn.word_table import WordTable, balanced_cells
+from fairseq_lightrnn.core.table import WordTable, balanced_cells
 
 
 def clusters(seed: int, members: int = 15) -> np.ndarray:
@@ -18,6 +18,11 @@ def clusters(seed: int, members: int = 15) -> np.ndarray:
     random = np.random.default_rng(seed)
     corners = random.normal(size=(8, 6))
     return np.repeat(corners, members, axis=0) + 0.05 * random.normal(size=(8 * members, 6))
+
+
+def together_or_apart(patch: pytest.MonkeyPatch, joint: bool) -> None:
+    """Lets coordinates be chosen again by what all others do not explain, or not."""
+    patch.setattr(clustering, "_JOINT_ROUNDS", 16 if joint else 0)
 
 
 def spread(vectors: np.ndarray, rows: np.ndarray) -> float:
@@ -29,6 +34,7 @@ def spread(vectors: np.ndarray, rows: np.ndarray) -> float:
 @pytest.mark.parametrize("sampled", [False, True])
 def test_rounds_go_on_until_rows_settle(monkeypatch, sampled):
     """Rows about words drawn at random are far wider."""
+    together_or_apart(monkeypatch, False)
     if sampled:  # rounds of the heaviest 64 words, all words in the end
         monkeypatch.setattr(clustering, "_ROUND_ENTRIES", 64)
 
@@ -37,7 +43,7 @@ def test_rounds_go_on_until_rows_settle(monkeypatch, sampled):
         found = []
         for seed in range(12):
             vectors, weights = clusters(seed), np.random.default_rng(seed).uniform(1, 2, 120)
-            table = table_of_vectors(vectors, weights, shape=(8, 15), seed=seed, joint=False)
+            table = table_of_vectors(vectors, weights, shape=(8, 15), seed=seed)
             rows = table.coordinates[:, 0]
             assert np.bincount(rows).tolist() == [15] * 8
             found.append(spread(vectors, rows))
@@ -50,20 +56,21 @@ def test_rounds_go_on_until_rows_settle(monkeypatch, sampled):
 
 
 @pytest.mark.parametrize("joint", [False, True])
-def test_columns_are_chosen_by_vectors_of_their_own(joint: bool):
+def test_columns_are_chosen_by_vectors_of_their_own(monkeypatch, joint: bool):
     """Six classes follow each other; who follows three words later makes six groups in each."""
+    together_or_apart(monkeypatch, joint)
     random = np.random.default_rng(0)
     classes = np.repeat(np.eye(6), 6, axis=0) + 0.01 * random.normal(size=(36, 6))
     groups = np.tile(np.eye(6), (6, 1)) + 0.01 * random.normal(size=(36, 6))
     # A row's mean is not told from a column by vectors that have both: it is taken off.
     mixed = groups + 10 * classes
     for columns in (groups, mixed):
-        table = table_of_vectors(classes, np.ones(36), columns, shape=(6, 6), joint=joint)
+        table = table_of_vectors(classes, np.ones(36), columns, shape=(6, 6))
         by_class, by_group = table.coordinates.T
         for number in range(6):
             assert len(set(by_class[6 * number : 6 * number + 6])) == 1
             assert len(set(by_group[number::6])) == 1
-    alone = table_of_vectors(classes, np.ones(36), shape=(6, 6), joint=joint).coordinates[:, 1]
+    alone = table_of_vectors(classes, np.ones(36), shape=(6, 6)).coordinates[:, 1]
     assert any(len(set(alone[number::6])) > 1 for number in range(6))
 
 
@@ -92,15 +99,18 @@ def weighted_squares(vectors: np.ndarray, weights: np.ndarray) -> float:
 SHAPES = [(12, 10), (6, 20), (5, 4, 6), (120, 1), (1, 120)]
 
 
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(SHAPES), st.integers(0, 5))
 def test_coordinates_that_settle_together_are_no_farther(seed: int, shape, empty: int):
     random = np.random.default_rng(seed)
     num_words = int(np.prod(shape)) - min(empty, min(shape) - 1)
     vectors, weights = random.normal(size=(num_words, 4)), random.uniform(0.1, 9, num_words)
-    apart, together = (
-        table_of_vectors(vectors, weights, shape=shape, seed=seed, joint=joint)
-        for joint in (False, True)
-    )
+    tables = []
+    for joint in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            together_or_apart(patch, joint)
+            tables.append(table_of_vectors(vectors, weights, shape=shape, seed=seed))
+    apart, together = tables
     assert sorted(together.cells) == balanced_cells(num_words, shape).tolist()
     # Which is nearer is told from centroids that approach the least squares.
     assert distance(together, vectors, weights) <= 1.02 * distance(apart, vectors, weights)
@@ -126,7 +136,7 @@ def test_no_exchange_within_a_row_is_left(monkeypatch, shape: tuple[int, ...]):
     assert saved <= 0.02 * distance(table, vectors, weights)
 
 
-def test_words_settle_where_both_of_their_vectors_are_nearer():
+def test_words_settle_where_both_of_their_vectors_are_nearer(monkeypatch):
     """Rows chosen by one kind of vectors alone leave something to gain for both."""
     apart, together = [], []
     for seed in range(8):
@@ -134,9 +144,8 @@ def test_words_settle_where_both_of_their_vectors_are_nearer():
         vectors, columns = random.normal(size=(2, 120, 4))
         weights = random.pareto(1.5, 120) + 0.1
         for joint, found in ((False, apart), (True, together)):
-            table = table_of_vectors(
-                vectors, weights, columns, shape=(12, 10), seed=seed, joint=joint
-            )
+            together_or_apart(monkeypatch, joint)
+            table = table_of_vectors(vectors, weights, columns, shape=(12, 10), seed=seed)
             found.append(distance(table, np.hstack([vectors, columns]), weights))
     assert all(near < far for near, far in zip(together, apart, strict=True))
     assert sum(together) < 0.95 * sum(apart)

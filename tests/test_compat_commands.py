@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fairseq import checkpoint_utils
+from fairseq_run import run
 
 import fairseq_compat
 
@@ -100,7 +101,7 @@ def splits(folder: Path, end: str = "") -> list[Any]:
 @pytest.fixture(scope="module")
 def monolingual(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = tmp_path_factory.mktemp("monolingual")
-    fairseq("preprocess", "--only-source", *splits(text, ".a"), "--destdir", data, "--workers", 2)
+    run("preprocess", "--only-source", *splits(text, ".a"), "--destdir", data)
     return data
 
 
@@ -172,7 +173,11 @@ def test_two_workers_resume(monolingual: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_language_model_commands(monolingual: Path, tmp_path: Path) -> None:
+def test_language_model_commands(text: Path, monolingual: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    fairseq("preprocess", "--only-source", *splits(text, ".a"), "--destdir", data, "--workers", 2)
+    for name in ("dict.txt", "train.bin", "train.idx", "valid.bin", "test.bin"):
+        assert (data / name).read_bytes() == (monolingual / name).read_bytes()
     fairseq("train", monolingual, *LSTM, *TRAINING, "--max-epoch", 1, "--save-dir", tmp_path)
     checkpoint = ["--path", tmp_path / "checkpoint_best.pt", "--cpu"]
     assert "Perplexity" in fairseq("eval-lm", monolingual, *checkpoint, "--gen-subset", "test")

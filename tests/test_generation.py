@@ -16,8 +16,9 @@ from fairseq_run import TASK, run, train, write_text
 from scipy.stats import chisquare
 from torch import Tensor
 
-from fairseq_lightrnn.distribution import next_word_log_probs
+from fairseq_lightrnn.core.distribution import next_word_log_probs
 from fairseq_lightrnn.language_model import LanguageModel
+from fairseq_lightrnn.models.lightrnn_transformer import TransformerText
 
 
 class Trained(NamedTuple):
@@ -27,14 +28,16 @@ class Trained(NamedTuple):
     task: Any
 
 
-@pytest.fixture(scope="module", params=["recurrent", "gated"])
+@pytest.fixture(
+    scope="module", params=["lightrnn_lm", "lightrnn_lm_gated", "lightrnn_transformer_lm"]
+)
 def trained(
     request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Trained:
     folder = tmp_path_factory.mktemp("trained")
     train(
-        data, folder, max_epoch=2, lr=0.05, sample_break_mode="eos", composition=request.param,
-        initial_table="random", num_components=2, table_shape="6x9",
+        data, folder, max_epoch=2, lr=0.05, sample_break_mode="eos", arch=request.param,
+        initial_table="random", table_shape="6x9",
     )  # fmt: skip
     paths = [str(folder / f"checkpoint{epoch}.pt") for epoch in (1, 2)]
     models, _, task = checkpoint_utils.load_model_ensemble_and_task(paths)
@@ -80,8 +83,9 @@ def slow_log_probs(models: list[Any], past: list[int], temperature: float) -> Te
     every = []
     for model in models:
         decoder = model.decoder
-        context = decoder.composition.read(decoder.table(torch.tensor([past])))
-        log_probs = next_word_log_probs(decoder.composition, decoder.softmax, context)[0]
+        decoder = decoder.core if hasattr(decoder, "core") else TransformerText(decoder)
+        context = decoder.read(torch.tensor([past]))
+        log_probs = next_word_log_probs(decoder.head, context)[0]
         every.append(torch.log_softmax(log_probs / temperature, 0))
     return torch.logsumexp(torch.stack(every), 0) - math.log(len(models))
 

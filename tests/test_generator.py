@@ -10,9 +10,9 @@ from fairseq.search import DiverseBeamSearch, DiverseSiblingsSearch
 from fairseq.sequence_generator import SequenceGenerator
 from tiny_translation import DECODERS, batch, build
 
-from fairseq_lightrnn.models import _seated
-from fairseq_lightrnn.models._seated import WANTED, Wanted
-from fairseq_lightrnn.tasks._generator import TopWordsGenerator
+from fairseq_lightrnn.models import word_head
+from fairseq_lightrnn.models.word_head import WANTED, Wanted
+from fairseq_lightrnn.tasks.generator import TopWordsGenerator
 
 EOS, PAD, UNK = 2, 1, 3
 TABLES = [(30, (5, 6)), (46, (7, 7)), (58, (3, 4, 5))]
@@ -39,7 +39,7 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.whole = self.few = 0
-        whole, few = _seated.next_word_log_probs, _seated.top_words
+        whole, few = word_head.next_word_log_probs, word_head.top_words
 
         def count_whole(*args: Any) -> Any:
             self.whole += 1
@@ -49,14 +49,14 @@ class Calls:
             self.few += 1
             return few(*args)
 
-        monkeypatch.setattr(_seated, "next_word_log_probs", count_whole)
-        monkeypatch.setattr(_seated, "top_words", count_few)
+        monkeypatch.setattr(word_head, "next_word_log_probs", count_whole)
+        monkeypatch.setattr(word_head, "top_words", count_few)
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Tables are so small that a search may look at all of their rows."""
-    monkeypatch.setattr(_seated, "_SEARCHED_SHARE", 2.0)
+    monkeypatch.setattr(word_head, "_SEARCHED_SHARE", 2.0)
     return Calls(monkeypatch)
 
 
@@ -130,8 +130,9 @@ def test_given_words_may_be_any(decoder: str, words: int, shape: Any, calls: Cal
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_texts_that_end_early_leave_the_batch(decoder: str, calls: Calls) -> None:
     model = build(decoder, 46, (7, 7))
-    for component, value in enumerate(model.decoder.table(torch.tensor(EOS)).tolist()):
-        model.decoder.softmax.vectors(component)[1][value] += 30
+    words = model.decoder.words
+    for component, value in enumerate(words.table(torch.tensor(EOS)).tolist()):
+        words.head.softmax.component(component)[1][value] += 30
     expected = translate(SequenceGenerator, [model], max_len_b=12)
     assert_same(translate(TopWordsGenerator, [model], max_len_b=12), expected)
     assert 0 < calls.few < 13
@@ -184,7 +185,7 @@ def test_half_precision(decoder: str, calls: Calls) -> None:
 def test_what_is_wanted_is_exact(
     decoder: str, words: int, shape: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_seated, "_SEARCHED_SHARE", 2.0)
+    monkeypatch.setattr(word_head, "_SEARCHED_SHARE", 2.0)
     model, past = build(decoder, words, shape), torch.tensor([[EOS, 9], [EOS, 4], [EOS, 21]])
     encoded = model.encoder.forward_torchscript(batch(3))
     every = model.get_normalized_probs(model.decoder(past, encoder_out=encoded), True)[:, 0]

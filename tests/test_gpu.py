@@ -27,25 +27,19 @@ from fairseq_lightrnn.commands.score import main as score
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 DEVICES = ("cpu", "cuda")
-EXTRAS = {
-    "word_bias": "", "input_residual_dim": 3, "output_residual_dim": 5, "output_ffn_dim": 16,
-    "further_tables": 2,
-}  # fmt: skip
+EXTRAS = {"word_dim": 6, "output_ffn_dim": 16, "further_tables": 2}
 GATED = {"arch": "lightrnn_lm_gated", **EXTRAS}
 MODELS: dict[str, dict[str, Any]] = {
     "recurrent": {},
-    "three components": {"num_components": 3, "reallocation_objective": "joint"},
-    "one component": {"num_components": 1},
-    "gated": GATED,
+    "three components": {"table_shape": "3d", "reallocation_objective": "joint"},
+    "one component": {"table_shape": "1d"},
+    "gated": {**GATED, "component_vectors": "separate"},
+    "gated, as recommended": {"arch": "lightrnn_lm_gated"},
     "gated, joint": {**GATED, "reallocation_objective": "joint"},
-    "gated, words moved where they are predicted": {
-        **GATED, "keep_input_table": "", "reallocation_regather": "",
-    },
-    "gated, one set of vectors": {
-        **GATED, "input_residual_dim": 5, "share_residuals": "", "share_component_vectors": "",
-    },
-    "gated, frequent words": {**GATED, "output_ffn_dim": 0, "frequent_words": 6},
-}  # fmt: skip
+    "gated, words moved where they are predicted": {**GATED, "keep_input_table": ""},
+    "gated, one set of vectors": {**GATED, "component_vectors": "shared"},
+    "transformer": {"arch": "lightrnn_transformer_lm", **EXTRAS},
+}
 TRANSLATORS: dict[str, dict[str, Any]] = {
     "recurrent": {"arch": "lightrnn_translation"},
     "gated": {"arch": "lightrnn_translation_gated", **EXTRAS},
@@ -78,7 +72,7 @@ def train(data: Path, folder: Path, device: str, *arguments: Any, **flags: Any) 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_language_models_learn_the_same(data: Path, tmp_path: Path, name: str) -> None:
-    carried = "" if name != "three components" else None
+    carried = "" if name not in ("three components", "transformer") else None
     moved = None if name == "one component" else 1
     losses = [
         train(
@@ -100,10 +94,9 @@ def test_language_models_learn_the_same(data: Path, tmp_path: Path, name: str) -
 
 def test_every_regulariser_trains_and_resumes(data: Path, tmp_path: Path) -> None:
     flags = {
-        **GATED, "carry_hidden_state": "", "dropout": 0.2, "weight_dropout": 0.2, "num_layers": 2,
-        "locked_dropout": "", "component_dropout": 0.1, "activation_regularisation": 1,
-        "temporal_activation_regularisation": 1, "optimizer": "nt_asgd",
-        "lr": 1, "nonmonotone_interval": 1, "random_block_lengths": "",
+        **GATED, "carry_hidden_state": "", "dropout": 0.2, "num_layers": 2,
+        "regularise": "awd,weight=0.2,activation=1", "optimizer": "nt_asgd", "lr": 1,
+        "nonmonotone_interval": 1, "random_block_lengths": "",
     }  # fmt: skip
     whole = train(data, tmp_path / "whole", "cuda", **flags)
     train(data, tmp_path / "parts", "cuda", **{**flags, "max_epoch": 2})

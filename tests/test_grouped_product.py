@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_lightrnn.grouped_product import grouped_product
+from fairseq_lightrnn.core.grouped_product import grouped_product
 
 
 def one_by_one(queries, groups, members, vectors):

@@ -11,8 +11,12 @@ from fairseq_lightrnn.allocation.cooccurrence import (
     positive_information,
     word_vectors,
 )
-from fairseq_lightrnn.allocation.initial_table import cooccurrence_vectors, initial_table
-from fairseq_lightrnn.word_table import balanced_cells
+from fairseq_lightrnn.allocation.initial_table import (
+    TableMaker,
+    cooccurrence_vectors,
+    initial_table,
+)
+from fairseq_lightrnn.core.table import balanced_cells
 
 SHAPES = [(20, (5, 4)), (18, (5, 4)), (12, (12,)), (23, (3, 3, 3)), (7, (1, 7)), (7, (7, 1))]
 
@@ -71,19 +75,18 @@ def test_neighbour_counts_by_hand():
     assert occurrences.tolist() == [2, 3, 1, 0]
 
 
-@pytest.mark.parametrize("sides", ["both", "left", "right"])
-def test_far_neighbours_count_less_and_sides_can_be_left_out(sides: str):
+def test_far_neighbours_count_less():
     """Against a loop over all pairs of words."""
     text, others = np.random.default_rng(3).integers(4, size=(2, 30))
     expected = np.zeros((4, 8))
     for piece in (text, others):
         for here, word in enumerate(piece):
             for distance in (1, 2, 3):
-                if here + distance < len(piece) and sides != "left":
+                if here + distance < len(piece):
                     expected[word, piece[here + distance]] += 1 / distance
-                if here >= distance and sides != "right":
+                if here >= distance:
                     expected[word, 4 + piece[here - distance]] += 1 / distance
-    counts, _ = neighbour_counts([text, others], 4, 4, window=3, sides=sides)
+    counts, _ = neighbour_counts([text, others], 4, 4, window=3)
     assert counts.toarray() == pytest.approx(expected)
 
 
@@ -111,8 +114,8 @@ def test_what_a_cooccurrence_table_counts_makes_a_difference():
     tables = [
         initial_table("cooccurrence", 36, (6, 6), tokens=text, how=how)
         for how in (
-            CoOccurrence(), CoOccurrence(window=4, column_window=None), CoOccurrence(sides="right"),
-            CoOccurrence(column_window=None), CoOccurrence(singular_power=0),
+            CoOccurrence(), CoOccurrence(window=4, column_window=4), CoOccurrence(column_window=1),
+            CoOccurrence(weight_power=0), CoOccurrence(dim=3),
         )
     ]  # fmt: skip
     assert tables[0] == initial_table("cooccurrence", 36, (6, 6), tokens=text)
@@ -121,7 +124,7 @@ def test_what_a_cooccurrence_table_counts_makes_a_difference():
 
 def test_the_same_window_makes_the_same_vectors():
     text = [grammar(6, 6, 3000, 0)]
-    for how in (CoOccurrence(column_window=None), CoOccurrence(window=3, column_window=3)):
+    for how in (CoOccurrence(column_window=1), CoOccurrence(window=3, column_window=3)):
         words = cooccurrence_vectors(text, 36, how)
         assert words.columns is words.vectors
     far = cooccurrence_vectors(iter(text), 36, CoOccurrence(column_window=3))
@@ -134,9 +137,7 @@ def test_the_same_window_makes_the_same_vectors():
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"column_window": 0}, "column_window must be at least 1, got 0"),
         ({"dim": 0}, "dim must be at least 1, got 0"),
-        ({"singular_power": -1}, "singular_power must not be negative, got -1"),
         ({"num_contexts": -1}, "num_contexts must be at least 1, got -1"),
-        ({"sides": "up"}, "sides must be one of both, left, right, got 'up'"),
         ({"weight_power": -0.5}, "weight_power must not be negative, got -0.5"),
         ({"weight_power": float("nan")}, "weight_power must not be negative, got nan"),
     ],
@@ -167,10 +168,8 @@ def test_vectors_of_a_small_matrix_are_its_singular_vectors():
     information = positive_information(counts)
     assert (information.data > 0).all()
     left, values, _ = np.linalg.svd(information.toarray())
-    for power in (0.5, 1.0):
-        vectors = word_vectors(information, 4, seed=0, power=power)
-        expected = left[:, :4] * values[:4] ** power
-        assert np.abs(vectors) == pytest.approx(np.abs(expected), abs=1e-8)
+    vectors = word_vectors(information, 4, seed=0)
+    assert np.abs(vectors) == pytest.approx(np.abs(left[:, :4] * values[:4]), abs=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -190,3 +189,23 @@ def test_vectors_of_a_small_matrix_are_its_singular_vectors():
 def test_what_is_missing_or_wrong_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         initial_table(**{"num_words": 6, "shape": (2, 3), **arguments})
+
+
+def test_a_maker_reads_its_text_once_and_only_if_needed():
+    read = []
+
+    def text() -> list[np.ndarray]:
+        read.append(1)
+        return [grammar(6, 6, 3000, 0)]
+
+    maker = TableMaker(36, np.arange(36), text, 5)
+    for kind in ("random", "frequency"):
+        expected = initial_table(kind, 36, (6, 6), seed=5, counts=np.arange(36))
+        assert maker.make(kind, (6, 6)) == expected
+    assert not read
+    first = maker.make("cooccurrence", (6, 6))
+    assert first == initial_table("cooccurrence", 36, (6, 6), seed=5, tokens=text())
+    read.clear()
+    further = [maker.make("cooccurrence", (6, 6), [first]), maker.make("random", (6, 6), [first])]
+    assert first not in further and maker.make("random", (6, 6)) not in further
+    assert not read

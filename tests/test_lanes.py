@@ -63,7 +63,7 @@ def test_blocks_are_exact() -> None:
 
 
 def test_a_single_lane_is_one_workers_in_batches_of_as_many_words() -> None:
-    data = dataset(47, 4, 5, workers=2).single_lane()
+    data = dataset(47, 4, 5, workers=2).in_one_pass()
     assert [data.num_tokens(index) for index in range(len(data))] == [20, 0, 20, 0, 7, 0]
     assert data[1] == {}
     assert data.collater([]) == {}
@@ -78,6 +78,24 @@ def test_the_iterator_keeps_the_order_and_deals_whole_lanes() -> None:
             assert [batch["net_input"]["carried"]["block"] for batch in batches] == [0, 1, 2, 3]
             first = batches[0]["target"][0, 0].item()
             assert first == 10 + 20 * worker
+
+
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(1, 5), st.booleans())
+def test_all_workers_have_as_many_batches(
+    words: int, lanes: int, workers: int, one_pass: bool
+) -> None:
+    """Even of fewer words than lanes; each has all its lanes in every batch of training."""
+    data = dataset(words, lanes, 2, workers)
+    data = data.in_one_pass() if one_pass else data
+    batches = [
+        list(LaneIterator(data, num_shards=workers, shard_id=worker, seed=1).next_epoch_itr())
+        for worker in range(workers)
+    ]
+    assert {len(mine) for mine in batches} == {data.blocks}
+    for block in zip(*batches, strict=True):
+        carried = [batch["net_input"]["carried"]["block"] for batch in block if batch]
+        assert len(set(carried)) == 1 and len(carried) == (1 if one_pass else workers)
+        assert {batch["nsentences"] for batch in block if batch} == {data.lanes}
 
 
 def test_the_dummy_batch_carries_nothing() -> None:
@@ -127,6 +145,6 @@ def test_random_blocks_follow_seed_and_epoch_and_are_those_of_all_workers() -> N
 
 
 def test_evaluation_has_no_random_blocks() -> None:
-    data = dataset(300, 4, 20, random_lengths=True).single_lane()
+    data = dataset(300, 4, 20, random_lengths=True).in_one_pass()
     assert data.of_epoch(1, 1) is data
     assert np.diff(data.bounds).tolist() == [80, 80, 80, 60]

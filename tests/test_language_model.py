@@ -1,31 +1,40 @@
-"""The Python interface, on a small trained model of each composition."""
+"""The Python interface, on a small trained model of each kind."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fairseq_run import train
+from fairseq_run import TINY_TRANSFORMER, train
 from scipy.stats import chisquare
 
+from fairseq_lightrnn.core.table import WordTable, balanced_cells
 from fairseq_lightrnn.language_model import LanguageModel
-from fairseq_lightrnn.models.lightrnn_lm import LightRNNLanguageModel
+
+KINDS = {
+    "lightrnn_lm": {},
+    "lightrnn_lm_gated": {"word_dim": 3},
+    "lightrnn_transformer_lm": {
+        name: value for name, value in TINY_TRANSFORMER.items() if not name.startswith("encoder")
+    },
+}
 
 
-@pytest.fixture(scope="module", params=["recurrent", "gated"])
+@pytest.fixture(scope="module", params=KINDS)
 def folder(
     request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     save_dir = tmp_path_factory.mktemp("trained")
-    extras = {}
-    if request.param == "gated":
-        extras = {"input_residual_dim": 2, "output_residual_dim": 2}
-    train(data, save_dir, max_epoch=2, sample_break_mode="eos", composition=request.param, **extras)
+    train(
+        data, save_dir, max_epoch=2, sample_break_mode="eos", arch=request.param,
+        **{"tokens_per_sample": 600, **KINDS[request.param]},
+    )  # fmt: skip
     return save_dir
 
 
@@ -37,7 +46,7 @@ def model(folder: Path) -> LanguageModel:
 def test_five_lines_from_checkpoint_to_answer(
     folder: Path, model: LanguageModel, data: Path
 ) -> None:
-    same = LightRNNLanguageModel.from_pretrained(folder, data=data)
+    same = LanguageModel.from_pretrained(folder, data=data)
     assert same.score("w1 w8").perplexity == model.score("w1 w8").perplexity
     assert same.next_words("w1", 3) == model.next_words("w1", 3)
     assert same.sample("w1", seed=1) == model.sample("w1", seed=1)
@@ -73,6 +82,10 @@ def test_several_sentences_and_carried_state(model: LanguageModel) -> None:
     single = [model.score(sentence) for sentence in sentences]
     for one, two in zip(apart, single, strict=True):
         np.testing.assert_allclose(one.log_probs, two.log_probs, atol=1e-5)
+    if not model.decoder.carries_state:
+        with pytest.raises(ValueError, match="carries no hidden state"):
+            model.score(sentences, carry_hidden_state=True)
+        return
     carried = model.score(sentences, carry_hidden_state=True)
     assert carried[0].log_prob == pytest.approx(apart[0].log_prob, abs=1e-5)
     assert carried[2].log_prob != pytest.approx(apart[2].log_prob, abs=1e-5)
@@ -123,13 +136,18 @@ def test_long_prompts_are_read_in_parts(
     assert [p for _, p in parts] == pytest.approx([p for _, p in whole], abs=1e-6)
 
 
-def test_words_of_a_row_share_half_of_their_embedding(model: LanguageModel) -> None:
+def test_embeddings(model: LanguageModel) -> None:
+    """What words are read by, of which the words of a row share a part."""
     table = model.table.table()
     words = [w for w in np.flatnonzero(table.coordinates[:, 0] == 2) if w > 3][:2]
+    parts = model.decoder.reader(torch.tensor(np.array(words)))
+    assert torch.equal(parts[0, 0], parts[1, 0])
+    assert not torch.equal(parts[0, 1], parts[1, 1])
     one, two = (model.embedding(model.dictionary[word]) for word in words)
-    half = len(one) // 2
-    assert torch.equal(one[:half], two[:half])
-    assert not torch.equal(one[half:], two[half:])
+    assert torch.allclose(torch.stack([one, two]), parts.sum(1), atol=1e-6)
+    distances = model.distances(model.dictionary[words[0]])
+    assert distances.shape == (len(model.dictionary),)
+    assert distances[words[1]] == pytest.approx(float((one - two).norm()), abs=1e-6)
     with pytest.raises(ValueError, match="'unheard-of' is not in the dictionary"):
         model.embedding("unheard-of")
 
@@ -138,3 +156,100 @@ def test_words_of_a_row_share_half_of_their_embedding(model: LanguageModel) -> N
 def test_impossible_samples(model: LanguageModel, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
         model.sample(**options)
+
+
+class TestWords:
+    """A checkpoint alone will do, with the words of the table file beside it."""
+
+    @pytest.fixture
+    def moved(self, folder: Path, data: Path, tmp_path: Path) -> Iterator[Path]:
+        """The files of a training whose data are gone."""
+        for name in ("checkpoint_best.pt", "word_table.txt"):
+            (tmp_path / name).write_bytes((folder / name).read_bytes())
+        hidden = data.with_name("hidden")
+        data.rename(hidden)
+        yield tmp_path
+        hidden.rename(data)
+
+    def test_of_a_table_file(self, model: LanguageModel, moved: Path) -> None:
+        found = LanguageModel.from_pretrained(moved)
+        assert found.dictionary.symbols == model.dictionary.symbols
+        assert found.dictionary.indices == model.dictionary.indices
+        assert found.score("w1 w8").log_prob == model.score("w1 w8").log_prob
+        assert found.vocabulary_digest() == model.vocabulary_digest()
+
+    def test_of_the_table_of_another_round(self, model: LanguageModel, moved: Path) -> None:
+        """The newest table is another one, the model's own lies under the number of its epoch."""
+        symbols, old = model.dictionary.symbols, model.table.table()
+        (moved / "word_table.txt").rename(moved / "word_table.epoch0.txt")
+        other = WordTable.from_cells(balanced_cells(len(symbols), old.shape), old.shape)
+        other.save(moved / "word_table.txt", symbols[::-1])
+        assert LanguageModel.from_pretrained(moved).dictionary.symbols == symbols
+
+    @pytest.mark.parametrize("kind", ["other cells", "other count", "no table", "none"])
+    def test_of_another_model(self, model: LanguageModel, moved: Path, kind: str) -> None:
+        symbols, file = model.dictionary.symbols, moved / "word_table.txt"
+        if kind == "other cells":
+            cells = model.table.table().cells[::-1].copy()
+            WordTable.from_cells(cells, model.table.shape).save(file, symbols)
+        elif kind == "other count":
+            WordTable.from_cells(np.arange(9), (3, 3)).save(file, symbols[:9])
+        elif kind == "no table":
+            file.write_text("nothing\n")
+        else:
+            file.unlink()
+        with pytest.raises(ValueError, match="no word table file of the model lies beside"):
+            LanguageModel.from_pretrained(moved)
+
+
+def test_what_training_did_is_known(data: Path, tmp_path: Path) -> None:
+    assert not LanguageModel.from_pretrained(_carrying(data, tmp_path / "1")).carried_hidden_state
+    folder = _carrying(data, tmp_path / "2", "--carry-hidden-state")
+    assert LanguageModel.from_pretrained(folder).carried_hidden_state
+
+
+def _carrying(data: Path, folder: Path, *flags: str) -> Path:
+    train(data, folder, *flags, max_epoch=1, initial_table="random")
+    return folder
+
+
+class TestDamagedCheckpoints:
+    """Each ends in a ValueError of one sentence that names the file."""
+
+    def refused(self, path: Path, data: Path) -> None:
+        with pytest.raises(ValueError) as caught:
+            LanguageModel.from_pretrained(path, data)
+        assert type(caught.value) is ValueError
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    def test_cut_short(self, folder: Path, data: Path, tmp_path: Path) -> None:
+        whole = (folder / "checkpoint_last.pt").read_bytes()
+        for length in (0, 1, 100, 1000, len(whole) // 2, len(whole) - 100, len(whole) - 1):
+            (tmp_path / "cut.pt").write_bytes(whole[:length])
+            self.refused(tmp_path / "cut.pt", data)
+
+    @pytest.mark.parametrize("other", [None, [1], {}, {"model": {}}, torch.zeros(2)])
+    def test_something_else(self, other: Any, data: Path, tmp_path: Path) -> None:
+        torch.save(other, tmp_path / "other.pt")
+        self.refused(tmp_path / "other.pt", data)
+
+    def test_other_flags_and_values(self, folder: Path, data: Path, tmp_path: Path) -> None:
+        path = tmp_path / "changed.pt"
+        for change in (
+            lambda state: state.update(cfg=None, args=None),
+            lambda state: state["cfg"].update(task=None),
+            lambda state: state["cfg"].update(model=None),
+            lambda state: state["cfg"]["model"].update(dropout="x"),
+            lambda state: state["cfg"]["model"].update(table_shape="2x2"),
+            lambda state: state["model"].update(
+                (name, value * 0) for name, value in state["model"].items()
+                if name.endswith(".coordinates")
+            ),
+            lambda state: state["model"].update((name, "x") for name in state["model"]),
+            lambda state: state["model"].popitem(),
+        ):  # fmt: skip
+            state = torch.load(folder / "checkpoint_last.pt", weights_only=False)
+            change(state)
+            torch.save(state, path)
+            self.refused(path, data)

@@ -17,10 +17,15 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq_run import (
     TASK,
+    assert_same_training,
+    coordinates,
+    eval_lm,
+    load,
     preprocess,
     read_log,
     run,
     symbols,
+    table_of,
     train,
     train_arguments,
     valid_losses,
@@ -28,9 +33,11 @@ from fairseq_run import (
     write_text,
 )
 
-from fairseq_lightrnn.allocation import reallocate
-from fairseq_lightrnn.tasks._statistics import gather_statistics
-from fairseq_lightrnn.word_table import WordTable
+from fairseq_lightrnn.core.table import WordTable
+
+PREDICTED = "decoder.core.head.softmax.table.coordinates"
+READ = "decoder.core.reader.seats.coordinates"
+SHAPES = [("1d", (48,)), ("2d", (7, 7)), ("3d", (4, 4, 3)), ("6x9", (6, 9)), ("4x4x3", (4, 4, 3))]
 
 
 @pytest.fixture(scope="module")
@@ -39,43 +46,6 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_dir = tmp_path_factory.mktemp("trained")
     train(data, save_dir, reallocate_epochs=1, save_interval_updates=4)
     return save_dir
-
-
-def load(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=False)
-
-
-def table_of(state: dict[str, Any], shape: tuple[int, ...]) -> WordTable:
-    return WordTable(state["model"]["decoder.table.coordinates"].numpy(), shape)
-
-
-def assert_same_training(first: Path, second: Path) -> None:
-    """Parameters, buffers (the table among them) and optimiser state are equal bit for bit."""
-    one, two = load(first), load(second)
-    assert one["model"].keys() == two["model"].keys()
-    for name, value in one["model"].items():
-        assert torch.equal(value, two["model"][name]), name
-    moments = [state["last_optimizer_state"]["state"] for state in (one, two)]
-    for index, values in moments[0].items():
-        for name, value in values.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(moments[1][index][name]))
-
-
-def eval_lm(caplog: pytest.LogCaptureFixture, data: Path, path: Path, *flags: Any) -> float:
-    """Returns the loss in bits a word that fairseq-eval-lm computes, unrounded."""
-    import fairseq_cli.eval_lm as command
-
-    results = {}
-    original = command.eval_lm
-
-    def spy(*args: Any, **kwargs: Any) -> dict[str, float]:
-        results.update(original(*args, **kwargs))
-        return results
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "eval_lm", spy)
-        run("eval-lm", data, *TASK, "--path", path, "--cpu", "--num-workers", 0, *flags)
-    return float(results["loss"])
 
 
 class TestTraining:
@@ -114,18 +84,18 @@ class TestTraining:
         assert record["cost_before"] == pytest.approx(row_loss, abs=1e-4)
 
     def test_checkpoints_and_files_hold_the_table(self, data: Path, trained: Path) -> None:
-        names = [name for name in load(trained / "checkpoint1.pt")["model"] if "table" in name]
-        assert names == ["decoder.table.coordinates"]
         first, last = load(trained / "checkpoint1.pt"), load(trained / "checkpoint_last.pt")
-        before, after = table_of(first, (7, 7)), table_of(last, (7, 7))
+        assert list(coordinates(first["model"])) == [READ]
+        before = table_of(trained / "checkpoint1.pt", (7, 7))
+        after = table_of(trained / "checkpoint_last.pt", (7, 7))
         assert before != after
         words = symbols(data)
         assert WordTable.load(trained / "word_table.epoch0.txt", words) == before
         assert WordTable.load(trained / "word_table.epoch1.txt", words) == after
         assert WordTable.load(trained / "word_table.txt", words) == after
-        assert first["model"]["decoder.reallocation_round"] == 0
-        assert last["model"]["decoder.reallocation_round"] == 1
-        assert last["model"]["decoder.reallocation_epoch"] == 1
+        assert first["model"]["decoder.reallocations.round"] == 0
+        assert last["model"]["decoder.reallocations.round"] == 1
+        assert last["model"]["decoder.reallocations.epoch"] == 1
 
     def test_statistics_of_part_of_the_words(
         self, data: Path, trained: Path, tmp_path: Path
@@ -145,29 +115,9 @@ class TestTraining:
             data, tmp_path, max_epoch=2, reallocate_epochs=1, reallocation_memory=memory,
             restore_file=trained / "checkpoint1.pt",
         )  # fmt: skip
-        one, other = (load(folder / "checkpoint2.pt") for folder in (tmp_path, trained))
-        assert table_of(one, (7, 7)) == table_of(other, (7, 7))
+        one, other = (table_of(folder / "checkpoint2.pt", (7, 7)) for folder in (tmp_path, trained))
+        assert one == other
         assert not list(tmp_path.glob("statistics.*"))
-
-    def test_a_row_weight_is_part_of_the_cost(self, data: Path, tmp_path: Path) -> None:
-        train(
-            data, tmp_path, max_epoch=2, reallocate_epochs=1, reallocation_objective="joint",
-            reallocation_row_weight=3.0,
-        )  # fmt: skip
-        record = json.loads((tmp_path / "reallocations.jsonl").read_text())
-        # About 1.9 nats of rows, thrice, and of columns: perplexities of 7 each.
-        assert 6.5 < record["cost_after"] < record["cost_before"] < 8.5
-
-    def test_a_margin_keeps_words_where_they_are(
-        self, data: Path, trained: Path, tmp_path: Path
-    ) -> None:
-        flags = {"max_epoch": 2, "reallocate_epochs": 1, "initial_table": "random"}
-        moved = []
-        for margin in (0.0, 0.1, 100.0):
-            folder = tmp_path / str(margin)
-            train(data, folder, reallocation_margin=margin, **flags)
-            moved.append(json.loads((folder / "reallocations.jsonl").read_text())["moved"])
-        assert moved[0] > moved[1] > moved[2] == 0
 
     def test_a_kept_input_table_makes_predicted_losses_true(self, tmp_path: Path) -> None:
         """Nothing is trained after the reallocation: the rows' loss is then what it foretold."""
@@ -175,39 +125,17 @@ class TestTraining:
         for suffix in ("bin", "idx"):
             shutil.copy(data / f"train.{suffix}", data / f"valid.{suffix}")
         records = train(
-            data, out, "--keep-input-table", "--reallocation-regather", arch="lightrnn_lm_gated",
-            reallocate_epochs=1, max_epoch=2, lr="0.01,0", lr_scheduler="fixed",
-            initial_table="random",
+            data, out, "--keep-input-table", arch="lightrnn_lm_gated", reallocate_epochs=1,
+            max_epoch=2, lr="0.01,0", lr_scheduler="fixed", initial_table="random", word_dim=0,
         )  # fmt: skip
         record = json.loads((out / "reallocations.jsonl").read_text())
-        name = "decoder.composition.embedding.input_table.coordinates"
         before, after = (load(out / f"checkpoint{epoch}.pt")["model"] for epoch in (1, 2))
-        assert torch.equal(before[name], before["decoder.table.coordinates"])
-        assert torch.equal(after[name], before[name])
-        assert not torch.equal(after["decoder.table.coordinates"], before[name])
+        assert torch.equal(before[READ], before[PREDICTED])
+        assert torch.equal(after[READ], before[READ])
+        assert not torch.equal(after[PREDICTED], before[READ])
         losses = [float(r["valid_row_loss"]) * math.log(2) for r in valid_records(records)]
         assert [record["cost_before"], record["cost_after"]] == pytest.approx(losses, abs=1e-4)
         assert losses[1] < losses[0] - 0.02
-
-    @pytest.mark.parametrize("architecture", ["lightrnn_lm_ptb", "lightrnn_lm_gated"])
-    def test_checkpoints_older_than_a_flag_load(
-        self, data: Path, tmp_path: Path, architecture: str
-    ) -> None:
-        """fairseq gives presets no defaults of the flags that their checkpoints lack."""
-        train(data, tmp_path, arch=architecture, max_epoch=1, output_ffn_dim=0)
-        path = tmp_path / "checkpoint1.pt"
-        state = load(path)
-        for name in (
-            "keep_input_table",
-            "output_ffn_dim",
-            "frequent_words",
-            "frequent_residual_dim",
-        ):
-            del state["cfg"]["model"][name]
-        torch.save(state, path)
-        (model,), _ = checkpoint_utils.load_model_ensemble([str(path)], {"data": str(data)})
-        assert model.decoder.input_vectors.input_table is None
-        assert model.decoder.composition.ffn is None
 
     def test_a_kept_input_table_stays_with_the_model(self, data: Path, tmp_path: Path) -> None:
         flags = {"arch": "lightrnn_lm_gated", "max_epoch": 2}
@@ -218,100 +146,108 @@ class TestTraining:
 
     def test_a_kept_input_table_can_be_asked_for_later(self, data: Path, tmp_path: Path) -> None:
         flags = {"arch": "lightrnn_lm_gated", "reallocate_epochs": 1}
-        train(data, tmp_path / "a", max_epoch=2, **flags)
+        separate = {"component_vectors": "separate"}
+        train(data, tmp_path / "a", max_epoch=2, **separate, **flags)
         train(
             data, tmp_path / "b", "--keep-input-table", max_epoch=3,
             restore_file=tmp_path / "a" / "checkpoint2.pt", **flags,
         )  # fmt: skip
         state = load(tmp_path / "b" / "checkpoint3.pt")["model"]
-        name = "decoder.composition.embedding.input_table.coordinates"
-        assert torch.equal(state[name], state["decoder.table.coordinates"])
+        assert torch.equal(state[READ], state[PREDICTED])
 
-    @pytest.mark.parametrize(("components", "shape"), [(2, (7, 7)), (3, (4, 4, 3))])
-    def test_later_components_from_statistics_gathered_again(
-        self, data: Path, tmp_path: Path, components: int, shape: tuple[int, ...]
-    ) -> None:
-        """As if the command had re-seated the words of the checkpoint, component by component."""
-        flags = {"num_components": components, "table_shape": "x".join(map(str, shape))}
-        train(
-            data, tmp_path, "--reallocation-regather", reallocate_epochs=1, max_epoch=2,
-            initial_table="random", **flags,
-        )  # fmt: skip
-        path = tmp_path / "checkpoint1.pt"
-        model, task = checkpoint_utils.load_model_ensemble_and_task(
-            [str(path)], {"data": str(data), "reallocate_epochs": None}
-        )[::2]
-        task.load_dataset("train")
-        decoder = model[0].decoder
-        for component in range(components):
-            gathered = gather_statistics(model[0], task.training_batches())
-            found = reallocate(
-                decoder.table.table(), gathered.statistics,
-                *zip(*(decoder.softmax.vectors(i) for i in range(components)), strict=True),
-                fixed_components=component,
+    def test_vectors_that_were_shared_keep_one_table(self, data: Path, tmp_path: Path) -> None:
+        flags = {"arch": "lightrnn_lm_gated", "max_epoch": 2}
+        train(data, tmp_path, **flags)
+        with pytest.raises(Exception, match="Cannot load model parameters") as refusal:
+            train(
+                data, tmp_path / "b", "--keep-input-table",
+                restore_file=tmp_path / "checkpoint1.pt", **flags,
             )  # fmt: skip
-            decoder.table.seat(found.table)
-        assert table_of(load(tmp_path / "checkpoint2.pt"), shape) == found.table
+        assert "leave out --keep-input-table" in str(refusal.value.__context__)
 
     def test_without_a_schedule_the_table_stays(self, data: Path, tmp_path: Path) -> None:
         train(data, tmp_path, initial_table="random")
-        tables = [table_of(load(tmp_path / f"checkpoint{n}.pt"), (7, 7)) for n in (1, 3)]
+        tables = [table_of(tmp_path / f"checkpoint{n}.pt", (7, 7)) for n in (1, 3)]
         assert tables[0] == tables[1]
         assert not (tmp_path / "reallocations.jsonl").exists()
 
     @pytest.mark.parametrize("objective", ["row-first", "joint"])
-    @pytest.mark.parametrize(("components", "shape"), [(1, (48,)), (2, (6, 9)), (3, (4, 4, 3))])
-    def test_any_number_of_components(
-        self, data: Path, tmp_path: Path, objective: str, components: int, shape: tuple[int, ...]
+    @pytest.mark.parametrize(("asked", "shape"), SHAPES)
+    def test_tables_of_any_shape(
+        self, data: Path, tmp_path: Path, objective: str, asked: str, shape: tuple[int, ...]
     ) -> None:
         records = train(
-            data, tmp_path, num_components=components, table_shape="x".join(map(str, shape)),
-            reallocate_interval=1, reallocation_objective=objective, max_epoch=2,
-            initial_table="random",
+            data, tmp_path, table_shape=asked, reallocate_epochs=1,
+            reallocation_objective=objective, max_epoch=2, initial_table="random",
         )  # fmt: skip
         assert all(map(math.isfinite, valid_losses(records)))
         record = json.loads((tmp_path / "reallocations.jsonl").read_text())
         assert record["cost_after"] <= record["cost_before"] + 1e-9
         names = {1: ["component1"], 2: ["row", "column"], 3: ["component1", "component3"]}
-        assert all(f"valid_{name}_ppl" in str(records) for name in names[components])
+        assert all(f"valid_{name}_ppl" in str(records) for name in names[len(shape)])
+        words = table_of(tmp_path / "checkpoint2.pt", shape)
+        assert WordTable.load(tmp_path / "word_table.txt", symbols(data)) == words
 
     @pytest.mark.parametrize("architecture", ["lightrnn_lm", "lightrnn_lm_gated"])
-    @pytest.mark.parametrize("components", [1, 2, 3])
+    @pytest.mark.parametrize("shape", ["1d", "2d", "3d"])
     def test_words_with_numbers_of_their_own(
-        self,
-        data: Path,
-        tmp_path: Path,
-        caplog: pytest.LogCaptureFixture,
-        architecture: str,
-        components: int,
+        self, data: Path, tmp_path: Path, architecture: str, shape: str
     ) -> None:
-        """Biases and residuals train, are reallocated with their words and evaluate alike."""
+        """Biases and numbers train, are reallocated with their words and evaluate alike."""
         keep = ["--keep-input-table"] * (architecture == "lightrnn_lm_gated")
         records = train(
-            data, tmp_path, "--word-bias", *keep, arch=architecture, num_components=components,
-            input_residual_dim=3, output_residual_dim=2, frequent_words=9,
-            frequent_residual_dim=4, reallocate_epochs=1, max_epoch=2,
+            data, tmp_path, *keep, arch=architecture, table_shape=shape, word_dim=4,
+            reallocate_epochs=1, max_epoch=2,
         )  # fmt: skip
         state = load(tmp_path / "checkpoint2.pt")["model"]
-        assert state["decoder.softmax.word_bias"].abs().sum() > 0
-        assert state["decoder.softmax.residual"].shape == (48, 2)
-        assert state["decoder.composition.embedding.residual.weight"].abs().sum() > 0
-        for side in ("composition.embedding.frequent.residual.weight", "softmax.frequent.residual"):
-            assert state[f"decoder.{side}"].shape == (9, 4)
-            assert state[f"decoder.{side}"].abs().sum() > 0
+        features = "decoder.core.reader.features"
+        assert state[f"{features}.0.bias"].abs().sum() > 0
+        assert state[f"{features}.1.numbers"].shape == (48, 3)
+        for name in ("numbers", "projection.weight", "query.weight"):
+            assert state[f"{features}.1.{name}"].abs().sum() > 0
         gated = any("transforms" in name for name in state)
-        assert gated == (architecture == "lightrnn_lm_gated" and components > 1)
+        assert gated == (architecture == "lightrnn_lm_gated" and shape != "1d")
         loss = eval_lm(
-            caplog, data, tmp_path / "checkpoint2.pt", "--gen-subset", "valid",
-            "--tokens-per-sample", 12,
-        )  # fmt: skip
+            data, tmp_path / "checkpoint2.pt", "--gen-subset", "valid", "--tokens-per-sample", 12
+        )
         assert loss == pytest.approx(valid_losses(records)[-1], abs=6e-5)
+
+    def test_reallocations_after_a_range_of_epochs(self, data: Path, tmp_path: Path) -> None:
+        train(data, tmp_path, reallocate_epochs="1,3-4", max_epoch=5, initial_table="random")
+        records = [
+            json.loads(line) for line in (tmp_path / "reallocations.jsonl").read_text().splitlines()
+        ]
+        assert [(record["epoch"], record["round"]) for record in records] == [
+            (1, 1), (3, 2), (4, 3)
+        ]  # fmt: skip
+        tables = [table_of(tmp_path / f"checkpoint{epoch}.pt", (7, 7)) for epoch in range(1, 6)]
+        assert tables[1] == tables[2]
+        for before, after in ((0, 1), (2, 3), (3, 4)):
+            assert tables[before] != tables[after]
+            file = tmp_path / f"word_table.epoch{before + 1}.txt"
+            assert WordTable.load(file, symbols(data)) == tables[after]
+
+    def test_checkpoints_hold_what_is_shared_once(self, data: Path, tmp_path: Path) -> None:
+        """Vectors and own numbers that input and output share, and the table of both."""
+        train(data, tmp_path, arch="lightrnn_lm_gated", max_epoch=1)
+        path = tmp_path / "checkpoint1.pt"
+        state = load(path)["model"]
+        (model,), _ = checkpoint_utils.load_model_ensemble([str(path)])
+        softmax, reader = model.decoder.core.head.softmax, model.decoder.core.reader
+        assert softmax.vectors is reader.vectors
+        assert list(softmax.features) == list(reader.features)
+        parameters = dict(model.named_parameters())  # each once
+        buffers = [READ, "decoder.reallocations.round", "decoder.reallocations.epoch"]
+        carried = [f"decoder.carried_state.{name}" for name in ("block", "states")]
+        assert state.keys() == {*parameters, *buffers, *carried}
+        for name, value in parameters.items():
+            assert torch.equal(value, state[name]), name
 
     @pytest.mark.parametrize("table", ["random", "frequency", "cooccurrence"])
     def test_initial_tables_are_reproducible(self, data: Path, tmp_path: Path, table: str) -> None:
         tables = []
         for number, seed in enumerate((1, 1, 2)):
-            train(data, tmp_path / str(number), initial_table=table, table_seed=seed, max_epoch=1)
+            train(data, tmp_path / str(number), initial_table=table, seed=seed, max_epoch=1)
             tables.append(WordTable.load(tmp_path / str(number) / "word_table.txt", symbols(data)))
         assert tables[0] == tables[1]
         if table == "random":
@@ -323,7 +259,7 @@ class TestTraining:
         train(data, tmp_path / "a", table_shape="5x10", max_epoch=1)
         file = tmp_path / "a" / "word_table.txt"
         train(data, tmp_path / "b", initial_table=file, max_epoch=1)
-        assert table_of(load(tmp_path / "b" / "checkpoint1.pt"), (5, 10)) == WordTable.load(
+        assert table_of(tmp_path / "b" / "checkpoint1.pt", (5, 10)) == WordTable.load(
             file, symbols(data)
         )
 
@@ -355,7 +291,7 @@ class TestResume:
     ) -> None:
         train(
             data, tmp_path, reallocate_epochs=1, restore_file=trained / "checkpoint_1_4.pt",
-            initial_table="random", table_seed=7,
+            initial_table="random",
         )  # fmt: skip
         assert_same_training(tmp_path / "checkpoint3.pt", trained / "checkpoint3.pt")
 
@@ -364,8 +300,8 @@ KILLED = """
 import os, signal, sys
 import fairseq_compat
 fairseq_compat.install()
-from fairseq_lightrnn import word_table_files
-from fairseq_lightrnn.tasks import _seating
+from fairseq_lightrnn import files
+from fairseq_lightrnn.tasks.reallocator import Reallocator
 def kill(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 def kill_at_the_second(original, seen=[]):
@@ -374,9 +310,9 @@ def kill_at_the_second(original, seen=[]):
         return kill() if len(seen) > 2 else original(*args)
     return replace
 if sys.argv.pop(1) == "solve":
-    _seating.reallocate = kill
+    Reallocator._solve = kill
 else:
-    word_table_files.os.replace = kill_at_the_second(os.replace)
+    files.os.replace = kill_at_the_second(os.replace)
 import fairseq_lightrnn.register
 from fairseq_cli.train import cli_main
 cli_main()
@@ -392,7 +328,7 @@ def test_a_reallocation_killed_is_done_again(
     killed = subprocess.run([sys.executable, "-c", KILLED, moment, *arguments], timeout=300)
     assert killed.returncode == -signal.SIGKILL
     before = WordTable.load(tmp_path / "word_table.txt", symbols(data))
-    assert before == table_of(load(tmp_path / "checkpoint_last.pt"), (7, 7))
+    assert before == table_of(tmp_path / "checkpoint_last.pt", (7, 7))
     train(data, tmp_path, reallocate_epochs=1, save_interval_updates=4)
     assert_same_training(tmp_path / "checkpoint3.pt", trained / "checkpoint3.pt")
     assert len((tmp_path / "reallocations.jsonl").read_text().splitlines()) == 1
@@ -400,30 +336,24 @@ def test_a_reallocation_killed_is_done_again(
 
 class TestEvaluation:
     @pytest.mark.parametrize("break_mode", ["none", "eos", "complete"])
-    def test_eval_lm_equals_validation(
-        self, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, break_mode: str
-    ) -> None:
+    def test_eval_lm_equals_validation(self, data: Path, tmp_path: Path, break_mode: str) -> None:
         records = train(data, tmp_path, max_epoch=1, sample_break_mode=break_mode)
         expected = valid_losses(records)[0]
         flags = ["--gen-subset", "valid", "--sample-break-mode", break_mode,
                  "--tokens-per-sample", 12]  # fmt: skip
         path = tmp_path / "checkpoint1.pt"
-        whole = eval_lm(caplog, data, path, *flags)
+        whole = eval_lm(data, path, *flags)
         assert whole == pytest.approx(expected, abs=6e-5)
         for extra in (["--batch-size", 1], ["--max-tokens", 50], ["--softmax-batch", 7]):
-            assert eval_lm(caplog, data, path, *flags, *extra) == pytest.approx(whole, abs=1e-5)
+            assert eval_lm(data, path, *flags, *extra) == pytest.approx(whole, abs=1e-5)
 
-    def test_a_context_window_changes_contexts_only(
-        self, data: Path, trained: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_a_context_window_changes_contexts_only(self, data: Path, trained: Path) -> None:
         """A window over whole sentences must give the losses of those sentences in longer text."""
         path = trained / "checkpoint_best.pt"
         flags = ["--gen-subset", "valid", "--batch-size", 1]
-        plain = eval_lm(caplog, data, path, *flags, "--tokens-per-sample", 10)
-        window = eval_lm(
-            caplog, data, path, *flags, "--tokens-per-sample", 1010, "--context-window", 1000
-        )
-        whole = eval_lm(caplog, data, path, *flags, "--tokens-per-sample", 1000)
+        plain = eval_lm(data, path, *flags, "--tokens-per-sample", 10)
+        window = eval_lm(data, path, *flags, "--tokens-per-sample", 1010, "--context-window", 1000)
+        whole = eval_lm(data, path, *flags, "--tokens-per-sample", 1000)
         assert window == pytest.approx(whole, abs=1e-5)
         assert window != pytest.approx(plain, abs=1e-3)
 
@@ -522,11 +452,11 @@ class TestBadInput:
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
 
-    def test_stock_criterion(self, data: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("criterion", ["adaptive_loss", "masked_lm"])
+    def test_stock_criterion(self, data: Path, tmp_path: Path, criterion: str) -> None:
         self.refused(
-            "use --criterion two_component_cross_entropy", data, tmp_path,
-            criterion="cross_entropy",
-        )  # fmt: skip
+            "use --criterion two_component_cross_entropy", data, tmp_path, criterion=criterion
+        )
 
     def test_stock_task(self, data: Path, tmp_path: Path) -> None:
         self.refused(
@@ -536,14 +466,15 @@ class TestBadInput:
 
     def test_stock_model(self, data: Path, tmp_path: Path) -> None:
         self.refused(
-            "use --arch lightrnn_lm", data, tmp_path, arch="lstm_lm", embed_dim=None,
+            "use one of --arch lightrnn_lm, lightrnn_transformer_lm with this task, or --task "
+            "language_modeling with that model", data, tmp_path, arch="lstm_lm", embed_dim=None,
             hidden_size=None,
         )  # fmt: skip
 
     def test_our_criterion_with_stock_task_and_model(self, data: Path, tmp_path: Path) -> None:
         self.refused(
-            "use --arch lightrnn_lm", data, tmp_path, "--user-dir", TASK[1], "--task",
-            "language_modeling", arch="lstm_lm", embed_dim=None, hidden_size=None,
+            "use one of the lightrnn architectures with it", data, tmp_path, "--user-dir", TASK[1],
+            "--task", "language_modeling", arch="lstm_lm", embed_dim=None, hidden_size=None,
         )  # fmt: skip
 
     @pytest.mark.parametrize(
@@ -551,21 +482,20 @@ class TestBadInput:
         [
             ({"table_shape": "6x7"}, "--table-shape 6x7: a table of shape 6x7 has 42 cells"),
             ({"table_shape": "6by7"}, "--table-shape 6by7: expected sizes joined by x"),
-            ({"table_shape": "7x7x7"}, "has 3 components, --num-components is 2"),
-            ({"num_components": 0}, "--num-components: a table needs at least 1 component"),
+            ({"table_shape": "0d"}, "--table-shape 0d: a table needs at least 1 component"),
             ({"hidden_size": 0}, "--hidden-size 0: must be at least 1"),
             ({"reallocation_words": 0}, "--reallocation-words 0: must be above 0"),
             ({"reallocation_memory": -1}, "--reallocation-memory -1.0: must be above 0"),
-            ({"reallocation_row_weight": 2}, "belongs to --reallocation-objective joint"),
-            ({"reallocation_margin": -1}, "--reallocation-margin -1.0: must not be negative"),
-            ({"output_residual_dim": -1}, "--output-residual-dim -1: must not be negative"),
+            ({"word_dim": -1}, "--word-dim -1: must not be negative"),
             ({"output_ffn_dim": -1}, "--output-ffn-dim -1: must not be negative"),
-            ({"frequent_words": 49}, "--frequent-words 49: the dictionary has 48 words"),
-            ({"frequent_residual_dim": 0}, "--frequent-residual-dim 0: must be at least 1"),
             ({"dropout": 1.5}, "--dropout 1.5: must be at least 0 and below 1"),
             ({"reallocate_epochs": 3}, "after epoch 3 no epoch of training follows"),
             ({"reallocate_epochs": 4}, "after epoch 4 no epoch of training follows"),
-            ({"reallocate_interval": 3}, "no reallocation before the last epoch"),
+            ({"reallocate_epochs": "1-3"}, "after epoch 3 no epoch of training follows"),
+            ({"reallocate_epochs": "2-1"}, "--reallocate-epochs 2-1: the range 2-1 is empty"),
+            ({"further_tables": 2, "table_shape": "1d"}, "--further-tables 2: with --table-shape"),
+            ({"further_tables": -1}, "--further-tables -1: "),
+            ({"regularise": "adam"}, "--regularise adam: expected awd"),
             ({"initial_table": "sorted"}, "--initial-table sorted: neither one of random"),
         ],
     )
@@ -574,43 +504,30 @@ class TestBadInput:
 
     def test_an_input_table_of_the_papers_composition(self, data: Path, tmp_path: Path) -> None:
         self.refused(
-            "--keep-input-table: --composition recurrent predicts", data, tmp_path,
+            "--keep-input-table: the paper's model predicts", data, tmp_path,
             "--keep-input-table",
         )  # fmt: skip
 
     def test_input_tables_of_shared_vectors(self, data: Path, tmp_path: Path) -> None:
         self.refused(
-            "--keep-input-table and --share-component-vectors: give one", data, tmp_path,
-            "--keep-input-table", "--share-component-vectors", arch="lightrnn_lm_gated",
-        )  # fmt: skip
-
-    def test_a_margin_for_columns_gathered_again(self, data: Path, tmp_path: Path) -> None:
-        self.refused(
-            "--reallocation-margin and --reallocation-regather: give one", data, tmp_path,
-            "--reallocation-regather", reallocation_margin=1,
-        )  # fmt: skip
-
-    def test_columns_gathered_again_without_rows_first(self, data: Path, tmp_path: Path) -> None:
-        self.refused(
-            "--reallocation-regather belongs to --reallocation-objective row-first", data, tmp_path,
-            "--reallocation-regather", reallocation_objective="joint",
+            "--component-vectors shared and --keep-input-table: give one", data, tmp_path,
+            "--keep-input-table", component_vectors="shared", arch="lightrnn_lm_gated",
         )  # fmt: skip
 
     def test_shared_vectors_of_two_widths(self, data: Path, tmp_path: Path) -> None:
         self.refused(
-            "--share-component-vectors needs --embed-dim (8) equal to --hidden-size (9)",
-            data, tmp_path, "--share-component-vectors", hidden_size=9,
+            "--component-vectors shared needs --embed-dim (8) equal to --hidden-size (9)",
+            data, tmp_path, component_vectors="shared", hidden_size=9,
         )  # fmt: skip
-
-    def test_shared_residuals_of_two_widths(self, data: Path, tmp_path: Path) -> None:
-        self.refused(
-            "--share-residuals needs --input-residual-dim (3) equal to --output-residual-dim (2)",
-            data, tmp_path, "--share-residuals", input_residual_dim=3, output_residual_dim=2,
-        )  # fmt: skip
-        self.refused("--share-residuals: there are none", data, tmp_path, "--share-residuals")
 
     def test_other_targets(self, data: Path, tmp_path: Path) -> None:
         self.refused("--self-target: a LightRNN", data, tmp_path, "--self-target")
+
+    def test_a_dictionary_cut_short(self, data: Path, tmp_path: Path) -> None:
+        self.refused(
+            "--output-dictionary-size 20: a word table seats all", data, tmp_path,
+            output_dictionary_size=20,
+        )  # fmt: skip
 
     def test_table_of_another_dictionary(self, data: Path, tmp_path: Path) -> None:
         train(data, tmp_path / "a", max_epoch=1)

@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU
 
-from fairseq_lightrnn.nbest import (
+from fairseq_lightrnn.commands.nbest import (
     Hypothesis,
     format_hypothesis,
     read_nbest,
     read_references,
+    reference_format,
     tune,
     word_errors,
 )
@@ -40,6 +41,8 @@ def test_lines_with_and_without_features_and_scores() -> None:
         ("just words", "file: line 2 has 1 fields"),
         ("0 ||| a ||| b ||| 1 ||| 2", "file: line 2 has 5 fields"),
         ("0 ||| a ||| b ||| c", "file: line 2 has the score 'c', not a number"),
+        ("0 ||| a ||| b ||| nan", "file: line 2 has the score 'nan'; every score must be finite"),
+        ("0 ||| a ||| -inf", "file: line 2 has the score '-inf'; every score must be finite"),
     ],
 )
 def test_malformed_lines(line: str, message: str) -> None:
@@ -48,10 +51,30 @@ def test_malformed_lines(line: str, message: str) -> None:
 
 
 def test_references_by_number_and_by_name() -> None:
-    assert read_references(["x", "a b", "c"], ["1", "2"], "file") == [["a", "b"], ["c"]]
-    assert read_references(["u2 c", "u1 a b", ""], ["u1", "u2"], "file") == [["a", "b"], ["c"]]
+    assert read_references(["x", "a b", "c"], ["1", "2"], "file", "moses") == [["a", "b"], ["c"]]
+    assert read_references(["u2 c", "u1 a b", ""], ["u1", "u2"], "file", "kaldi") == [
+        ["a", "b"],
+        ["c"],
+    ]
     with pytest.raises(ValueError, match="file: has no reference for the n-best list 3"):
-        read_references(["x", "a b", "c"], ["1", "3"], "file")
+        read_references(["x", "a b", "c"], ["1", "3"], "file", "moses")
+
+
+def test_the_format_of_references_is_recognised() -> None:
+    texts = ["egy nap", "7 és 8", ""]
+    assert reference_format(texts, ["0", "1"], "file") == "moses"
+    numbered = ["0 egy nap", "1 7 és 8", "", "2"]
+    assert reference_format(numbered, ["0", "1", "2"], "file") == "kaldi"
+    assert read_references(numbered, ["1", "2"], "file", "kaldi") == [["7", "és", "8"], []]
+    # Ids of other lists, ids twice, or words among them.
+    assert reference_format(numbered, ["0", "5"], "file") == "moses"
+    assert reference_format(["0 a", "0 b"], ["0"], "file") == "moses"
+    assert reference_format(["0 a", "b"], ["0"], "file") == "moses"
+    assert reference_format(["b c"], ["utt1"], "file") == "kaldi"
+    with pytest.raises(ValueError, match="file: its line begins with '0', an id or a word; say"):
+        reference_format(["0 degrees"], ["0"], "file")
+    with pytest.raises(ValueError, match="file: line 2 is a second reference for u"):
+        read_references(["u a", "u b"], ["u"], "file", "kaldi")
 
 
 def slow_word_errors(hypothesis: list[str], reference: list[str]) -> int:

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from fairseq_run import read_log, train, valid_losses
+from fairseq_run import CARRY, eval_lm, load, read_log, train, valid_losses
 from test_averaged_sgd import slow_trigger
-from test_carried_state import CARRY, eval_loss, load
 from torch import Tensor
 
 from fairseq_lightrnn.optim.nt_asgd import NonmonotoneASGD, NonmonotoneASGDConfig
@@ -25,10 +24,12 @@ def iterates(checkpoint: dict[str, Any]) -> list[Tensor]:
 
 def parameters(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     """Returns what an optimiser has changed, in its order."""
-    names = [
-        name for name in checkpoint["model"] if name.split(".")[1] in ("composition", "softmax")
-    ]
-    return {name: checkpoint["model"][name] for name in names}
+    buffers = ("coordinates", "round", "epoch", "block", "states")
+    return {
+        name: value
+        for name, value in checkpoint["model"].items()
+        if name.rpartition(".")[2] not in buffers
+    }
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_checkpoints_hold_the_mean_of_the_iterates_of_plain_sgd(
         assert torch.equal(iterates(last)[number], chosen[-1][name])  # training goes on from it
 
     path = tmp_path / "checkpoint_last.pt"
-    loss = eval_loss(data, path, "--gen-subset", "valid", "--batch-size", 8)
+    loss = eval_lm(data, path, CARRY, "--gen-subset", "valid", "--batch-size", 8)
     assert loss == pytest.approx(losses[-1], abs=1e-4)
 
 
@@ -77,12 +78,11 @@ def test_checkpoints_hold_the_mean_of_the_iterates_of_plain_sgd(
 def test_resume_in_mid_epoch(data: Path, tmp_path: Path, epoch: int) -> None:
     """Before averaging begins and after, with every flag of regularisation."""
     flags = NT_ASGD | {
-        "save_interval_updates": 5, "composition": "gated", "num_layers": 2, "batch_size": 4,
-        "weight_dropout": 0.3, "component_dropout": 0.2, "nonmonotone_interval": 6,
-        "activation_regularisation": 2, "temporal_activation_regularisation": 1,
+        "save_interval_updates": 5, "arch": "lightrnn_lm_gated", "num_layers": 2, "batch_size": 4,
+        "regularise": "awd,weight=0.3,component=0.2", "nonmonotone_interval": 6,
         "reallocate_epochs": 3,
     }  # fmt: skip
-    switches = [CARRY, "--locked-dropout", "--random-block-lengths"]
+    switches = [CARRY, "--random-block-lengths"]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     train(data, whole, *switches, **flags)
     middle = sorted(whole.glob(f"checkpoint_{epoch}_*.pt"))[0]

@@ -16,7 +16,7 @@ import torch
 from fairseq_run import write_text
 from test_quickstart_corpus import TOOLS, load
 
-from fairseq_lightrnn.word_table import WordTable, balanced_cells
+from fairseq_lightrnn.core.table import WordTable, balanced_cells
 
 ROOT = TOOLS.parents[1]
 run_log = load("run_log")
@@ -87,19 +87,62 @@ def test_evaluation_and_generation_logs(tmp_path):
             read(path)
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def test_progress_keeps_all_and_shows_what_is_readable():
     log, screen = io.StringIO(), io.StringIO()
-    progress.copy_and_show(io.StringIO(TRAINING_LOG), log, screen)
+    ticks = iter([0.0, 30.0, 60.0])
+    display = progress.Display(screen, epochs=2, clock=lambda: next(ticks))
+    progress.copy_and_show(io.StringIO(TRAINING_LOG), log, display)
     assert log.getvalue() == TRAINING_LOG
-    shown = screen.getvalue().splitlines()
-    assert shown[0] == "  epoch 1,  50 %: training perplexity 900.0"
-    assert shown[1] == "  epoch 1,  75 %: training perplexity 500.0, 1,000 words/s"
-    assert shown[2] == "  epoch 1: validation perplexity 256.0"
-    assert shown[4].startswith("  reallocation after epoch 1")
-    assert not any("_name" in line for line in shown)
-    assert progress.readable("{not json}") == "{not json}"
-    assert progress.readable("x" * 500).endswith("x…")
-    assert progress.readable("  12%|#   | 3/25 [00:01<00:08]") is None
+    bar = "█" * 9 + "░" * 15
+    assert [line.strip() for line in screen.getvalue().splitlines()] == [
+        "epoch 1 of 2 " + "█" * 6 + "░" * 18 + "  25 %  perplexity 900.0",
+        # A quarter of an epoch took 30 s, so 1.25 take 150 s.
+        f"epoch 1 of 2 {bar}  38 %  perplexity 500.0  1,000 words/s  2:30 left",
+        "epoch 1 of 2 done: perplexity 256.0 on the validation text",
+        "epoch 2 of 2 done: perplexity 300.0 on the validation text",
+        "epoch 2 of 2 " + "█" * 18 + "░" * 6 + "  75 %  perplexity 300.0  3,000 words/s  0:30 left",
+        "epoch 2 of 2 done: perplexity 200.5 on the validation text",
+    ]
+
+
+def test_progress_on_a_terminal_stays_on_one_line():
+    screen = Terminal()
+    display = progress.Display(screen, epochs=1)
+    for share in (0.1, 0.15, 0.2):
+        display.show(json.dumps({"epoch": 1, "update": share, "ppl": "9"}))
+    assert "\n" not in screen.getvalue()
+    assert screen.getvalue().count("\r\033[K") == 3
+    display.line("done")
+    assert screen.getvalue().endswith("\r\033[K      done\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("2026-01-01 00:00:00 | INFO | p | [None] Dictionary: 20032 types",
+         "a vocabulary of 20,032 words"),
+        ("x | Loss (base 2): 7.1, Perplexity: 137.19", "perplexity 137.2 on the test text"),
+        ("H-0\t-1.5\tthis is it .", "this is it ."),
+        ("2026-01-01 00:00:00 | INFO | tasks.tables | initial table: cooccurrence, "
+         "WordTable(30 words, 6×5, 42fe93f1ce34), 25.3 seconds",
+         "a word table of 6×5 cells, made from which words occur together (25 s)"),
+        ("{'_name': None, 'common': {'seed': 1}}", None),
+        ("{not json}", None),
+        ("  12%|#   | 3/25 [00:01<00:08]", None),
+        ("Traceback (most recent call last):", None),
+    ],
+)  # fmt: skip
+def test_lines_that_tell_a_newcomer_something(line, shown):
+    screen = io.StringIO()
+    display = progress.Display(screen)
+    for _ in range(2):  # what is repeated is shown once
+        display.show(line)
+    assert screen.getvalue() == ("" if shown is None else f"      {shown}\n")
 
 
 @pytest.mark.parametrize(("embed_dim", "hidden_size", "layers"), [(8, 8, 1), (6, 10, 2)])
@@ -192,12 +235,9 @@ def quickstart(*arguments: object, **environment: str) -> subprocess.CompletedPr
     [
         (["a", "b"], "three text files, TRAIN VALID TEST, or none (got 2)"),
         (["a", "b", "c"], "a is not a file that can be read"),
-        (["--epochs", "1"], "--epochs 1: give a whole number, at least 2"),
+        (["--epochs", "0"], "--epochs 0: give a whole number, at least 1"),
         (["--epochs"], "--epochs needs a value"),
         (["--width", "wide"], "--width wide: give a whole number"),
-        (["--epochs", "3", "--reallocate-epochs", "3"], "give epochs from 1 to 2"),
-        (["--reallocate-epochs", "x"], "--reallocate-epochs x: give epochs joined by commas"),
-        (["--initial-table", "best"], "give random, frequency or cooccurrence"),
         (["--tokenize"], "--tokenize is for files of your own"),
         (["--fast"], "unknown option --fast"),
     ],
@@ -235,7 +275,7 @@ def test_whole_quickstart_on_own_text(tmp_path):
         for seed, (name, size) in enumerate({"train": 300, "valid": 30, "test": 30}.items())
     ]
     out = tmp_path / "a run"
-    options = ["--out", out, "--epochs", "3", "--width", "8", "--reallocate-epochs", "1,2"]
+    options = ["--out", out, "--epochs", "3", "--width", "8"]
 
     first = quickstart(*texts, *options)
     assert first.returncode == 0, first.stdout + first.stderr
@@ -249,12 +289,14 @@ def test_whole_quickstart_on_own_text(tmp_path):
     lines = texts[0].read_text().splitlines()
     assert figures["train_words"] == sum(len(line.split()) + 1 for line in lines)
     assert len(figures["valid_ppl_by_epoch"]) == 3
-    assert [entry["epoch"] for entry in figures["reallocations"]] == [1, 2]
+    assert figures["reallocations"] == []
+    assert "Reallocation      none" in first.stdout
+    assert "epoch 3 of 3 done" in first.stdout
+    # No page of configuration: the complete output is in the log alone.
+    assert "'_name'" not in first.stdout
+    assert "'_name'" in (out / "logs" / "train.log").read_text()
     best = 1 + int(np.argmin(figures["valid_ppl_by_epoch"]))
     assert figures["checkpoint_epoch"] == best
-    for entry in figures["reallocations"]:
-        assert entry["lower_bound"] <= entry["cost_after"] + 1e-9
-        assert entry["cost_after"] <= entry["cost_before"] + 1e-9
     assert 1 < figures["test_ppl"] < figures["vocabulary"]
     assert figures["parameters"] > 0
     assert f"Test perplexity   {figures['test_ppl']:.1f}" in first.stdout
@@ -287,4 +329,5 @@ def test_whole_quickstart_on_own_text(tmp_path):
     assert failing.returncode not in (0, 2)
     assert 'the step "evaluate" failed' in failing.stderr
     assert "What to do: " in failing.stderr
+    assert "Its last words:" in failing.stderr
     assert str(out / "logs" / "evaluate.log") in failing.stderr

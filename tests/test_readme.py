@@ -1,4 +1,4 @@
-"""Runs the commands of README.md, in order and in this process, on a tiny corpus."""
+"""Keeps README.md and the pages of examples true: their commands, flags, files and figures."""
 
 from __future__ import annotations
 
@@ -6,17 +6,30 @@ import io
 import re
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from fairseq_run import TASK, TRANSLATION, run, write_pairs, write_text
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted(ROOT.glob("examples/*/README.md"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]")
+GONE = FLAG.findall(
+    "--num-components --composition --word-bias --input-residual-dim --output-residual-dim "
+    "--share-residuals --frequent-words --frequent-residual-dim --share-component-vectors "
+    "--dropout-between --dropout-hidden --locked-dropout --component-dropout --weight-dropout "
+    "--activation-regularisation --temporal-activation-regularisation --table-seed "
+    "--reallocate-interval --reallocation-margin --reallocation-row-weight --reallocation-regather "
+    "--source-table-shape --initial-source-table"
+)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def commands(block: str) -> list[list[str]]:
@@ -48,6 +61,8 @@ def test_fairseq_commands_run_one_after_the_other(
         name, *arguments = command
         names.append(name)
         arguments = [TASK[1] if part == "fairseq_lightrnn" else part for part in arguments]
+        if "--max-epoch" in arguments:
+            arguments[arguments.index("--max-epoch") + 1] = "1"
         run(name.removeprefix("fairseq-"), *arguments)
     assert names == [
         "fairseq-preprocess",
@@ -58,7 +73,7 @@ def test_fairseq_commands_run_one_after_the_other(
         "fairseq-train",
         "fairseq-generate",
     ]
-    assert (tmp_path / "checkpoints" / "further_word_table3.txt").exists()
+    assert (tmp_path / "checkpoints" / "word_table.txt").exists()
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("H-0") for line in lines)
     assert "BLEU = " in lines[-1]
@@ -81,30 +96,98 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (tmp_path / "table.txt").exists()
 
 
-def test_scripts_and_files_that_are_named_exist() -> None:
-    for script in re.findall(r"bash (scripts/\S+\.sh)", README):
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_scripts_and_files_that_are_named_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for script in re.findall(r"(?:bash|python) ((?:scripts|examples)/\S+\.(?:sh|py))", text):
         assert (ROOT / script).is_file(), script
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (page.parent / link).exists(), link
+    if page in PAGES:
+        results = set(re.findall(r"`([a-z0-9-]+\.(?:jsonl?|png|svg))`", text)) - {"weights.json"}
+        assert [name for name in results if not (page.parent / name).is_file()] == []
 
 
-def test_flags_that_are_named_exist() -> None:
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_that_are_named_are_installed(page: Path) -> None:
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    installed = set(re.findall(r'"(lightrnn-[a-z]+) = ', setup))
+    text = page.read_text(encoding="utf-8")
+    lines = "\n".join(blocks("bash", text))
+    named = set(re.findall(r"(?:^|\| )(lightrnn-[a-z]+)", lines, re.MULTILINE))
+    if page.parent == ROOT:
+        named |= set(re.findall(r"(?:`|\$\()(lightrnn-[a-z]+)", text))
+    assert named <= installed
+
+
+def known_flags() -> set[str]:
+    """All flags of fairseq with the plugin, of the plugin's commands and of the scripts."""
     from fairseq import options
 
     known = set(options.get_preprocessing_parser()._option_string_actions)
-    for task, arch in (
-        (TASK, "lightrnn_lm"),
-        (TRANSLATION, "lightrnn_translation"),
-        (TRANSLATION, "lightrnn_transformer"),
+    known |= set(options.get_generation_parser()._option_string_actions)
+    known |= set(options.get_interactive_generation_parser()._option_string_actions)
+    known |= set(options.get_eval_lm_parser()._option_string_actions)
+    for task, arch, scheduler in (
+        (TASK, "lightrnn_lm", "reduce_lr_on_plateau"),
+        (TASK, "lightrnn_transformer_lm", "tri_stage"),
+        (TRANSLATION, "lightrnn_translation", "inverse_sqrt"),
+        (TRANSLATION, "lightrnn_transformer", "fixed"),
     ):
-        argv = ["fairseq-train", "data", *task, "--arch", arch]
-        argv += ["--criterion", "two_component_cross_entropy", "--optimizer", "nt_asgd"]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", argv)
-            parser = options.get_training_parser()
-            options.parse_args_and_arch(parser)
-        known |= set(parser._option_string_actions)
-    table = "\n".join(line for line in README.splitlines() if line.startswith("| `--"))
-    flags = re.findall(r"`(--[a-z-]+)", table)
-    assert len(flags) > 15
-    assert [flag for flag in flags if flag not in known] == []
+        argv = ["fairseq-train", "data", *task, "--arch", arch, "--lr-scheduler", scheduler]
+        argv += ["--criterion", "two_component_cross_entropy", "--optimizer"]
+        for optimizer in ("nt_asgd", "adam"):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", [*argv, optimizer])
+                parser = options.get_training_parser()
+                options.parse_args_and_arch(parser)
+            known |= set(parser._option_string_actions)
+    for code in [*ROOT.glob("scripts/*.py"), *ROOT.glob("fairseq_lightrnn/commands/*.py")]:
+        known |= set(re.findall(r'"(--[a-z0-9-]+)"', code.read_text(encoding="utf-8")))
+    for script in [*ROOT.glob("scripts/*.sh"), *ROOT.glob("examples/*/*.py")]:
+        known |= set(FLAG.findall(script.read_text(encoding="utf-8")))
+    return known - set(GONE)
+
+
+def test_flags_that_are_named_exist() -> None:
+    known = known_flags()
+    for page in DOCUMENTS:
+        text = page.read_text(encoding="utf-8")
+        code = "\n".join([*blocks("bash", text), *re.findall(r"`([^`\n]+)`", text)])
+        assert sorted(set(FLAG.findall(code)) - known) == [], page
+    assert len(set(FLAG.findall(README))) > 15
+
+
+def test_flags_that_are_gone_are_named_nowhere() -> None:
+    gone = re.compile(rf"(?<![\w-])(?:{'|'.join(GONE)})(?![\w-])|lightrnn_lm_(?:ptb|wikitext2)")
+    texts = [*DOCUMENTS, *(path for path in ROOT.glob("scripts/**/*") if path.is_file())]
+    texts += [path for path in ROOT.glob("examples/**/*") if path.is_file()]
+    for path in texts:
+        if path.suffix in (".md", ".sh", ".py", ".json", ".jsonl"):
+            assert gone.findall(path.read_text(encoding="utf-8")) == [], path
+
+
+def test_results_name_flags_of_models_of_that_many_parameters() -> None:
+    from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY
+
+    from fairseq_lightrnn import register  # noqa: F401
+    from fairseq_lightrnn.models.lightrnn_lm import build_decoder
+
+    rows = re.findall(r"\| `(--arch [^`]+)` \| ([\d,]+) \|", README)
+    assert len(rows) == 6
+    for flags, parameters in rows:
+        given = dict(zip(flags.split()[::2], flags.split()[1::2], strict=True))
+        architecture = given.pop("--arch")
+        config = MODEL_DATACLASS_REGISTRY[architecture]()
+        kinds = {flag.name: flag.type for flag in fields(config)}
+        for flag, value in given.items():
+            name = flag.removeprefix("--").replace("-", "_")
+            if name in kinds:
+                setattr(config, name, int(value) if name == "word_dim" else value)
+        model = ARCH_MODEL_REGISTRY[architecture]
+        num_words = 10_008
+        with torch.device("meta"):
+            settings = model.table_settings(config, num_words)
+            decoder = build_decoder(config, settings, num_words, model.conditioner)
+        count = sum(parameter.numel() for parameter in decoder.parameters())
+        assert f"{count:,}" == parameters, flags

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fairseq_run import symbols, train, valid_losses
+from fairseq_run import TINY_TRANSFORMER, symbols, train, train_translation, valid_losses
 
-from fairseq_lightrnn.allocation.reallocation import reallocate as solve
+from fairseq_lightrnn.allocation.paper import reallocate as solve
 from fairseq_lightrnn.allocation.statistics import AllocationStatistics
 from fairseq_lightrnn.commands.reallocate import main
-from fairseq_lightrnn.word_table import WordTable
+from fairseq_lightrnn.core.table import WordTable
+
+TABLE, ROUND = "decoder.core.reader.seats.coordinates", "decoder.reallocations.round"
 
 
 @pytest.fixture(scope="module")
@@ -44,45 +46,7 @@ def test_the_same_table_as_in_training(data: Path, trained: Path, tmp_path: Path
     changed = [
         name for name in old["model"] if not torch.equal(new["model"][name], old["model"][name])
     ]
-    assert changed == [
-        "decoder.reallocation_round", "decoder.table.coordinates",
-    ]  # fmt: skip
-
-
-def test_a_margin(data: Path, trained: Path, tmp_path: Path) -> None:
-    report = reallocate(trained / "checkpoint1.pt", data, tmp_path / "new.pt", "--margin", 100)
-    assert report["moved"] == 0
-    assert report["gap"] == pytest.approx(0, abs=1e-9)
-    for flags, message in (
-        (("--margin", -1), "--margin -1.0: must not be negative"),
-        (("--margin", 1, "--table-shape", "6x8"), "--margin: --table and --table-shape seat"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            reallocate(trained / "checkpoint1.pt", data, tmp_path / "new.pt", *flags)
-
-
-def test_columns_from_statistics_gathered_again(data: Path, tmp_path: Path) -> None:
-    """As training does with --reallocation-regather, the table that words are read by kept."""
-    train(
-        data, tmp_path, "--keep-input-table", "--reallocation-regather", arch="lightrnn_lm_gated",
-        reallocate_epochs=1, max_epoch=2, initial_table="random",
-    )  # fmt: skip
-    checkpoint = tmp_path / "checkpoint1.pt"
-    record = json.loads((tmp_path / "reallocations.jsonl").read_text())
-    report = reallocate(checkpoint, data, tmp_path / "new.pt", "--regather")
-    same = ("objective", "moved", "words", "tokens", "table")
-    assert {key: report[key] for key in same} == {key: record[key] for key in same}
-    assert report["cost_after"] == pytest.approx(record["cost_after"], abs=1e-6)
-    once = reallocate(checkpoint, data, tmp_path / "once.pt")
-    assert once["cost_after"] == pytest.approx(record["cost_after"], abs=1e-6)  # the rows
-    assert once["table"] != report["table"]
-    for flags, message in (
-        (("--objective", "joint"), "--regather belongs to --objective row-first"),
-        (("--margin", 1), "--margin and --regather: give one of them"),
-        (("--table-shape", "6x8"), "--regather: --table and --table-shape seat"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            reallocate(checkpoint, data, tmp_path / "new.pt", "--regather", *flags)
+    assert changed == [TABLE, ROUND]
 
 
 def test_the_same_table_with_carried_state(data: Path, tmp_path: Path) -> None:
@@ -125,15 +89,13 @@ def test_a_table_of_the_users_own(data: Path, trained: Path, tmp_path: Path) -> 
     checkpoint = trained / "checkpoint1.pt"
     report = reallocate(checkpoint, data, tmp_path / "new.pt", "--table", tmp_path / "table.txt")
     new, old = load(tmp_path / "new.pt"), load(checkpoint)
-    assert new["model"]["decoder.table.coordinates"].equal(
-        torch.from_numpy(table.coordinates.astype("int32"))
-    )
-    before = WordTable(old["model"]["decoder.table.coordinates"].numpy(), (7, 7))
+    assert new["model"][TABLE].equal(torch.from_numpy(table.coordinates.astype("int32")))
+    before = WordTable(old["model"][TABLE].numpy(), (7, 7))
     moved = int((before.cells != table.cells).sum())
     assert report == {"moved": moved, "words": 48, "table": table.digest()}
     train(data, tmp_path / "on", restore_file=tmp_path / "new.pt", max_epoch=2)
-    after = load(tmp_path / "on" / "checkpoint2.pt")["model"]["decoder.table.coordinates"]
-    assert after.equal(new["model"]["decoder.table.coordinates"])
+    after = load(tmp_path / "on" / "checkpoint2.pt")["model"][TABLE]
+    assert after.equal(new["model"][TABLE])
     for flags, message in {
         ("--table", "table.txt", "--table-shape", "8x6"): "--table and --table-shape: give one",
         ("--table", tmp_path / "none.txt"): "none.txt",
@@ -150,11 +112,11 @@ def test_training_goes_on_from_the_new_checkpoint(
 ) -> None:
     reallocate(
         trained / "checkpoint2.pt", data, tmp_path / "new.pt", "--objective", "joint",
-        "--row-weight", 2, "--words", 400,
+        "--words", 400, "--memory", 1,
     )  # fmt: skip
     records = train(data, tmp_path / "on", restore_file=tmp_path / "new.pt", max_epoch=4)
     assert len(valid_losses(records)) == 2
-    assert load(tmp_path / "on" / "checkpoint4.pt")["model"]["decoder.reallocation_round"] == 2
+    assert load(tmp_path / "on" / "checkpoint4.pt")["model"][ROUND] == 2
 
 
 @pytest.mark.parametrize("shape", ["5x10", "4x4x4", "48"])
@@ -167,18 +129,76 @@ def test_another_shape_is_trained_further(
     assert report["new_shape"] == [int(size) for size in shape.split("x")]
     records = train(
         data, tmp_path / "on", "--reset-optimizer", restore_file=tmp_path / "new.pt", max_epoch=4,
-        table_shape=shape, num_components=len(report["new_shape"]),
+        table_shape=shape,
     )  # fmt: skip
     # Better than guessing (5.6 bits) and than where the first training stood after its first epoch.
     assert valid_losses(records)[-1] < 5.5
+
+
+@pytest.mark.parametrize("vectors", ["separate", "shared"])
+def test_what_does_not_depend_on_the_shape_is_kept(
+    data: Path, tmp_path: Path, vectors: str
+) -> None:
+    train(
+        data, tmp_path, max_epoch=1, initial_table="random", word_dim=3, component_vectors=vectors
+    )
+    checkpoint = tmp_path / "checkpoint1.pt"
+    reallocate(checkpoint, data, tmp_path / "new.pt", "--table-shape", "6x8")
+    new, old = load(tmp_path / "new.pt"), load(checkpoint)
+    assert new["cfg"]["model"]["table_shape"] == "6x8"
+    assert new["model"].keys() == old["model"].keys()
+    changed = {
+        name
+        for name, value in old["model"].items()
+        if value.shape != new["model"][name].shape or not value.equal(new["model"][name])
+    }
+    names = ["core.reader.vectors.weight", "core.head.softmax.bias"]
+    if vectors == "separate":
+        names.append("core.head.softmax.vectors.weight")
+    assert changed == {TABLE, *(f"decoder.{name}" for name in names)}
+
+
+def test_a_transformer(data: Path, tmp_path: Path) -> None:
+    sizes = {k: v for k, v in TINY_TRANSFORMER.items() if not k.startswith("encoder")}
+    train(
+        data, tmp_path, arch="lightrnn_transformer_lm", reallocate_epochs=1, max_epoch=2,
+        initial_table="random", **sizes,
+    )  # fmt: skip
+    report = reallocate(tmp_path / "checkpoint1.pt", data, tmp_path / "new.pt")
+    record = json.loads((tmp_path / "reallocations.jsonl").read_text())
+    assert report["moved"] > 0
+    assert report["table"] == record["table"]
+    with pytest.raises(SystemExit, match="--table-shape 6x8: gates of another shape cannot"):
+        reallocate(tmp_path / "checkpoint1.pt", data, tmp_path / "no.pt", "--table-shape", "6x8")
+
+
+def test_translation(pairs: Path, tmp_path: Path) -> None:
+    train_translation(
+        pairs, tmp_path, reallocate_epochs=1, max_epoch=2, initial_table="random",
+        source_table="own",
+    )  # fmt: skip
+    checkpoint = tmp_path / "checkpoint1.pt"
+    report = reallocate(checkpoint, pairs, tmp_path / "new.pt")
+    record = json.loads((tmp_path / "reallocations.jsonl").read_text())
+    assert report["table"] == record["table"]
+    report = reallocate(checkpoint, pairs, tmp_path / "new.pt", "--table-shape", "5x8")
+    assert report["new_shape"] == [5, 8]
+    with pytest.raises(SystemExit, match="4x4x4: the model has a table of the source's words"):
+        reallocate(checkpoint, pairs, tmp_path / "no.pt", "--table-shape", "4x4x4")
+
+
+def test_further_tables_are_not_made_anew(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path, max_epoch=1, initial_table="random", further_tables=1)
+    with pytest.raises(SystemExit, match="--table-shape 6x8: the model has further tables"):
+        reallocate(tmp_path / "checkpoint1.pt", data, tmp_path / "no.pt", "--table-shape", "6x8")
 
 
 def test_mistakes_end_in_one_sentence(data: Path, trained: Path, tmp_path: Path) -> None:
     checkpoint, output = trained / "checkpoint2.pt", tmp_path / "new.pt"
     for flags, message in [
         (["--table-shape", "2x2"], "--table-shape 2x2: a table of shape 2x2 has 4 cells"),
-        (["--words", 0], "--reallocation-words 0: must be above 0"),
-        (["--memory", 1e-9], "the counts of 48 words alone take"),
+        (["--words", 0], "--words 0: must be above 0"),
+        (["--memory", 1e-9], "--memory 1e-09: the counts of 48 words alone take"),
     ]:
         with pytest.raises(SystemExit, match=message):
             reallocate(checkpoint, data, output, *flags)

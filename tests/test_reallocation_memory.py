@@ -12,9 +12,11 @@ import pytest
 LIMITED = """
 import resource, sys
 import numpy as np, torch
-from fairseq_lightrnn.allocation import AllocationStatistics, joint_assignment, reallocate
-from fairseq_lightrnn.tasks._statistics import statistics_storage
-from fairseq_lightrnn.word_table import WordTable, default_shape
+from fairseq_lightrnn.allocation.assignment import SolverOptions
+from fairseq_lightrnn.allocation.gathering import statistics_storage
+from fairseq_lightrnn.allocation.paper import reallocate
+from fairseq_lightrnn.allocation.statistics import AllocationStatistics
+from fairseq_lightrnn.core.table import WordTable, default_shape
 
 objective, gib, folder = sys.argv[1], float(sys.argv[2]), sys.argv[3]
 
@@ -32,15 +34,14 @@ def run(num_words, dim, memory, limit=None):
         statistics = AllocationStatistics(num_words, 2, dim, **storage.arguments)
         for words in torch.arange(num_words).split(512):
             statistics.add(words, torch.randn(len(words), 2, dim, generator=random))
-        arguments = storage.solver_memory
-        return reallocate(table, statistics, vectors, biases, objective=objective, gap=1e-2,
-                          num_threads=1, **arguments)
+        options = SolverOptions(gap=1e-2, num_threads=1, **storage.solver_memory)
+        return reallocate(table, statistics, vectors, biases, objective=objective, options=options)
 
 run(900, 4, gib)  # compiles, for costs held and for costs formed anew
 run(900, 4, 2 * 900 * 8 / (1 << 30))
 bytes_a_word = 600  # lists, queues and the like
 found = run(22500, 128, gib, limit=int(gib * (1 << 30)) + 22500 * bytes_a_word + (24 << 20))
-print(found.relative_gap)
+print(found.gap / (found.cost_before - found.lower_bound))
 """
 
 

@@ -195,6 +195,36 @@ class TestBadInput:
         bad.write_text("[1]")
         self.refused("not a file that --save-weights wrote", checkpoint, nbest, "--weights", bad)
 
+    def test_folders_are_looked_for_first(
+        self, checkpoint: Path, nbest: Path, tmp_path: Path
+    ) -> None:
+        for flag in ("--output", "--save-weights"):
+            path = tmp_path / "absent" / "file"
+            self.refused(f"{flag} {path}: there is no such folder", checkpoint, nbest, flag, path)
+
+    def test_numbers_are_finite(self, checkpoint: Path, nbest: Path, tmp_path: Path) -> None:
+        self.refused("--lm-weight nan: must be finite", checkpoint, nbest, "--lm-weight", "nan")
+        self.refused("--length-weight inf: must", checkpoint, nbest, "--length-weight", "inf")
+        self.refused("whose score comes to -inf", checkpoint, nbest, "--lm-weight", "1e308")
+        weights = tmp_path / "weights.json"
+        weights.write_text('{"lm": NaN, "length": 0, "kenlm": 0}')
+        self.refused("--lm-weight nan: must", checkpoint, nbest, "--weights", weights)
+        nbest.write_text("0 ||| w1 ||| -1\n0 ||| w2 ||| nan\n")
+        self.refused(f"{nbest}: line 2 has the score 'nan'", checkpoint, nbest, "--best")
+
+    def test_numeric_ids_of_kaldi(
+        self, checkpoint: Path, nbest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The id is no word of the reference: these are the first choices, without an error."""
+        (tmp_path / "refs.txt").write_text("1 w3 w9\n0 w8 w1 w15 w4\n")
+        rescore(capsys, checkpoint, nbest, "--tune", tmp_path / "refs.txt")
+        main([str(checkpoint), str(nbest), "--tune", str(tmp_path / "refs.txt")])
+        assert capsys.readouterr().err.splitlines()[-1].startswith("WER 0.00 -> 0.00")
+        flags = ["--tune", tmp_path / "refs.txt", "--reference-format", "moses"]
+        main([*map(str, (checkpoint, nbest, *flags))])
+        assert not capsys.readouterr().err.splitlines()[-1].startswith("WER 0.00")
+        self.refused("needs --tune", checkpoint, nbest, "--reference-format", "moses")
+
     def test_lists_and_references(self, checkpoint: Path, nbest: Path, tmp_path: Path) -> None:
         (tmp_path / "refs.txt").write_text("w1\n")
         self.refused("no reference for the n-best list 1", checkpoint, nbest, "--tune",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fairseq_run import run, train
+from fairseq_run import TINY_TRANSFORMER, run, train
 
 from fairseq_lightrnn.commands.score import main
 from fairseq_lightrnn.language_model import LanguageModel
@@ -24,6 +24,17 @@ def checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_dir = tmp_path_factory.mktemp("trained")
     train(data, save_dir, max_epoch=2, sample_break_mode="eos")
     return save_dir / "checkpoint_last.pt"
+
+
+@pytest.fixture(scope="module")
+def transformer(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    save_dir = tmp_path_factory.mktemp("transformer")
+    sizes = {k: v for k, v in TINY_TRANSFORMER.items() if not k.startswith("encoder")}
+    train(
+        data, save_dir, arch="lightrnn_transformer_lm", max_epoch=1, sample_break_mode="eos",
+        **sizes,
+    )  # fmt: skip
+    return save_dir
 
 
 @pytest.fixture
@@ -124,6 +135,24 @@ class TestCorpus:
                 values[0]["logprob"] / values[0]["words"], abs=1e-5
             )
 
+    def test_state_is_carried_as_in_training(
+        self, data: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        train(data, tmp_path, "--carry-hidden-state", max_epoch=1, initial_table="random")
+        found = {}
+        for flag in ("", "--carry-hidden-state", "--no-carry-hidden-state"):
+            capsys.readouterr()
+            assert main([*map(str, (tmp_path, text, "--format", "json")), *flag.split()]) == 0
+            captured = capsys.readouterr()
+            found[flag] = json.loads(captured.out)
+            said = "as in training, each sentence is predicted from all before it"
+            assert captured.err.startswith(said) == (flag == "")
+        default, carried, reset = found.values()
+        assert default == carried
+        assert "|state:carried|" in default["signature"]
+        assert "|state:reset|" in reset["signature"]
+        assert reset["perplexity"] != pytest.approx(carried["perplexity"], rel=1e-6)
+
     def test_signature_names_what_matters(
         self, data: Path, checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -162,7 +191,8 @@ class TestLevels:
     ) -> None:
         rows = table(capsys, checkpoint, text, "--level", "word", "--entropy", "--base", "e")
         assert " ".join(rows[0]) == (
-            "sentence_id token_id token logprob surprisal row_logprob column_logprob entropy rank"
+            "sentence_id token_id token logprob surprisal row_logprob column_logprob entropy rank "
+            "unknown"
         )
         model = LanguageModel.from_pretrained(checkpoint)
         every = dict(model.next_words("", len(model.dictionary)))
@@ -174,6 +204,18 @@ class TestLevels:
         assert int(first["rank"]) == 1 + list(every).index("w1")
         entropy = -sum(p * math.log(p) for p in every.values())
         assert float(first["entropy"]) == pytest.approx(entropy, abs=1e-5)
+
+    def test_unknown_words_are_marked_and_nothing_is_quoted(
+        self, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file = tmp_path / "text.txt"
+        file.write_text('w1 " NA\n"w3 w8\n')
+        rows = table(capsys, checkpoint, file, "--level", "word")
+        assert [row["token"] for row in rows] == ["w1", '"', "NA", "</s>", '"w3', "w8", "</s>"]
+        assert [row["unknown"] for row in rows] == ["0", "1", "1", "0", "1", "0", "0"]
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        assert "quoting=3" in capsys.readouterr().out
 
     def test_json_lines(
         self, checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]
@@ -285,7 +327,7 @@ class TestBadInput:
         self, checkpoint: Path, text: Path, tmp_path: Path
     ) -> None:
         state = torch.load(checkpoint, weights_only=False)
-        state["model"]["decoder.softmax.other"] = state["model"].pop("decoder.softmax.bias")
+        state["model"]["decoder.other"] = state["model"].pop("decoder.core.head.softmax.bias")
         torch.save(state, tmp_path / "old.pt")
         self.refused("old.pt: does not fit the model that it describes", tmp_path / "old.pt", text)
 
@@ -313,3 +355,23 @@ class TestBadInput:
             assert summary(capsys, moved, text) == expected
         finally:
             hidden.rename(data)
+
+
+class TestTransformer:
+    def test_batches_do_not_matter(
+        self, data: Path, transformer: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = [transformer, data.parent / "test.txt"]
+        values = [summary(capsys, *arguments, "--batch-words", n) for n in (1, 17, 5000)]
+        assert "|state:reset|" in values[0]["signature"]
+        for value in values[1:]:
+            assert value["perplexity"] == pytest.approx(values[0]["perplexity"], abs=1e-3)
+
+    def test_what_it_cannot_do_is_said(self, transformer: Path, tmp_path: Path) -> None:
+        (tmp_path / "long.txt").write_text("w1 " * 40 + "\n")
+        for flags, message in (
+            (["--carry-hidden-state"], "--carry-hidden-state: this model, a transformer, has no"),
+            ([], "a text of 41 words, its beginning included, is longer than the 12"),
+        ):
+            with pytest.raises(SystemExit, match=message):
+                main([*map(str, (transformer, tmp_path / "long.txt")), *flags])

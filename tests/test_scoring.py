@@ -9,21 +9,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import CASES, COMPOSITIONS, Model, build, slow_log_probs
+from tiny_models import (
+    CASES,
+    CONDITIONERS,
+    KINDS,
+    build,
+    single_precision,
+    slow_log_probs,
+    words_of,
+)
 
-from fairseq_lightrnn.scoring import CorpusScore, Scorer, WordScores
+from fairseq_lightrnn.core.scoring import CorpusScore, Scorer, WordScores
 
 START = 2
 
 
 def sentences(words: int, seed: int = 0, count: int = 7) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
     lengths = [1, 9, 0, 4, 4, 12, 2][:count]
-    return [rng.integers(words, size=length) for length in lengths]
+    return [
+        words_of((length,), words, 100 * seed + number).numpy()
+        for number, length in enumerate(lengths)
+    ]
 
 
 @torch.no_grad()
-def slow_scores(model: Model, texts: list[np.ndarray], carried: bool) -> list[WordScores]:
+def slow_scores(model: Any, texts: list[np.ndarray], carried: bool) -> list[WordScores]:
     """Every word from its whole past, one at a time."""
     results = []
     past: list[int] = [START]
@@ -32,7 +42,7 @@ def slow_scores(model: Model, texts: list[np.ndarray], carried: bool) -> list[Wo
             past = [START]
         log_probs, entropies, ranks = [], [], []
         for word in text.tolist():
-            context = model.composition.read(model.softmax.table(torch.tensor([past])))
+            context = model.read(torch.tensor([past]))
             every = slow_log_probs(model, context)[0]
             log_probs.append(float(every[word]))
             entropies.append(float(-(every.exp() * every).sum()))
@@ -44,15 +54,22 @@ def slow_scores(model: Model, texts: list[np.ndarray], carried: bool) -> list[Wo
     return results
 
 
-@pytest.mark.parametrize("carried", [False, True])
-@pytest.mark.parametrize(("kind", "words", "shape"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "words", "shape", "carried"),
+    [
+        (*case, carried)
+        for case in CASES
+        for carried in (False, True)
+        if not carried or case[0] in CONDITIONERS
+    ],
+)
 def test_scores_are_those_of_reading_word_by_word(
     kind: Any, words: int, shape: tuple[int, ...], carried: bool
 ) -> None:
     model = build(kind, words, shape)
     texts = sentences(words)
     expected = slow_scores(model, texts, carried)
-    scorer = Scorer(*model, START, batch_words=6, details=True)
+    scorer = Scorer(model, START, batch_words=6, details=True)
     scores = list(scorer.score(texts, carried))
     assert len(scores) == len(texts)
     for ours, slow, text in zip(scores, expected, texts, strict=True):
@@ -65,15 +82,17 @@ def test_scores_are_those_of_reading_word_by_word(
             assert ours.rank.tolist() == slow.rank.tolist()
 
 
-@pytest.mark.parametrize("carried", [False, True])
-@pytest.mark.parametrize("kind", COMPOSITIONS)
+@pytest.mark.parametrize(
+    ("kind", "carried"),
+    [*((kind, False) for kind in KINDS), *((kind, True) for kind in CONDITIONERS)],
+)
 def test_results_do_not_depend_on_the_batch(kind: Any, carried: bool) -> None:
     model = build(kind, 20, (5, 5), scale=0.5)  # float32 rounds sums of larger scores too coarsely
-    model = Model(model.composition.float(), model.softmax.float())
+    model = single_precision(model)
     texts = [text for seed in range(5) for text in sentences(20, seed)]
     results = []
     for batch_words in (1, 7, 50, 4096):
-        scores = Scorer(*model, START, batch_words=batch_words).score(texts, carried)
+        scores = Scorer(model, START, batch_words=batch_words).score(texts, carried)
         results.append([score.log_probs.sum(axis=1) for score in scores])
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
@@ -82,40 +101,56 @@ def test_results_do_not_depend_on_the_batch(kind: Any, carried: bool) -> None:
 
 def test_long_texts_are_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """No call of the network is given more words than asked for, plus the one before."""
-    model = build(COMPOSITIONS[0], 20, (5, 5))
+    model = build(CONDITIONERS[0], 20, (5, 5))
     widths = []
-    forward = model.composition.forward
+    forward = model.forward
 
-    def spy(coordinates: torch.Tensor, state: Any = None) -> Any:
-        widths.append(coordinates.shape[0] * (coordinates.shape[1] - 1))
-        return forward(coordinates, state)
+    def spy(words: torch.Tensor, state: Any = None) -> Any:
+        widths.append(words.shape[0] * (words.shape[1] - 1))
+        return forward(words, state)
 
-    monkeypatch.setattr(model.composition, "forward", spy)
+    monkeypatch.setattr(model, "forward", spy)
     text = np.random.default_rng(0).integers(20, size=1000)
-    scorer = Scorer(*model, START, batch_words=64)
+    scorer = Scorer(model, START, batch_words=64)
     (scores,) = scorer.score([text])
     assert len(scores.log_probs) == 1000
     assert max(widths) == 64
-    (whole,) = Scorer(*model, START, batch_words=1000).score([text])
+    (whole,) = Scorer(model, START, batch_words=1000).score([text])
     np.testing.assert_allclose(scores.log_probs, whole.log_probs, atol=1e-9)
 
 
 def test_scores_come_as_sentences_go() -> None:
     """Endless input is scored while it comes."""
-    model = build(COMPOSITIONS[1], 20, (5, 5))
+    model = build(CONDITIONERS[1], 20, (5, 5))
 
     def endless() -> Iterator[np.ndarray]:
         while True:
             yield np.array([1, 2, 3])
 
     for carried in (False, True):
-        scores = Scorer(*model, START, batch_words=8).score(endless(), carried)
+        scores = Scorer(model, START, batch_words=8).score(endless(), carried)
         assert next(scores).log_probs.shape == (3, 2)
+
+
+def test_a_transformer_carries_no_state() -> None:
+    scorer = Scorer(build("transformer", 20, (5, 5)), START)
+    with pytest.raises(ValueError, match="carries no hidden state from sentence to sentence"):
+        scorer.score(sentences(20), carried=True)
+
+
+def test_a_text_beyond_what_a_transformer_looks_back_on() -> None:
+    model = build("transformer", 20, (5, 5))
+    longest, longer = (np.full(length, 7) for length in (64, 65))
+    assert model.decoder.max_positions() == 64
+    (scores,) = Scorer(model, START, batch_words=8).score([longest])
+    assert len(scores.log_probs) == 64
+    with pytest.raises(ValueError, match="a text of 65 words, its beginning included, is longer"):
+        list(Scorer(model, START).score([longer]))
 
 
 def test_no_batch_size() -> None:
     with pytest.raises(ValueError, match="batch_words 0"):
-        Scorer(*build(COMPOSITIONS[0], 20, (5, 5)), START, batch_words=0)
+        Scorer(build(CONDITIONERS[0], 20, (5, 5)), START, batch_words=0)
 
 
 class TestCorpusScore:

@@ -12,8 +12,8 @@ from fairseq_run import train
 
 from fairseq_lightrnn.commands.table import main
 from fairseq_lightrnn.commands.table_page import read_dictionary
+from fairseq_lightrnn.core.table import WordTable
 from fairseq_lightrnn.language_model import LanguageModel
-from fairseq_lightrnn.word_table import WordTable
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_neighbours_by_vectors(
     """Of all that a word is read by, further tables and numbers of its own included."""
     if further:
         trained = tmp_path
-        train(data, trained, max_epoch=1, further_tables=further, input_residual_dim=2)
+        train(data, trained, max_epoch=1, further_tables=further, word_dim=3)
     model = LanguageModel.from_pretrained(trained)
     capsys.readouterr()
     found = lines(capsys, "neighbours", trained, "w5", "--limit", 47)[3:]
@@ -165,12 +165,47 @@ class TestConversion:
         square = np.full(49, -1)
         square[: len(names)] = np.arange(len(names))
         rows = (" ".join(map(str, row)) for row in square.reshape(7, 7))
-        (tmp_path / "word-k.location").write_text("\n".join(rows) + "\n")
+        (tmp_path / "word-0.location").write_text("\n".join(rows) + "\n")
         out = tmp_path / "table.txt"
         lines(capsys, "import", tmp_path, "--data", data, "--output", out, "--special", "<unk>=UNK")
         table = load(data, out)[0]
         assert table.coordinates[[2, 3]].tolist() == [[0, 0], [0, 1]]
         assert table.coordinates[0].tolist() == [6, 4]
+
+    def test_cntks_own_square_is_full(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Theirs are 10,000 words by default; fairseq's symbols and fillings go below."""
+        names = [f"w{number}" for number in range(9_998)] + ["<unk>", "</s>"]
+        (tmp_path / "vocab.txt").write_text("".join(f"{name}\n" for name in names))
+        square = np.random.default_rng(0).permutation(10_000).reshape(100, 100)
+        for number, cells in enumerate((square, square[::-1])):
+            rows = ("".join(f"{word} " for word in row) + "\n" for row in cells)
+            (tmp_path / f"word-{number}.location").write_text("".join(rows))
+        words = [*names[:-2], *(f"madeupword{number:04d}" for number in range(6))]
+        dictionary = tmp_path / "dict.txt"
+        dictionary.write_text("".join(f"{word} 1\n" for word in words))
+        out = tmp_path / "table.txt"
+        for number, cells in ((1, square[::-1]), (0, square)):
+            flags = [] if number else ["--round", 0]
+            said = lines(capsys, "import", tmp_path, "--data", tmp_path, "--output", out, *flags)
+            assert "101×100" in said[0]
+            table, symbols, _ = load(tmp_path, out)
+            row, column = table.coordinates[symbols.index("w77")]
+            assert cells[row, column] == 77
+            assert table.coordinates[[0, 1]].tolist() == [[100, 0], [100, 1]]
+            assert table.coordinates[-6:, 0].tolist() == [100] * 6
+
+    def test_counts_of_sentencepiece(
+        self, file: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Its vocabularies hold logarithms, which are below zero."""
+        dictionary = tmp_path / "dict.txt"
+        words = [line.split()[0] for line in (data / "dict.txt").read_text().splitlines()]
+        dictionary.write_text("".join(f"{word} -{n}\n" for n, word in enumerate(words)))
+        assert len(lines(capsys, "show", file, "--data", dictionary)) == 8
+        lines(capsys, "page", file, "--data", dictionary, "--output", tmp_path / "page.html")
+        lines(capsys, "export", file, "--data", dictionary, "--format", "tsv", "--output", "-")
 
     def test_lines_for_other_programs(
         self, data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

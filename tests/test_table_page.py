@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fairseq_lightrnn.commands.table_page import main, read_dictionary, write_table_page
-from fairseq_lightrnn.word_table import WordTable, balanced_cells
+from fairseq_lightrnn.commands.table import main
+from fairseq_lightrnn.commands.table_page import read_dictionary, write_table_page
+from fairseq_lightrnn.core.table import WordTable, balanced_cells
 
 SYMBOLS = ["<s>", "<pad>", "</s>", "<unk>", "the", "</script><script>", "ünï", "rare", '"&']
 COUNTS = [0, 0, 7, 2, 30, 1, 4, 1, 3]
@@ -96,20 +97,20 @@ def test_a_failed_write_leaves_the_old_page(tmp_path, monkeypatch):
     assert path.read_text() == "old"
 
 
-def test_command_line(tmp_path, capsys):
+def test_command_line(tmp_path):
     dictionary = tmp_path / "dict.txt"
     dictionary.write_text("the 30\nünï 4 #fairseq:overwrite\n#fairseq 1\n", encoding="utf-8")
     symbols, counts = read_dictionary(dictionary)
     assert symbols == ["<s>", "<pad>", "</s>", "<unk>", "the", "ünï", "#fairseq"]
     assert counts.tolist() == [0, 0, 0, 0, 30, 4, 1]
     table_of(7, (3, 3)).save(tmp_path / "table.txt", symbols)
-    arguments = ["--table", str(tmp_path / "table.txt"), "--dict", str(dictionary)]
-    assert main([*arguments, "--out", str(tmp_path / "table.html")]) == 0
+    arguments = ["page", str(tmp_path / "table.txt"), "--data", str(dictionary)]
+    assert main([*arguments, "--output", str(tmp_path / "table.html")]) == 0
     assert sorted(page_data(tmp_path / "table.html")["words"]) == sorted(symbols)
 
     dictionary.write_text("the 30\nother\n", encoding="utf-8")
-    assert main([*arguments, "--out", str(tmp_path / "table.html")]) == 1
-    assert "line 2 is 'other'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="line 2 is 'other'"):
+        main([*arguments, "--output", str(tmp_path / "table.html")])
 
 
 def test_the_dictionary_is_read_as_fairseq_reads_it(tmp_path):

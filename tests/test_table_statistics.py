@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_lightrnn.table_statistics import (
+from fairseq_lightrnn.core.table import WordTable
+from fairseq_lightrnn.core.table_statistics import (
     class_mutual_information,
     compare,
     quality,
     same_cell_part,
 )
-from fairseq_lightrnn.word_table import WordTable
 
 
 def random_table(words: int, shape: tuple[int, ...], seed: int) -> WordTable:
@@ -47,6 +47,14 @@ def test_rows_that_alternate_tell_one_bit() -> None:
     assert 0 <= of_columns < 0.5
     with pytest.raises(ValueError, match="no two neighbouring"):
         class_mutual_information(table, [np.array([1])])
+
+
+def test_one_component_takes_no_square_of_the_vocabulary() -> None:
+    words = 300_000
+    table = WordTable(np.arange(words)[:, None], (words,))
+    text = np.random.default_rng(0).integers(words, size=1000)
+    (figure,) = class_mutual_information(table, [text, text])
+    assert 0 < figure <= np.log2(1000)
 
 
 def test_comparison_with_itself() -> None:

@@ -15,10 +15,14 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq_run import (
     TRANSLATION,
+    assert_same_training,
     binarise_pairs,
+    coordinates,
+    load,
     preprocess_pairs,
     read_log,
     run,
+    table_of,
     train,
     train_translation,
     valid_losses,
@@ -26,11 +30,11 @@ from fairseq_run import (
     write_pairs,
 )
 
-from fairseq_lightrnn.allocation import initial_table
+from fairseq_lightrnn.allocation.initial_table import TableMaker
 from fairseq_lightrnn.commands.reallocate import main as reallocate
 from fairseq_lightrnn.commands.table import main as table_command
+from fairseq_lightrnn.core.table import WordTable
 from fairseq_lightrnn.language_model import LanguageModel
-from fairseq_lightrnn.word_table import WordTable
 
 ARCHITECTURES = ["lightrnn_translation", "lightrnn_translation_gated", "lightrnn_transformer"]
 
@@ -59,10 +63,6 @@ def gated(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_dir
 
 
-def load(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=False)
-
-
 def arch_of(folder: Path) -> str:
     return (folder / "arch.txt").read_text()
 
@@ -70,25 +70,6 @@ def arch_of(folder: Path) -> str:
 def symbols(data: Path, language: str = "tgt") -> list[str]:
     lines = (data / f"dict.{language}.txt").read_text().splitlines()
     return ["<s>", "<pad>", "</s>", "<unk>", *(line.split()[0] for line in lines)]
-
-
-def table_of(path: Path, shape: tuple[int, ...], side: str = "decoder.table") -> WordTable:
-    return WordTable(load(path)["model"][f"{side}.coordinates"].numpy(), shape)
-
-
-def assert_same_training(first: Path, second: Path) -> None:
-    """Parameters, buffers (the tables among them) and optimiser state are equal bit for bit."""
-    one, two = load(first), load(second)
-    assert one["model"].keys() == two["model"].keys()
-    for name, value in one["model"].items():
-        # Of fairseq's transformer: a buffer without a value, and copies that are made on loading.
-        if re.search(r"_float_tensor$|layers\.\d+\.(in_proj|out_proj|fc1|fc2)_", name):
-            continue
-        assert torch.equal(value, two["model"][name]), name
-    moments = [state["last_optimizer_state"]["state"] for state in (one, two)]
-    for index, values in moments[0].items():
-        for name, value in values.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(moments[1][index][name]))
 
 
 def translate(
@@ -136,8 +117,8 @@ class TestTraining:
         assert record["cost_before"] == pytest.approx(row_loss, abs=1e-4)
 
     def test_checkpoints_and_files_hold_the_table(self, pairs: Path, trained: Path) -> None:
-        names = [name for name in load(trained / "checkpoint1.pt")["model"] if "table" in name]
-        assert names == ["decoder.table.coordinates"]
+        (name,) = coordinates(load(trained / "checkpoint1.pt")["model"])
+        assert re.fullmatch(r"decoder\.(core|embed_tokens)\.reader\.seats\.coordinates", name)
         before = table_of(trained / "checkpoint1.pt", (7, 6))
         after = table_of(trained / "checkpoint_last.pt", (7, 6))
         assert before != after
@@ -159,15 +140,14 @@ class TestTraining:
         assert texts[0] == texts[1]
 
     @pytest.mark.parametrize("objective", ["row-first", "joint"])
-    @pytest.mark.parametrize(("components", "shape"), [(1, (40,)), (3, (4, 4, 3))])
+    @pytest.mark.parametrize("shape", ["1d", "4x4x3"])
     def test_any_number_of_components(
         self, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: str,
-        components: int, shape: tuple[int, ...],
+        shape: str,
     ) -> None:  # fmt: skip
         records = train_translation(
-            pairs, tmp_path, num_components=components, table_shape="x".join(map(str, shape)),
-            reallocate_interval=1, reallocation_objective=objective, max_epoch=2,
-            initial_table="random",
+            pairs, tmp_path, table_shape=shape, reallocate_epochs=1, max_epoch=2,
+            reallocation_objective=objective, initial_table="random",
         )  # fmt: skip
         assert all(map(math.isfinite, valid_losses(records)))
         record = json.loads((tmp_path / "reallocations.jsonl").read_text())
@@ -179,15 +159,14 @@ class TestTraining:
     def test_words_with_numbers_of_their_own(
         self, pairs: Path, tmp_path: Path, arch: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        train_translation(
-            pairs, tmp_path, "--word-bias", arch=arch, input_residual_dim=3,
-            output_residual_dim=2, frequent_words=9, frequent_residual_dim=4,
-            reallocate_epochs=1, max_epoch=2,
-        )  # fmt: skip
+        train_translation(pairs, tmp_path, arch=arch, word_dim=4, reallocate_epochs=1, max_epoch=2)
         state = load(tmp_path / "checkpoint2.pt")["model"]
-        assert state["decoder.softmax.frequent.residual"].abs().sum() > 0
-        assert state["decoder.softmax.word_bias"].abs().sum() > 0
-        assert state["decoder.softmax.residual"].shape == (40, 2)
+        part = "embed_tokens" if "transformer" in arch else "core"
+        features = f"decoder.{part}.reader.features"
+        assert state[f"{features}.0.bias"].abs().sum() > 0
+        assert state[f"{features}.1.numbers"].shape == (40, 3)
+        for name in ("numbers", "projection.weight", "query.weight"):
+            assert state[f"{features}.1.{name}"].abs().sum() > 0
         found, _ = translate(capsys, pairs, tmp_path / "checkpoint2.pt", "--beam", 2)
         assert len(found["H"]) == 12
 
@@ -393,22 +372,25 @@ class TestSourceTables:
         self, pairs: Path, tmp_path: Path, arch: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         flags = {"arch": arch, "source_table": "own", "max_epoch": 2, "reallocate_epochs": 1}
-        train_translation(pairs, tmp_path / "a", input_residual_dim=2, **flags)
-        path, side = tmp_path / "a" / "checkpoint2.pt", "encoder.embed_tokens.table"
+        train_translation(pairs, tmp_path / "a", word_dim=3, **flags)
+        path = tmp_path / "a" / "checkpoint2.pt"
+        numbers = load(path)["model"]["encoder.embed_tokens.reader.features.0.numbers"]
+        assert numbers.shape == (40, 2)
         words = symbols(pairs, "src")
         table = WordTable.load(tmp_path / "a" / "source_word_table.txt", words)
-        assert table == table_of(path, (7, 6), side)
-        assert table == table_of(tmp_path / "a" / "checkpoint1.pt", (7, 6), side)
+        assert table == table_of(path, (7, 6), "encoder")
+        assert table == table_of(tmp_path / "a" / "checkpoint1.pt", (7, 6), "encoder")
         found, _ = translate(capsys, pairs, path, "--beam", 2)
         assert len(found["H"]) == 12
 
+        # With a file for the target, the source's words are seated by co-occurrence.
         other = WordTable.from_cells(np.random.default_rng(1).permutation(45)[:40], (5, 9))
-        other.save(tmp_path / "table.txt", words)
-        train_translation(
-            pairs, tmp_path / "b", initial_source_table=tmp_path / "table.txt", **flags
-        )
-        assert table_of(tmp_path / "b" / "checkpoint2.pt", (5, 9), side) == other
-        found, _ = translate(capsys, pairs, tmp_path / "b" / "checkpoint2.pt", "--beam", 2)
+        other.save(tmp_path / "table.txt", symbols(pairs))
+        train_translation(pairs, tmp_path / "b", initial_table=tmp_path / "table.txt", **flags)
+        path = tmp_path / "b" / "checkpoint2.pt"
+        assert table_of(tmp_path / "b" / "checkpoint1.pt", (5, 9)) == other
+        assert table_of(path, (7, 6), "encoder") == table
+        found, _ = translate(capsys, pairs, path, "--beam", 2)
         assert len(found["H"]) == 12
 
     @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -432,16 +414,17 @@ class TestSourceTables:
     def test_an_input_table_can_be_kept_later(self, tmp_path: Path, arch: str) -> None:
         data = preprocess_pairs(tmp_path / "data", "--joined-dictionary", sentences=60)
         flags = {"arch": arch, "source_table": "shared", "reallocate_epochs": 1}
-        train_translation(data, tmp_path / "a", max_epoch=2, **flags)
+        separate = {} if "transformer" in arch else {"component_vectors": "separate"}
+        train_translation(data, tmp_path / "a", max_epoch=2, **separate, **flags)
         train_translation(
             data, tmp_path / "b", "--keep-input-table", max_epoch=3,
             restore_file=tmp_path / "a" / "checkpoint2.pt", **flags,
         )  # fmt: skip
-        state = torch.load(tmp_path / "b" / "checkpoint3.pt", weights_only=False)["model"]
-        places = [name for name in state if name.endswith("input_table.coordinates")]
-        assert len(places) == 2  # encoder and decoder read by the same one
-        for name in places:
-            assert torch.equal(state[name], state["decoder.table.coordinates"])
+        path = tmp_path / "b" / "checkpoint3.pt"
+        read, predicted = coordinates(load(path)["model"]).values()
+        assert torch.equal(read, predicted)
+        (model,), _ = checkpoint_utils.load_model_ensemble([str(path)])
+        assert model.encoder.embed_tokens.reader.seats is model.decoder.words.input_table
 
     def test_a_table_from_the_text_of_both_sides(self, tmp_path: Path) -> None:
         """As from the source side written with the target's words, unknown words and all."""
@@ -460,9 +443,12 @@ class TestSourceTables:
                 w if w in words else "<unk>" for line in lines for w in (*line.split(), "</s>")
             ]
             text.append(np.array([words.index(word) for word in known]))
-        expected = initial_table("cooccurrence", len(words), (7, 6), tokens=text)
-        assert WordTable.load(tmp_path / "out" / "word_table.txt", words) == expected
-        assert expected != initial_table("cooccurrence", len(words), (7, 6), tokens=text[:1])
+        tables = []
+        for texts in (text, text[:1]):
+            maker = TableMaker(len(words), np.zeros(len(words), int), lambda texts=texts: texts, 1)
+            tables.append(maker.make("cooccurrence", (7, 6)))
+        assert WordTable.load(tmp_path / "out" / "word_table.txt", words) == tables[0]
+        assert tables[0] != tables[1]
 
     @pytest.mark.parametrize("arch", ARCHITECTURES)
     def test_resumes_bit_for_bit(self, pairs: Path, tmp_path: Path, arch: str) -> None:
@@ -471,7 +457,7 @@ class TestSourceTables:
         train_translation(pairs, tmp_path / "a", *keep, **flags)
         train_translation(
             pairs, tmp_path / "b", *keep, restore_file=tmp_path / "a" / "checkpoint1.pt",
-            table_seed=5, **flags,
+            **flags,
         )  # fmt: skip
         assert_same_training(*(tmp_path / name / "checkpoint2.pt" for name in "ab"))
 
@@ -505,13 +491,13 @@ class TestBadInput:
     def test_stock_criterion(self, pairs: Path, tmp_path: Path) -> None:
         self.refused(
             "use --criterion two_component_cross_entropy", pairs, tmp_path,
-            criterion="label_smoothed_cross_entropy",
+            criterion="label_smoothed_cross_entropy_with_alignment",
         )  # fmt: skip
 
     def test_stock_model(self, pairs: Path, tmp_path: Path) -> None:
         self.refused(
-            "use --arch lightrnn_translation or lightrnn_transformer with this task, or --task "
-            "translation with that model", pairs, tmp_path, arch="lstm", embed_dim=None,
+            "use one of --arch lightrnn_translation, lightrnn_transformer with this task, or "
+            "--task translation with that model", pairs, tmp_path, arch="lstm", embed_dim=None,
             hidden_size=None,
         )  # fmt: skip
 
@@ -524,18 +510,10 @@ class TestBadInput:
         ("values", "message"),
         [
             ({"table_shape": "5x5"}, "--table-shape 5x5: a table of shape 5x5 has 25 cells"),
-            ({"source_table_shape": "9x9"}, "belongs to --source-table own"),
             ({"source_table": "shared"}, "preprocess with --joined-dictionary"),
             (
                 {"table_text": "both", "initial_table": "random"},
                 "--table-text both: --initial-table random looks at no text",
-            ),
-            ({"source_table": "own", "source_table_shape": "5"}, "--source-table-shape 5: a table"),
-            ({"initial_source_table": "random"}, "belongs to --source-table own"),
-            ({"initial_source_table": "sorted"}, "belongs to --source-table own"),
-            (
-                {"source_table": "own", "initial_source_table": "sorted"},
-                "--initial-source-table sorted: neither one of",
             ),
             ({"label_smoothing": 1.5}, "--label-smoothing 1.5: must be at least 0"),
             ({"source_lang": "xx", "target_lang": "tgt"}, "dict.xx.txt: no such dictionary"),
@@ -573,7 +551,7 @@ class TestBadInput:
             translate(capsys, tmp_path / "bin", trained / "checkpoint_best.pt")
 
     def test_a_translation_model_is_no_language_model(self, gated: Path) -> None:
-        with pytest.raises(SystemExit, match="holds a translation model, which fairseq-generate"):
+        with pytest.raises(ValueError, match="holds a translation model, which fairseq-generate"):
             LanguageModel.from_pretrained(gated)
 
     def test_an_empty_split(self, pairs: Path, tmp_path: Path) -> None:

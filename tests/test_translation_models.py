@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import pickle
 from argparse import Namespace
 from typing import Any
 
 import pytest
 import torch
 from fairseq.data import Dictionary
-from fairseq.models.transformer import TransformerConfig, TransformerDecoderBase
+from fairseq.models.transformer import TransformerDecoderBase
 from fairseq.sequence_generator import EnsembleModel, SequenceGenerator
-from tiny_translation import CASES, DECODERS, TABLES, batch, build, dictionary, log_probs, task
+from tiny_translation import CASES, DECODERS, batch, build, dictionary, log_probs, task
 from torch import Tensor, nn
 
-from fairseq_lightrnn.gated import GatedPredictor
+from fairseq_lightrnn.core.features import OwnNumbers, WordBias
+from fairseq_lightrnn.core.table import WordTable
 from fairseq_lightrnn.models.lightrnn_translation import LightRNNTranslationEncoder
 
 EOS, PAD = 2, 1
@@ -132,7 +135,7 @@ def test_the_widest_beam_finds_the_best_of_all_translations(
     """fairseq's widest beam, one less than the words, holds every translation of one word."""
     model, source, longest = build(decoder, words, shape), batch(2), 2
     # fairseq ends a text by the better half of its candidates alone: let none be improbable.
-    for parameter in model.decoder.softmax.parameters():
+    for parameter in model.decoder.words.head.softmax.parameters():
         parameter *= 0.3
     generator = SequenceGenerator(
         [model], model.decoder.dictionary, beam_size=words - 1, max_len_a=0, max_len_b=longest,
@@ -151,18 +154,19 @@ def test_one_component_is_an_ordinary_softmax_decoder() -> None:
     for decoder in ("recurrent", "gated"):
         model, source = build(decoder, 9, (9,), extras=False), batch(2)
         ours = model.decoder
-        cells, attention = ours.table.cells, ours.composition.attention
+        softmax, vectors = ours.words.head.softmax, ours.core.reader.vectors
+        cells, attention = ours.words.table.cells, ours.core.attention
         embedding = nn.Embedding(9, 5).double()
         output = nn.Linear(6, 9).double()
         with torch.no_grad():
-            embedding.weight.copy_(ours.composition.embedding.weight[cells])
-            output.weight.copy_(ours.softmax.weight[cells])
-            output.bias.copy_(ours.softmax.bias[cells])
+            embedding.weight.copy_(vectors.weight[cells])
+            output.weight.copy_(softmax.vectors.weight[cells])
+            output.bias.copy_(softmax.bias[cells])
         target = torch.randint(4, 9, (2, 4))
         previous = torch.cat([torch.full((2, 1), EOS), target[:, :-1]], dim=1)
         memory, hidden, cell, padding = model.encoder(**source)
         state = ours.first_hidden(hidden), ours.first_cell(cell)
-        h, _ = ours.composition.lstm(embedding(previous), state)
+        h, _ = ours.core.network(embedding(previous), state)
         scores = torch.einsum("btd,md,sbm->bts", h, attention.key.weight, memory)
         weights = scores.masked_fill(padding.t()[:, None], -math.inf).softmax(-1)
         context = torch.einsum("bts,sbm->btm", weights, memory)
@@ -174,8 +178,8 @@ def test_one_component_is_an_ordinary_softmax_decoder() -> None:
         torch.testing.assert_close(loss, expected)
         loss.backward()
         expected.backward()
-        torch.testing.assert_close(ours.softmax.weight.grad[cells], output.weight.grad)
-        gradient = ours.composition.embedding.weight.grad[cells]
+        torch.testing.assert_close(softmax.vectors.weight.grad[cells], output.weight.grad)
+        gradient = vectors.weight.grad[cells]
         torch.testing.assert_close(gradient, embedding.weight.grad)
 
 
@@ -184,17 +188,17 @@ def test_one_component_is_an_ordinary_softmax_decoder() -> None:
 def test_one_component_is_the_transformer_of_fairseq(shared: bool) -> None:
     flags = {"share_decoder_input_output_embed": shared}
     model, source = build("transformer", 9, (9,), extras=False, **flags), batch(2)
-    cells = model.decoder.table.cells
-    cfg: TransformerConfig = model.cfg
+    words, cfg = model.decoder.words, model.decoder.cfg
+    cells, softmax = words.table.cells, words.head.softmax
     stock = TransformerDecoderBase(cfg, dictionary(9), nn.Embedding(9, 8, PAD)).double().eval()
     state = {
         name: value for name, value in model.decoder.state_dict().items()
         if name in stock.state_dict()
     }  # fmt: skip
-    state["embed_tokens.weight"] = model.decoder.embed_tokens.embedding.weight[cells]
-    state["output_projection.weight"] = model.decoder.softmax.weight[cells]
+    state["embed_tokens.weight"] = words.reader.vectors.weight[cells]
+    state["output_projection.weight"] = softmax.vectors.weight[cells]
     stock.load_state_dict(state)
-    model.decoder.softmax.bias.zero_()
+    softmax.bias.zero_()
     target = torch.randint(4, 9, (2, 4))
     previous = torch.cat([torch.full((2, 1), EOS), target[:, :-1]], dim=1)
     logits, _ = stock(previous, encoder_out=model.encoder(**source))
@@ -202,110 +206,110 @@ def test_one_component_is_the_transformer_of_fairseq(shared: bool) -> None:
     torch.testing.assert_close(log_probs(model, source, target), expected)
 
 
-@pytest.mark.parametrize("ffn_dim", [0, 7])
-@pytest.mark.parametrize(("words", "shape"), TABLES)
-def test_gates_follow_their_equations(words: int, shape: tuple[int, ...], ffn_dim: int) -> None:
-    """g_i = tanh((W_i h + u_i) ⊙ 2σ(Σ_j gate_ij) + Σ_j shift_ij), for outputs of any network.
-
-    With a feed-forward layer of h + B relu(A h) in the place of h.
-    """
-    torch.manual_seed(0)
-    predictor = GatedPredictor(shape, 4, query_sizes=[2], ffn_dim=ffn_dim).double()
-    base = torch.randn(2, 3, 4, dtype=torch.float64)
-    upcoming = torch.stack([torch.randint(size, (2, 3)) for size in shape], dim=-1)
-    outputs = predictor.predict(base, upcoming)
-    assert outputs.shape == (2, 3, len(shape), 6)
-    context = predictor.context(base[1, 2, None])
-    hidden = base[1, 2]
-    if ffn_dim:
-        inner, outer = predictor.ffn.inner, predictor.ffn.outer
-        units = (inner.weight @ hidden + inner.bias).clamp(min=0)
-        hidden = hidden + outer.weight @ units + outer.bias
-    for component in range(len(shape)):
-        expected = hidden
-        if component:
-            both = sum(
-                predictor.gates[component - 1].weight[sum(shape[:j]) + upcoming[1, 2, j]]
-                for j in range(component)
-            )
-            opened = predictor.transforms[component - 1](hidden) * 2 * torch.sigmoid(both[:4])
-            expected = torch.tanh(opened + both[4:])
-            context = predictor.extend(context, component - 1, upcoming[1:2, 2, component - 1])
-        expected = torch.cat([expected, predictor.query(hidden)])
-        torch.testing.assert_close(outputs[1, 2, component], expected)
-        torch.testing.assert_close(context.output[0], expected)
-
-
 class TestSourceTables:
     @torch.no_grad()
     @pytest.mark.parametrize("decoder", DECODERS)
     def test_own(self, decoder: str) -> None:
-        """Source words are sums of component vectors of a table that travels with the model."""
-        model = build(decoder, 12, (3, 4), source_table="own", source_table_shape="4x3")
-        words = model.encoder.embed_tokens
-        assert words.table.shape == (4, 3)
-        assert "encoder.embed_tokens.table.coordinates" in model.state_dict()
+        """Source words are sums of vectors of a table of theirs that travels with the model."""
+        model, other = (build(decoder, 12, (3, 4), source_table="own") for _ in range(2))
+        words = model.encoder.embed_tokens.reader
+        table = WordTable.from_cells(words.seats.table().cells[::-1].copy(), (4, 3))
+        words.seats.seat(table)
+        assert "encoder.embed_tokens.reader.seats.coordinates" in model.state_dict()
         text = torch.arange(11)
-        expected = words.embedding(words.table(text)).sum(-2)
-        torch.testing.assert_close(words(text), expected)
-        other = build(decoder, 12, (3, 4), source_table="own", source_table_shape="4x3")
+        (own,) = words.features
+        expected = words.vectors(words.seats(text)).sum(-2) + own.projection(own.numbers[text])
+        torch.testing.assert_close(model.encoder.embed_tokens(text), expected)
+        plain = build(decoder, 12, (3, 4), extras=False, source_table="own")
+        assert len(plain.encoder.embed_tokens.reader.features) == 0
         other.load_state_dict(model.state_dict())
+        assert other.encoder.embed_tokens.reader.seats.table() == table
         source, target = batch(2), torch.randint(4, 12, (2, 3))
         scores = [log_probs(one, source, target) for one in (model, other)]
         torch.testing.assert_close(*scores)
+
+    @pytest.mark.parametrize("decoder", DECODERS)
+    def test_own_tables_have_as_many_components_as_the_targets(self, decoder: str) -> None:
+        model = build(decoder, 17, (2, 3, 4), source_table="own")
+        assert model.encoder.embed_tokens.reader.seats.shape == (3, 2, 2)
 
     @torch.no_grad()
     @pytest.mark.parametrize("decoder", DECODERS)
     def test_shared(self, decoder: str) -> None:
         model = build(decoder, 12, (3, 4), source_table="shared", source=dictionary(12))
-        words, decoder_table = model.encoder.embed_tokens, model.decoder.table
-        tables = [name for name in model.state_dict() if name.endswith(".table.coordinates")]
-        assert tables == ["decoder.table.coordinates"]
-        embedding = (
-            model.decoder.embed_tokens.embedding
-            if decoder == "transformer"
-            else model.decoder.composition.embedding
-        )
-        assert words.embedding is embedding
+        words = model.encoder.embed_tokens
+        reader = model.decoder.words.reader
+        assert words.reader is reader
+        assert not any(name.startswith("encoder.embed_tokens") for name in model.state_dict())
         text = torch.arange(12)
-        torch.testing.assert_close(words(text), embedding(decoder_table(text)).sum(-2))
+        torch.testing.assert_close(words(text), reader(text).sum(-2))
 
     def test_a_shared_table_needs_a_joined_dictionary(self) -> None:
         with pytest.raises(SystemExit, match="preprocess with --joined-dictionary"):
             build("gated", 12, (3, 4), source_table="shared", source=dictionary(12, "s"))
 
     def test_a_shared_table_needs_one_width(self) -> None:
-        with pytest.raises(SystemExit, match="vectors have width 7, the decoder's 5"):
+        with pytest.raises(SystemExit, match="embeddings have width 6, the decoder's 8"):
             build(
-                "gated", 12, (3, 4), source_table="shared", source=dictionary(12),
-                encoder_embed_dim=7,
+                "transformer", 12, (3, 4), source_table="shared", source=dictionary(12),
+                encoder_embed_dim=6,
             )  # fmt: skip
 
-    def test_a_shape_without_a_table(self) -> None:
-        with pytest.raises(SystemExit, match="--source-table-shape 4x3 belongs to --source-table"):
-            build("gated", 12, (3, 4), source_table_shape="4x3")
+
+@pytest.mark.parametrize(
+    ("decoder", "kinds", "units"),
+    [
+        ("recurrent", [], None),
+        ("gated", [WordBias, OwnNumbers], 24),
+        ("transformer", [WordBias, OwnNumbers], 32),
+    ],
+)
+def test_what_architectures_give_words(decoder: str, kinds: list[type], units: int | None) -> None:
+    """A small vocabulary; the paper's model gives them rows and columns alone."""
+    nothing = {"word_dim": None, "further_tables": None, "output_ffn_dim": None}
+    head = build(decoder, 12, (3, 4), keep_input_table=False, **nothing).decoder.words.head
+    features = list(head.softmax.features)
+    assert [type(feature) for feature in features] == kinds
+    if kinds:
+        assert features[1].numbers.shape == (12, 36)
+    ffn = head.conditioner.ffn
+    assert (ffn and len(ffn.inner.weight)) == units
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_copies_and_pickles_work(decoder: str) -> None:
+    model, source = build(decoder, 12, (3, 4)), batch(2)
+    target = torch.randint(4, 12, (2, 4))
+    expected = log_probs(model, source, target)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(log_probs(other, source, target), expected)
+        for parameter in other.parameters():
+            parameter.zero_()
+        assert torch.equal(log_probs(model, source, target), expected)
 
 
 def test_decoder_parameters_for_the_vocabulary() -> None:
     """Component vectors and biases instead of a vector and a bias for every word."""
     model = build("gated", 900, (30, 30), extras=False)
     counts = {name: value.numel() for name, value in model.decoder.named_parameters()}
-    assert counts["composition.embedding.weight"] == 60 * 5
-    assert counts["softmax.weight"] + counts["softmax.bias"] == 60 * 7
+    assert counts["core.reader.vectors.weight"] == 60 * 5
+    softmax = "core.head.softmax"
+    assert counts[f"{softmax}.vectors.weight"] + counts[f"{softmax}.bias"] == 60 * 7
     assert sum(counts.values()) < 900 * 3
 
 
 @pytest.mark.parametrize(
     ("decoder", "flags", "message"),
     [
-        ("gated", {"encoder_hidden_size": 0}, "--encoder-hidden-size 0: must be at least 1"),
-        ("gated", {"encoder_dropout_in": 1.0}, "--encoder-dropout-in 1.0: must be at least 0"),
         ("gated", {"hidden_size": 0}, "--hidden-size 0: must be at least 1"),
-        ("gated", {"input_residual_dim": -1}, "--input-residual-dim -1: must not be negative"),
+        ("gated", {"dropout": 1.0}, "--dropout 1.0: must be at least 0"),
+        ("gated", {"word_dim": -1}, "--word-dim -1: must not be negative"),
+        ("recurrent", {"keep_input_table": True}, "--keep-input-table: the paper's model predicts"),
         ("transformer", {"share_all_embeddings": True}, "--share-all-embeddings: share"),
         ("transformer", {"adaptive_softmax_cutoff": "5"}, "--adaptive-softmax-cutoff: a component"),
         ("transformer", {"decoder_embed_dim": 0}, "--decoder-embed-dim 0: must be at least 1"),
-        ("transformer", {"output_residual_dim": -1}, "must not be negative"),
+        ("transformer", {"word_dim": -1}, "must not be negative"),
     ],
 )
 def test_flags_without_meaning(decoder: str, flags: dict[str, Any], message: str) -> None:

@@ -1,28 +1,51 @@
+"""The criterion against its definitions, and under the names that fairseq has for it."""
+
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fairseq import checkpoint_utils
 from fairseq.logging import metrics
 from fairseq_run import preprocess, train, valid_losses, valid_records
-from test_lightrnn_lm import Words, config
-from test_regularisation import slow_penalties
+from test_network import slow_penalties
+from tiny_models import language_task
 from torch import Tensor, nn
 
-from fairseq_lightrnn.components import ComponentSoftmax
+from fairseq_lightrnn.core.features import WordBias
+from fairseq_lightrnn.core.reader import ComponentVectors
+from fairseq_lightrnn.core.seats import PredictedTable
+from fairseq_lightrnn.core.softmax import ComponentSoftmax
+from fairseq_lightrnn.core.table import WordTable
 from fairseq_lightrnn.criterions.two_component_cross_entropy import (
     TwoComponentCrossEntropyCriterion,
     component_names,
 )
-from fairseq_lightrnn.models.lightrnn_lm import LightRNNDecoder, LightRNNLanguageModel
-from fairseq_lightrnn.table_lookup import TableLookup
-from fairseq_lightrnn.word_table import WordTable
+from fairseq_lightrnn.models.flags import Regularisation, parse_regularisation
+from fairseq_lightrnn.models.lightrnn_lm import (
+    GatedLanguageModel,
+    LightRNNLanguageModel,
+    LSTMConfig,
+)
+from fairseq_lightrnn.models.word_head import Reallocations, WordHead
 
 PAD = 1
+
+
+class GivenScores(WordHead):
+    """Takes features for the log-probabilities of the components."""
+
+    def __init__(self) -> None:
+        """Needs no head."""
+
+    def log_probs(self, features: Tensor, words: Tensor) -> Tensor:
+        return features
 
 
 class Scores(nn.Module):
@@ -31,10 +54,7 @@ class Scores(nn.Module):
     def __init__(self, log_probs: Tensor) -> None:
         super().__init__()
         self.log_probs = nn.Parameter(log_probs)
-        self.decoder = self
-
-    def component_log_probs(self, features: Tensor, words: Tensor) -> Tensor:
-        return features
+        self.decoder = SimpleNamespace(words=GivenScores())
 
     def forward(self, src_tokens: Tensor) -> tuple[Tensor, None]:
         return self.log_probs, None
@@ -92,21 +112,31 @@ def test_metrics_are_bits_and_perplexities_per_word(criterion) -> None:
     assert smoothed["column_ppl"] == pytest.approx(math.exp(3 / 4), abs=0.01)
 
 
-WEIGHTS = {"activation_regularisation": 2.0, "temporal_activation_regularisation": 3.0}
+KINDS = {"lightrnn_lm": LightRNNLanguageModel, "lightrnn_lm_gated": GatedLanguageModel}
 
 
-def lightrnn(kind: str, components: int) -> nn.Module:
-    """A language model that has weights of some size, and dropout of outputs."""
+def lightrnn(kind: str, components: int, dropout_out: float = 0.4) -> nn.Module:
+    """A language model that has weights of some size, dropout of outputs, and penalties."""
     torch.manual_seed(1)
-    cfg = config(
-        "lightrnn_lm", composition=kind, num_components=components, embed_dim=4, hidden_size=5,
-        dropout=0.0, dropout_out=0.4,
+    cfg = LSTMConfig(
+        table_shape=f"{components}d", embed_dim=4, hidden_size=5, dropout=0.0,
+        dropout_out=dropout_out, regularise="awd,weight=0,component=0,activation=2,change=3",
     )  # fmt: skip
-    model = LightRNNLanguageModel(LightRNNDecoder(cfg, Words(20))).double()
+    model = KINDS[kind].build_model(cfg, language_task(20)).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
     return model
+
+
+def without_penalties(criterion: Any, model: Any, sample: Any, seed: int = 0) -> Any:
+    """Computes the loss of the same model, as if it asked for no penalties."""
+    penalties = model.decoder.penalties
+    model.decoder.penalties = Regularisation()
+    torch.manual_seed(seed)
+    found = criterion(model, sample)
+    model.decoder.penalties = penalties
+    return found
 
 
 def lm_batch() -> dict[str, Any]:
@@ -118,51 +148,48 @@ def lm_batch() -> dict[str, Any]:
     return made
 
 
-@pytest.mark.parametrize("kind", ["recurrent", "gated"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("components", [1, 2, 3])
 def test_penalties_are_added_in_training_alone(criterion, kind: str, components: int) -> None:
     model, sample = lightrnn(kind, components), lm_batch()
-    penalising = TwoComponentCrossEntropyCriterion(criterion.task, **WEIGHTS)
+    plain, size, plain_log = without_penalties(criterion, model, sample, seed=2)
     torch.manual_seed(2)
-    plain, size, plain_log = criterion(model, sample)
-    torch.manual_seed(2)
-    loss, penalised_size, log = penalising(model, sample)
+    loss, penalised_size, log = criterion(model, sample)
     assert size == penalised_size
     assert {name: log[name] for name in plain_log} == plain_log  # what is reported is the same
 
     torch.manual_seed(2)
-    _, extra = model(**sample["net_input"], return_activations=True)
-    raw, dropped = extra["activations"]["raw"], extra["activations"]["dropped"]
+    _, extra = model(**sample["net_input"])
+    raw, dropped = extra["activations"]
     assert not torch.equal(raw, dropped)
-    steps = components if kind == "recurrent" else 1
+    steps = components if kind == "lightrnn_lm" else 1
     real = sample["target"].ne(PAD).repeat_interleave(steps, dim=1)
     ar, tar = slow_penalties(raw, dropped, real)
     assert log["ar_penalty"].item() == pytest.approx(size * 2 * ar)
     assert log["tar_penalty"].item() == pytest.approx(size * 3 * tar)
     assert loss.item() == pytest.approx(plain.item() + size * (2 * ar + 3 * tar))
 
-    model.eval(), criterion.eval(), penalising.eval()
-    one, two = criterion(model, sample), penalising(model, sample)
+    model.eval(), criterion.eval()
+    one, two = without_penalties(criterion, model, sample), criterion(model, sample)
     assert torch.equal(one[0], two[0])
     assert one[1:] == two[1:]
 
 
-@pytest.mark.parametrize("kind", ["recurrent", "gated"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_penalties(criterion, kind: str) -> None:
     model, sample = lightrnn(kind, 2), lm_batch()
-    penalising = TwoComponentCrossEntropyCriterion(criterion.task, **WEIGHTS)
     torch.manual_seed(3)
-    loss, size, _ = penalising(model, sample)
+    loss, size, _ = criterion(model, sample)
     torch.manual_seed(3)
-    features, extra = model(**sample["net_input"], return_activations=True)
+    features, extra = model(**sample["net_input"])
     target = sample["target"]
     real = target.ne(PAD)
-    expected = -model.decoder.component_log_probs(features, target)[real].sum()
-    steps = 2 if kind == "recurrent" else 1
+    expected = -model.decoder.words.log_probs(features, target)[real].sum()
+    steps = 2 if kind == "lightrnn_lm" else 1
     squares, changes = [], []
     for text, words in enumerate(real.sum(dim=1).tolist()):
-        squares.append(extra["activations"]["dropped"][text, : words * steps].square())
-        changes.append(extra["activations"]["raw"][text, : words * steps].diff(dim=0).square())
+        squares.append(extra["activations"].dropped[text, : words * steps].square())
+        changes.append(extra["activations"].raw[text, : words * steps].diff(dim=0).square())
     expected = expected + size * (2 * torch.cat(squares).mean() + 3 * torch.cat(changes).mean())
     parameters = list(model.parameters())
     gradients = (torch.autograd.grad(value, parameters) for value in (loss, expected))
@@ -172,40 +199,36 @@ def test_gradients_of_penalties(criterion, kind: str) -> None:
 
 def test_penalties_are_per_word(criterion) -> None:
     """Of two equal batches, loss and words are twice those of one, as fairseq adds them up."""
-    model, sample = lightrnn("gated", 2), lm_batch()
-    for dropout in ("dropout_out", "dropout_hidden"):
-        getattr(model.decoder.composition, dropout).p = 0.0
-    penalising = TwoComponentCrossEntropyCriterion(criterion.task, **WEIGHTS)
+    model, sample = lightrnn("lightrnn_lm_gated", 2, dropout_out=0.0), lm_batch()
     twice = {"net_input": {}, "target": torch.cat([sample["target"]] * 2)}
     twice["ntokens"] = 2 * sample["ntokens"]
     for name, words in sample["net_input"].items():
         twice["net_input"][name] = torch.cat([words] * 2)
-    loss, size, log = penalising(model, sample)
-    double_loss, double_size, double_log = penalising(model, twice)
+    loss, size, log = criterion(model, sample)
+    double_loss, double_size, double_log = criterion(model, twice)
     torch.testing.assert_close(double_loss, 2 * loss)
     assert double_size == 2 * size
     for name in ("ar_penalty", "tar_penalty"):
         torch.testing.assert_close(double_log[name], 2 * log[name])
     with metrics.aggregate() as values:
-        penalising.reduce_metrics([log, log])
+        criterion.reduce_metrics([log, log])
         smoothed = values.get_smoothed_values()
     expected = log["ar_penalty"].item() / size / math.log(2)
     assert smoothed["ar_penalty"] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", ["activation", "change"])
 @pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
-def test_weights_that_have_no_meaning(criterion, name: str, value: float) -> None:
-    flag = f"--{name.replace('_', '-')}"
-    with pytest.raises(ValueError, match=f"{flag} {value}: must be a number of at least 0"):
-        TwoComponentCrossEntropyCriterion(criterion.task, **{name: value})
+def test_weights_that_have_no_meaning(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"--regularise .*'{name}={value}' is none of"):
+        parse_regularisation(f"awd,{name}={value}")
 
 
 def test_penalties_are_logged_beside_the_loss(data: Path, tmp_path: Path) -> None:
     """With nothing learnt, loss and perplexity are those of a training without penalties."""
-    flags = {"max_epoch": 1, "lr": 0.0}
-    plain = train(data, tmp_path / "plain", **flags)
-    records = train(data, tmp_path / "penalised", **flags, **WEIGHTS)
+    flags, awd = {"max_epoch": 1, "lr": 0.0}, "awd,weight=0.2,component=0.1"
+    plain = train(data, tmp_path / "plain", **flags, regularise=f"{awd},activation=0,change=0")
+    records = train(data, tmp_path / "penalised", **flags, regularise=awd)
     (one,), (two,) = ([r for r in found if "train_wps" in r][:1] for found in (plain, records))
     for name in ("train_loss", "train_ppl", "train_row_loss", "train_column_ppl"):
         assert one[name] == two[name]
@@ -234,31 +257,25 @@ class Smoothed(nn.Module):
     def __init__(self, words: int, shape: tuple[int, ...]) -> None:
         super().__init__()
         torch.manual_seed(words)
-        self.decoder = self
-        self.table = TableLookup(words, shape)
+        self.table = PredictedTable(words, shape)
         cells = np.random.default_rng(words).permutation(self.table.table().cells)
         self.table.seat(WordTable.from_cells(cells, shape))
-        self.softmax = ComponentSoftmax(self.table, 4, None, True).double()
+        vectors = ComponentVectors(shape, 4)
+        self.softmax = ComponentSoftmax(self.table, vectors, [WordBias(words)]).double()
         for parameter in self.softmax.parameters():
             nn.init.normal_(parameter)
+        head: Any = SimpleNamespace(table=self.table, softmax=self.softmax)
+        self.decoder = SimpleNamespace(words=WordHead(head, None, None, Reallocations()))
         # The same output for every prefix: P(w) is a distribution that a test can enumerate.
         self.output = nn.Parameter(torch.randn(len(shape), 4, dtype=torch.float64))
 
     def forward(self, src_tokens: Tensor) -> tuple[Tensor, None]:
-        return self.output.expand(*src_tokens.shape, -1, -1), None
-
-    def component_log_probs(self, features: Tensor, words: Tensor) -> Tensor:
-        return self.component_log_probs_and_means(features, words)[0]
-
-    def component_log_probs_and_means(self, features: Tensor, words: Tensor) -> Any:
-        flat = features.flatten(0, 1), self.table(words.flatten())
-        scores, means = self.softmax.forward_with_mean(*flat)
-        return scores.view(*words.shape, -1), means.view(*words.shape, -1)
+        return self.output.flatten().expand(*src_tokens.shape, -1), None
 
     def probabilities(self) -> Tensor:
         words = torch.arange(self.table.num_words)
         hidden = self.output.expand(len(words), -1, -1)
-        return self.softmax(hidden, self.table(words)).sum(1).exp()
+        return self.softmax(hidden, words).sum(1).exp()
 
 
 def smoothing(epsilon: float) -> TwoComponentCrossEntropyCriterion:
@@ -332,3 +349,77 @@ def test_perplexity_is_that_of_the_loss_without_smoothing() -> None:
 def test_label_smoothing_out_of_range(epsilon: float) -> None:
     with pytest.raises(SystemExit, match="--label-smoothing .*: must be at least 0 and below 1"):
         smoothing(epsilon)
+
+
+@pytest.fixture(scope="module")
+def plain(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The validation losses of a training that names the criterion."""
+    return valid_losses(train(data, tmp_path_factory.mktemp("plain"), max_epoch=2))
+
+
+class TestOtherNames:
+    """Only one criterion can work, so what names the same loss is taken for it."""
+
+    @pytest.mark.parametrize("criterion", [None, "cross_entropy"])
+    def test_left_out(
+        self, data: Path, tmp_path: Path, plain: list[float], criterion: str | None,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:  # fmt: skip
+        with caplog.at_level(logging.INFO):
+            records = train(data, tmp_path, criterion=criterion, max_epoch=2)
+        assert valid_losses(records) == plain
+        (line,) = (message for message in caplog.messages if "in place of" in message)
+        assert line.startswith("--criterion two_component_cross_entropy, with label smoothing 0,")
+        assert "valid_row_loss" in valid_records(records)[0]
+
+    def test_nothing_is_said_of_its_own_name(
+        self, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level(logging.INFO):
+            train(data, tmp_path, max_epoch=1)
+        assert "in place of" not in caplog.text
+
+    def test_label_smoothing(
+        self, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        flags = {"label_smoothing": 0.2, "max_epoch": 2}
+        named = train(data, tmp_path / "named", **flags)
+        with caplog.at_level(logging.INFO):
+            other = train(
+                data, tmp_path / "other", criterion="label_smoothed_cross_entropy", **flags
+            )
+        assert valid_losses(other) == valid_losses(named)
+        nll = [valid_records(records)[-1]["valid_nll_loss"] for records in (named, other)]
+        assert nll[0] == nll[1] < valid_records(named)[-1]["valid_loss"]
+        (line,) = (message for message in caplog.messages if "in place of" in message)
+        assert "with label smoothing 0.2, in place of label_smoothed_cross_entropy" in line
+
+        # fairseq-validate builds it from the checkpoint.
+        path = str(tmp_path / "other" / "checkpoint_last.pt")
+        _, cfg, task = checkpoint_utils.load_model_ensemble_and_task([path])
+        criterion = task.build_criterion(cfg.criterion)
+        assert isinstance(criterion, TwoComponentCrossEntropyCriterion)
+        assert criterion.label_smoothing == 0.2
+
+
+def test_half_precision_rounds_no_shares_of_words() -> None:
+    """The shares of label smoothing are counts of words, whatever the model computes in."""
+    cfg = LSTMConfig(embed_dim=4, hidden_size=4, table_shape="2d")
+    model = GatedLanguageModel.build_model(cfg, language_task(2000))
+    table = model.decoder.words.table
+    rows = torch.arange(45)[:, None]
+    expected = [table.shares(0, rows[:1, :0]), table.shares(1, rows)]
+    model.bfloat16()
+    found = [table.shares(0, rows[:1, :0]), table.shares(1, rows)]
+    for one, two in zip(expected, found, strict=True):
+        assert two.dtype == torch.float32 and torch.equal(one, two)
+        torch.testing.assert_close(two.sum(1), torch.ones(len(two)))
+    words = torch.randint(4, 2000, (2, 5))
+    sample = {
+        "net_input": {"src_tokens": words, "target_tokens": words, "src_lengths": None},
+        "target": words, "ntokens": 10,
+    }  # fmt: skip
+    task = SimpleNamespace(target_dictionary=model.decoder.dictionary)
+    smoothed = TwoComponentCrossEntropyCriterion(task, 0.1).train()  # type: ignore[arg-type]
+    loss = smoothed(model, sample)[0]
+    assert loss.item() == pytest.approx(10 * math.log(2000), rel=0.05)

@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 from fairseq.data import Dictionary
-from fairseq_run import TASK  # noqa: F401  (imports fairseq on every supported Python)
+from fairseq.models import MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
 from torch import Tensor
 
-from fairseq_lightrnn.models.lightrnn_transformer import LightRNNTransformerModel
-from fairseq_lightrnn.models.lightrnn_translation import (
-    LightRNNTranslationModel,
-    LightRNNTranslationModelConfig,
-)
-from fairseq_lightrnn.word_table import WordTable
+from fairseq_lightrnn.core.table import WordTable
+from fairseq_lightrnn.models import lightrnn_transformer, lightrnn_translation  # noqa: F401
 
-DECODERS = ["recurrent", "gated", "transformer"]
+ARCHITECTURES = {
+    "recurrent": "lightrnn_translation",
+    "gated": "lightrnn_translation_gated",
+    "transformer": "lightrnn_transformer",
+}
+DECODERS = list(ARCHITECTURES)
 # (words, shape): full and part-filled tables of one, two and three components
 TABLES = [(9, (9,)), (12, (3, 4)), (10, (3, 4)), (17, (2, 3, 4))]
 CASES = [(decoder, words, shape) for decoder in DECODERS for words, shape in TABLES]
@@ -54,27 +55,27 @@ def build(
     source: Dictionary | None = None,
     **flags: Any,
 ) -> Any:
-    """A random model and table, with biases and residuals of words; LSTMs have an FFN too."""
-    common = {
-        "num_components": len(shape), "table_shape": "x".join(map(str, shape)), "dropout": 0.0,
-        "word_bias": extras, "input_residual_dim": 3 * extras, "output_residual_dim": 2 * extras,
-        "frequent_words": words // 3 * extras, "frequent_residual_dim": 2,
+    """A random model and tables, with what words can have of their own; and an FFN."""
+    values: dict[str, Any] = {
+        "table_shape": "x".join(map(str, shape)), "dropout": 0.0, "word_dim": 3 * extras,
         "further_tables": str(2 * extras * (len(shape) > 1)), "output_ffn_dim": 7 * extras,
         "keep_input_table": extras and decoder != "recurrent",
     }  # fmt: skip
-    target = dictionary(words)
-    job = task(source or dictionary(11, "s"), target)
     if decoder == "transformer":
         sizes = {"embed_dim": 8, "ffn_embed_dim": 6, "layers": 2, "attention_heads": 2}
-        both = {f"{s}_{n}": v for s in ("encoder", "decoder") for n, v in sizes.items()}
-        args = SimpleNamespace(**{**common, **both, **flags})
-        model: Any = LightRNNTransformerModel.build_model(args, job)
+        values |= {f"{s}_{n}": v for s in ("encoder", "decoder") for n, v in sizes.items()}
+        values |= {"max_source_positions": 64, "max_target_positions": 64}
     else:
-        lstm = {"embed_dim": 5, "hidden_size": 6, "num_layers": 2, "composition": decoder}
-        cfg = LightRNNTranslationModelConfig(**{**common, **lstm, **flags})
-        model = LightRNNTranslationModel.build_model(cfg, job)
-    cells = np.random.default_rng(words).permutation(model.decoder.table.table().cells)
-    model.decoder.table.seat(WordTable.from_cells(cells, shape))
+        values |= {"embed_dim": 5, "hidden_size": 6, "num_layers": 2}
+    architecture = ARCHITECTURES[decoder]
+    cfg = MODEL_DATACLASS_REGISTRY[architecture](**{**values, **flags})
+    job = task(source or dictionary(11, "s"), dictionary(words))
+    model: Any = MODEL_REGISTRY[architecture].build_model(cfg, job)
+    own = model.decoder.words
+    input_table = [own.input_table] if own.input_table is not None else []
+    for number, table in enumerate([own.table, *input_table, *own.further_tables]):
+        cells = np.random.default_rng((words, number)).permutation(table.table().cells)
+        table.seat(WordTable.from_cells(cells, shape))
     model.double().eval()
     torch.manual_seed(words)  # whatever was drawn to build it
     with torch.no_grad():

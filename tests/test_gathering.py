@@ -13,14 +13,12 @@ import torch
 
 WORKER = """
 import sys
-from types import SimpleNamespace
 import numpy as np, torch
-import fairseq_compat; fairseq_compat.install()
-import fairseq_lightrnn.register
-from fairseq.data import Dictionary
-from fairseq_lightrnn.allocation import reallocate
-from fairseq_lightrnn.models.lightrnn_lm import *
-from fairseq_lightrnn.tasks._statistics import gather_statistics, statistics_storage
+from fairseq_lightrnn.allocation.assignment import SolverOptions
+from fairseq_lightrnn.allocation.gathering import gather_statistics, statistics_storage
+from fairseq_lightrnn.allocation.paper import reallocate
+from fairseq_lightrnn.core.table import WordTable, default_shape
+from fairseq_lightrnn.workers import table_of_first_worker
 
 rank, world, folder, memory = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 memory = None if memory == "None" else float(memory)
@@ -28,30 +26,29 @@ torch.set_num_threads(1)
 if world > 1:
     store = torch.distributed.FileStore(f"{folder}/store{world}", world)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
-dictionary = Dictionary()
-for word in range(60):
-    dictionary.add_symbol(f"w{word}")
-torch.manual_seed(0)
-config = LightRNNLanguageModelConfig(embed_dim=16, hidden_size=16)
-model = LightRNNLanguageModel(LightRNNDecoder(config, dictionary))
-for parameter in model.parameters():
-    torch.nn.init.normal_(parameter)
+num_words, padding = 64, 1
+shape = default_shape(num_words)
 random = torch.Generator().manual_seed(1)
+vectors = [torch.randn(size, 16, generator=random) for size in shape]
+biases = [torch.randn(size, generator=random) for size in shape]
+cells = torch.randperm(num_words, generator=random).numpy()
 batches = []
 for length in [5, 3, 8, 2, 7, 4, 6]:  # seven batches: workers have different numbers of them
-    words = torch.randint(4, len(dictionary), (3, length + 1), generator=random)
-    words[0, -2:] = dictionary.pad()
-    source, target = words[:, :-1], words[:, 1:]
-    inputs = {"prev_output_tokens": source, "target_tokens": target}
-    batches.append({"target": target, "net_input": inputs})
-model.forward = model.decoder.forward
-size = (len(dictionary), 2, 16)
+    words = torch.randint(4, num_words, (3, length), generator=random)
+    words[0, -2:] = padding
+    words = words[words != padding]
+    hidden = torch.randn(len(words), 2, 16, generator=random)
+    batches.append((words, hidden, -torch.rand(len(words), 2, generator=random)))
+size = (num_words, 2, 16)
+table = table_of_first_worker(
+    lambda: WordTable.from_cells(cells, shape), num_words, shape, "cpu"
+)
+assert np.array_equal(table.cells, cells)
 with statistics_storage(memory, size, f"{folder}/spill{rank}") as storage:
-    gathered = gather_statistics(model, batches[rank::world], storage.arguments)
+    gathered = gather_statistics(batches[rank::world], *size, "cpu", storage.arguments)
     if rank == 0:
-        table, softmax = model.decoder.table.table(), model.decoder.softmax
-        vectors, biases = zip(*(softmax.vectors(i) for i in range(2)))
-        found = reallocate(table, gathered.statistics, vectors, biases, **storage.solver_memory)
+        options = SolverOptions(**storage.solver_memory)
+        found = reallocate(table, gathered.statistics, vectors, biases, options=options)
         np.savez(
             f"{folder}/result{world}.npz", sums=gathered.statistics.sums.numpy(),
             counts=gathered.statistics.counts.numpy(), losses=gathered.losses.numpy(),
@@ -59,13 +56,19 @@ with statistics_storage(memory, size, f"{folder}/spill{rank}") as storage:
         )
     else:
         low, high = gathered.statistics.word_range
-        assert high - low <= -(-len(dictionary) // world), "a worker keeps its own words only"
+        assert high - low <= -(-num_words // world), "a worker keeps its own words only"
 """
 
 GIB = 1 << 30
 
 
 def gather(folder: Path, world: int, memory: float | None) -> dict[str, np.ndarray]:
+    if world == 1:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["", "0", "1", str(folder), str(memory)])
+            exec(WORKER, {})
+        with np.load(folder / "result1.npz") as result:
+            return dict(result)
     command = [sys.executable, "-c", WORKER]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     workers = [
@@ -90,7 +93,7 @@ def test_any_number_of_workers_makes_the_same_table(
     alone = gather(tmp_path, 1, memory)
     assert str(alone["dtype"]) == f"torch.{dtype}"
     assert alone["counts"].sum() == 3 * 35 - 7 * 2  # padding does not count
-    for world in (2, 3) if memory is None else (3,):
+    for world in (3,) if memory is None else (2,):
         together = gather(tmp_path, world, memory)
         for name in ("sums", "counts", "cells"):
             np.testing.assert_array_equal(together[name], alone[name])

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from test_lightrnn_lm import Words, config
-from tiny_models import COMPOSITIONS
+from tiny_models import CONDITIONERS, HIDDEN, build_recurrent
 from torch import Tensor, nn
 
-from fairseq_lightrnn.components import ComponentEmbedding
-from fairseq_lightrnn.composition import Composition
-from fairseq_lightrnn.models.lightrnn_lm import LightRNNDecoder
-from fairseq_lightrnn.regularisation import (
+from fairseq_lightrnn.core.conditioning import Recurrent
+from fairseq_lightrnn.core.decoder import Decoder
+from fairseq_lightrnn.core.network import (
+    FeedForward,
     LockedDropout,
     RegularisedLSTM,
     mean_square,
     mean_square_change,
 )
-from fairseq_lightrnn.table_lookup import TableLookup
 
 SHAPES = [(12,), (3, 4), (2, 3, 2)]
 RATE = 0.4
@@ -70,7 +69,7 @@ def test_lstm_is_the_hand_written_one_with_masks(
 ) -> None:
     torch.manual_seed(1)
     dropout = RATE if locked else 0.0
-    lstm = RegularisedLSTM(4, 8, 2, dropout, locked, weight_dropout).double()
+    lstm = RegularisedLSTM(4, 8, 2, dropout, 0.0, locked, weight_dropout).double()
     inputs = torch.randn(3, 7, 4).double()
     states = torch.randn(2, 2, 3, 8).double() if carried else torch.zeros(2, 2, 3, 8).double()
     outputs, (hidden, cell) = lstm(inputs, tuple(states) if carried else None)
@@ -93,7 +92,7 @@ def test_lstm_is_the_hand_written_one_with_masks(
 
 
 def test_masks_differ_between_sequences_calls_and_seeds() -> None:
-    lstm = RegularisedLSTM(4, 16, 2, RATE, True, RATE).double()
+    lstm = RegularisedLSTM(4, 16, 2, RATE, 0.0, True, RATE).double()
     inputs = torch.randn(3, 5, 4).double()
     found = []
     for seed in (1, 2, 1):
@@ -119,7 +118,7 @@ def test_dropped_weights_keep_their_expectation() -> None:
 @pytest.mark.parametrize("locked", [False, True])
 def test_gradients_of_the_lstm(locked: bool) -> None:
     torch.manual_seed(1)
-    lstm = RegularisedLSTM(2, 3, 2, RATE if locked else 0.0, locked, RATE).double()
+    lstm = RegularisedLSTM(2, 3, 2, RATE if locked else 0.0, 0.0, locked, RATE).double()
     names = [name for name, _ in lstm.named_parameters()]
 
     def run(inputs: Tensor, *parameters: Tensor) -> Tensor:
@@ -134,7 +133,7 @@ def test_gradients_of_the_lstm(locked: bool) -> None:
 
 def test_parameters_and_evaluation_are_those_of_torch() -> None:
     plain = nn.LSTM(4, 8, 2, batch_first=True)
-    lstm = RegularisedLSTM(4, 8, 2, RATE, True, RATE)
+    lstm = RegularisedLSTM(4, 8, 2, RATE, RATE, True, RATE)
     assert list(lstm.state_dict()) == list(plain.state_dict())
     lstm.load_state_dict(plain.state_dict())
     inputs = torch.randn(3, 5, 4)
@@ -155,38 +154,67 @@ def test_locked_dropout_has_one_mask_for_a_sequence() -> None:
     assert torch.equal(dropout.eval()(inputs), inputs)
 
 
-def composition(kind: type[Composition], shape: tuple[int, ...], **rates: float) -> Composition:
-    torch.manual_seed(3)
-    table = TableLookup(12, shape)
-    embedding = ComponentEmbedding(shape, 5, table, 2)
-    made = kind(embedding, 6, 2, query_sizes=[2], **rates).double()
+@pytest.mark.parametrize("locked", [False, True])
+def test_dropout_of_inputs(locked: bool) -> None:
+    """It is the only dropout of a single layer; locked, it has one mask for a text."""
+    torch.manual_seed(1)
+    lstm = RegularisedLSTM(4, 8, 1, RATE, RATE, locked).double()
+    calls: list[tuple[Tensor, Tensor]] = []
+    lstm.dropout_in.register_forward_hook(lambda _, given, out: calls.append((out, given[0])))
+    inputs = torch.randn(3, 7, 4).double()
+    outputs, _ = lstm(inputs)
+    (call,) = calls
+    mask = mask_of(*call)
+    assert torch.equal(mask, mask[:, :1].expand_as(mask)) is locked
+    torch.testing.assert_close(outputs, nn.LSTM.forward(lstm.eval(), call[0])[0])
+
+
+def test_branching_takes_one_step_from_every_state() -> None:
+    torch.manual_seed(1)
+    lstm = RegularisedLSTM(4, 8, 2).double().eval()
+    inputs = torch.randn(5, 4).double()
+    state = torch.randn(2, 3, 8).double(), torch.randn(2, 3, 8).double()
+    outputs, after = lstm.branch(inputs, state)
+    assert outputs.shape == (3, 5, 8)
+    for text in range(3):
+        for number in range(5):
+            own = tuple(part[:, text : text + 1].contiguous() for part in state)
+            expected, expected_state = lstm(inputs[None, number : number + 1], own)
+            torch.testing.assert_close(outputs[text, number], expected[0, 0])
+            for part, expected_part in zip(after, expected_state, strict=True):
+                torch.testing.assert_close(part[:, 5 * text + number], expected_part[:, 0])
+
+
+def decoder(kind: Any, shape: tuple[int, ...], extras: bool = False, **rates: Any) -> Decoder:
+    """A random decoder in training, of words that have nothing of their own."""
+    made = build_recurrent(kind, 12, shape, 3, extras, **rates)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_()
     return made
 
 
-def texts(shape: tuple[int, ...]) -> Tensor:
-    words = torch.randint(12, (3, 6), generator=torch.Generator().manual_seed(1))
-    return TableLookup(12, shape)(words)
+def texts() -> Tensor:
+    return torch.randint(12, (3, 6), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("extras", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", COMPOSITIONS)
-def test_weight_dropout_of_compositions(kind: type[Composition], shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("kind", CONDITIONERS)
+def test_weight_dropout_of_decoders(kind: Any, shape: tuple[int, ...], extras: bool) -> None:
     """Every block has a mask of its own, with which it is what evaluation computes."""
-    model = composition(kind, shape, weight_dropout=RATE)
+    model = decoder(kind, shape, extras, weight_dropout=RATE)
     evaluated = copy.deepcopy(model).eval()
     state, masks = None, []
     for _ in range(2):
-        outputs, after = model(texts(shape), state)
-        masks.append(recurrent_masks(outputs, model.lstm))
+        hidden, after, *_ = model(texts(), state)
+        masks.append(recurrent_masks(hidden, model.network))
         with torch.no_grad():
             for layer, mask in enumerate(masks[-1]):
-                dropped = layer_weights(model.lstm, layer)[1] * mask * SCALE
-                layer_weights(evaluated.lstm, layer)[1].copy_(dropped)
-        expected, state = evaluated(texts(shape), state)
-        torch.testing.assert_close(outputs, expected)
+                dropped = layer_weights(model.network, layer)[1] * mask * SCALE
+                layer_weights(evaluated.network, layer)[1].copy_(dropped)
+        expected, state, *_ = evaluated(texts(), state)
+        torch.testing.assert_close(hidden, expected)
         torch.testing.assert_close(after, state)
     assert not torch.equal(masks[0][0], masks[1][0])
 
@@ -200,21 +228,16 @@ def mask_of(dropped: Tensor, whole: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", COMPOSITIONS)
+@pytest.mark.parametrize("kind", CONDITIONERS)
 @pytest.mark.parametrize("carried", [False, True])
-def test_locked_dropout_of_compositions(
-    kind: type[Composition], shape: tuple[int, ...], carried: bool
-) -> None:
-    model = composition(
-        kind, shape, dropout_in=RATE, dropout_between=RATE, dropout_out=RATE, dropout_hidden=RATE,
-        locked_dropout=True,
-    )  # fmt: skip
+def test_locked_dropout_of_decoders(kind: Any, shape: tuple[int, ...], carried: bool) -> None:
+    model = decoder(kind, shape, dropout=RATE, dropout_in=RATE, dropout_out=RATE, locked=True)
     calls: list[tuple[Tensor, Tensor]] = []
-    for dropout in (model.dropout_in, model.dropout_out, model.dropout_hidden):
+    for dropout in (model.network.dropout_in, model.head.conditioner.dropout):
         dropout.register_forward_hook(lambda _, given, out: calls.append((out, given[0])))
-    state = model(texts(shape))[1] if carried else None
-    assert len(calls) == carried * (2 if kind is COMPOSITIONS[0] else 2 * len(shape))
-    model(texts(shape), state)
+    state = model(texts()).state if carried else None
+    assert len(calls) == carried * (2 if kind is Recurrent else 2 * len(shape))
+    model(texts(), state)
     masks = [mask_of(*call) for call in calls]
     for mask in masks:
         assert torch.equal(mask, mask[:, :1].expand_as(mask))  # shared over time
@@ -224,11 +247,11 @@ def test_locked_dropout_of_compositions(
 
 
 @pytest.mark.parametrize("locked", [False, True])
-@pytest.mark.parametrize("kind", COMPOSITIONS)
-def test_dropout_within_the_feed_forward_layer(kind: type[Composition], locked: bool) -> None:
-    model = composition(kind, (3, 4), dropout_hidden=RATE, ffn_dim=8, locked_dropout=locked)
-    ffn = model.ffn
-    assert ffn is not None
+def test_dropout_within_the_feed_forward_layer(locked: bool) -> None:
+    torch.manual_seed(3)
+    ffn = FeedForward(6, 8, LockedDropout(RATE) if locked else nn.Dropout(RATE)).double()
+    for parameter in ffn.parameters():
+        nn.init.normal_(parameter)
     calls: list[tuple[Tensor, Tensor]] = []
     ffn.dropout.register_forward_hook(lambda _, given, out: calls.append((out, given[0])))
     inputs = torch.randn(2, 50, 6, dtype=torch.float64)
@@ -243,71 +266,41 @@ def test_dropout_within_the_feed_forward_layer(kind: type[Composition], locked: 
     assert bool(ever) is not locked  # a unit is dropped at all steps of a text or at none
 
 
-@pytest.mark.parametrize("component", [0, 1])
-def test_dropout_of_what_is_transformed_is_one_of_its_own(component: int) -> None:
-    """Rows are predicted from outputs as they are, columns from a transformation of them."""
-    model = composition(COMPOSITIONS[1], (3, 4), dropout_hidden=RATE)
-    words = texts((3, 4))
-    once, again = (model(words)[0][:, :, component] for _ in range(2))
-    assert torch.equal(once, again) is (component == 0)
+@pytest.mark.parametrize("kind", CONDITIONERS)
+def test_the_feed_forward_layer_has_the_dropout_of_outputs(kind: Any) -> None:
+    model = decoder(kind, (3, 4), True, dropout_out=RATE)
+    ffn = model.head.conditioner.ffn
+    assert ffn is not None and ffn.dropout.p == RATE
+    once, again = (ffn(torch.ones(1, HIDDEN).double()) for _ in range(2))
+    assert not torch.equal(once, again)
+
+
+def test_dropout_of_what_is_transformed_is_one_of_its_own() -> None:
+    """Rows are predicted from outputs, columns from a transformation of them: with two masks."""
+    model = decoder(CONDITIONERS[1], (3, 4), dropout_out=RATE)
+    calls: list[tuple[Tensor, Tensor]] = []
+    dropout = model.head.conditioner.dropout
+    dropout.register_forward_hook(lambda _, given, out: calls.append((out, given[0])))
+    model(texts())
+    (predicts, outputs), (transformed, same), _ = calls
+    assert torch.equal(outputs, same)
+    assert not torch.equal(mask_of(predicts, outputs), mask_of(transformed, same))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", COMPOSITIONS)
-def test_activations_are_the_outputs_that_predict(
-    kind: type[Composition], shape: tuple[int, ...]
-) -> None:
-    model = composition(kind, shape, dropout_out=RATE)
-    lstm_outputs: list[Tensor] = []
-    model.lstm.register_forward_hook(lambda _, given, out: lstm_outputs.append(out[0]))
+@pytest.mark.parametrize("kind", CONDITIONERS)
+def test_activations_are_the_outputs_that_predict(kind: Any, shape: tuple[int, ...]) -> None:
+    model = decoder(kind, shape, dropout_out=RATE)
+    network_outputs: list[Tensor] = []
+    model.network.register_forward_hook(lambda _, given, out: network_outputs.append(out[0]))
     state = None
     for _ in range(2):
-        found: dict[str, Tensor] = {}
-        outputs, state = model(texts(shape), state, found)
-        steps = len(shape) if kind is COMPOSITIONS[0] else 1
-        assert torch.equal(found["raw"], lstm_outputs[-1][:, -5 * steps :])
-        assert torch.equal(found["dropped"], outputs[:, :, :steps, :6].reshape(3, 5 * steps, 6))
-        mask_of(found["dropped"], found["raw"])
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_component_dropout_drops_vectors_for_all_their_occurrences(shape: tuple[int, ...]) -> None:
-    torch.manual_seed(2)
-    table = TableLookup(12, shape)
-    embedding = ComponentEmbedding(shape, 5, table, 3, dropout=RATE).double()
-    nn.init.normal_(embedding.residual.weight)
-    words = torch.arange(12).repeat(4).view(4, 12)
-    coordinates = table(words)
-    vectors = embedding(coordinates)
-    assert torch.equal(vectors, vectors[:1].expand_as(vectors))  # the same at every occurrence
-    residuals = embedding.projection(embedding.residual.weight)
-    scales: dict[tuple[int, int], set[float]] = {}
-    residual_scales = []
-    for word in range(12):
-        for component, value in enumerate(coordinates[0, word].tolist()):
-            whole = embedding.weight[sum(shape[:component]) + value]
-            last = component == len(shape) - 1
-            parts = torch.stack([whole, residuals[word]] if last else [whole], dim=1)
-            found = torch.linalg.lstsq(parts, vectors[0, word, component][:, None]).solution[:, 0]
-            torch.testing.assert_close(parts @ found, vectors[0, word, component])
-            scales.setdefault((component, value), set()).add(round(found[0].item(), 6))
-            if last:
-                residual_scales.append(round(found[1].item(), 6))
-    assert all(len(found) == 1 for found in scales.values())
-    possible = {0.0, round(SCALE, 6)}
-    assert {abs(scale) for found in scales.values() for scale in found} == possible
-    assert {abs(scale) for scale in residual_scales} == possible
-    assert torch.equal(embedding.eval()(coordinates), embedding(coordinates))
-
-
-def test_component_dropout_keeps_the_expectation() -> None:
-    torch.manual_seed(1)
-    embedding = ComponentEmbedding((40, 50), 3, dropout=RATE)
-    coordinates = torch.stack([torch.arange(40), torch.arange(40)], dim=1)
-    whole = embedding.eval()(coordinates)
-    embedding.train()
-    ratios = torch.stack([embedding(coordinates) / whole for _ in range(200)])
-    assert ratios.mean().item() == pytest.approx(1, abs=0.02)
+        hidden, state, found, _ = model(texts(), state)
+        steps = len(shape) if kind is Recurrent else 1
+        assert found is not None and found.raw.size(1) == 5 * steps
+        assert torch.equal(found.raw, network_outputs[-1][:, -5 * steps :])
+        assert torch.equal(found.dropped, hidden[:, :, :steps].reshape(3, 5 * steps, HIDDEN))
+        mask_of(found.dropped, found.raw)
 
 
 def slow_penalties(raw: Tensor, dropped: Tensor, real: Tensor) -> tuple[float, float]:
@@ -335,35 +328,3 @@ def test_penalties_are_means_over_real_steps(lengths: list[int]) -> None:
     for function in (mean_square, mean_square_change):
         inputs = torch.randn(3, 5, 4).double().requires_grad_()
         assert torch.autograd.gradcheck(lambda values, f=function: f(values, real), inputs)
-
-
-@pytest.mark.parametrize("kind", ["recurrent", "gated"])
-@pytest.mark.parametrize("components", [1, 2, 3])
-def test_evaluation_is_untouched_by_every_flag(kind: str, components: int) -> None:
-    common = {
-        "composition": kind, "num_components": components, "num_layers": 2, "embed_dim": 6,
-        "hidden_size": 6, "input_residual_dim": 2, "output_residual_dim": 2, "dropout": 0.3,
-    }  # fmt: skip
-    flags = {"locked_dropout": True, "component_dropout": 0.3, "weight_dropout": 0.3}
-    plain = LightRNNDecoder(config("lightrnn_lm", **common), Words(30))
-    regularised = LightRNNDecoder(config("lightrnn_lm", **common, **flags), Words(30))
-    regularised.load_state_dict(plain.state_dict())
-    words = torch.randint(2, 30, (3, 7))
-    for decoder in (plain, regularised):
-        decoder.eval()
-    for arguments in ({"target_tokens": words.roll(1, 1)}, {}):
-        one, two = (decoder(words, **arguments)[0] for decoder in (plain, regularised))
-        assert torch.equal(one, two)
-    plain.train(), regularised.train()
-    torch.manual_seed(1)
-    one = plain(words, target_tokens=words.roll(1, 1))[0]
-    torch.manual_seed(1)
-    assert not torch.equal(one, regularised(words, target_tokens=words.roll(1, 1))[0])
-
-
-@pytest.mark.parametrize("name", ["component_dropout", "weight_dropout"])
-@pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
-def test_rates_that_are_none(name: str, value: float) -> None:
-    message = f"--{name.replace('_', '-')} {value}: must be at least 0 and below 1"
-    with pytest.raises(ValueError, match=message):
-        LightRNNDecoder(config("lightrnn_lm", **{name: value}), Words(30))

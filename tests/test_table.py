@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_lightrnn.word_table import WordTable, balanced_cells, default_shape
+from fairseq_lightrnn.core.table import WordTable, balanced_cells, default_shape
 
 
 @st.composite
@@ -50,6 +50,47 @@ def test_files_give_the_table_back(
     table.save(path, symbols(table.num_words))
     assert WordTable.load(path, symbols(table.num_words)) == table
     assert [file.name for file in path.parent.iterdir()] == ["table.txt"]
+
+
+ODD = ["\r", "a\r", "\xa0", "\u2028", "\ufeff", "\u200b", "e\u0301", "#fairseq:overwrite", "",
+       " ", "a ", " 1 2", "\\n", "\x00", "\x1c", "# fairseq_lightrnn word table 1"]  # fmt: skip
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.sampled_from(ODD),
+            st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n")),
+        ),
+        min_size=1,
+        max_size=20,
+    ),
+    st.integers(1, 3),
+)
+def test_any_word_survives_a_file(
+    tmp_path_factory: pytest.TempPathFactory, words: list[str], components: int
+) -> None:
+    """Whatever a dictionary of fairseq's holds, which has a line for each word."""
+    path = tmp_path_factory.mktemp("table") / "table.txt"
+    shape = default_shape(len(words), components)
+    table = WordTable.from_cells(balanced_cells(len(words), shape), shape)
+    table.save(path, words)
+    assert WordTable.load_with_symbols(path) == (words, table)
+    assert WordTable.load(path, words) == table
+
+
+def test_a_newline_is_refused_by_name(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"the word 'a\\nb' holds a newline"):
+        WordTable.from_cells(np.array([0]), (1, 1)).save(tmp_path / "table.txt", ["a\nb"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_another_system_is_read(tmp_path) -> None:
+    """With a byte-order mark and carriage returns, as an editor may save it."""
+    path, table = tmp_path / "table.txt", WordTable.from_cells(np.array([3, 1, 0]), (2, 2))
+    table.save(path, ["a", "é", "c"])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert WordTable.load(path, ["a", "é", "c"]) == table
 
 
 @given(st.integers(1, 3000), st.integers(1, 4))
@@ -193,7 +234,7 @@ class TestCNTK:
     def test_files_are_as_the_authors_have_them(self, tmp_path, table) -> None:
         table.save_cntk(tmp_path, self.SYMBOLS, self.SPECIALS)
         assert (tmp_path / "vocab.txt").read_text() == "pad\nUNK\na\nb\nc\n"
-        assert (tmp_path / "word-k.location").read_text() == "1 4 3\n-1 2 0\n-1 -1 -1\n"
+        assert (tmp_path / "word-0.location").read_text() == "1 4 3\n-1 2 0\n-1 -1 -1\n"
 
     def test_files_give_the_table_back(self, tmp_path, table) -> None:
         table.save_cntk(tmp_path, self.SYMBOLS, self.SPECIALS)
@@ -232,9 +273,49 @@ class TestCNTK:
     )
     def test_damaged_files_are_refused(self, tmp_path, vocabulary, location, message) -> None:
         (tmp_path / "vocab.txt").write_text(vocabulary.replace(" ", "\n") + "\n")
-        (tmp_path / "word-k.location").write_text(location.replace("|", "\n") + "\n")
+        (tmp_path / "word-0.location").write_text(location.replace("|", "\n") + "\n")
         with pytest.raises(ValueError, match=message):
             WordTable.load_cntk(tmp_path, self.SYMBOLS, None, self.SPECIALS)
+
+    def authors_files(self, folder, words: int, rounds: int) -> list[str]:
+        """Files laid out as the authors' programs write them, of each round another table."""
+        names = [f"w{word}" for word in range(words - 2)] + ["<unk>", "</s>"]
+        (folder / "vocab.txt").write_text("".join(f"{name}\n" for name in names))
+        size = int(np.ceil(np.sqrt(words)))
+        for number in range(rounds):
+            cells = np.full(size * size, -1)
+            cells[:words] = np.random.default_rng(number).permutation(words)
+            square = cells.reshape(size, size)
+            location = "".join("%d " * size % tuple(row) + "\n" for row in square)
+            texts = [[names[word] if word >= 0 else "<null>" for word in row] for row in square]
+            (folder / f"word-{number}.location").write_text(location)
+            (folder / f"word-{number}.location.string").write_text(
+                "".join("%s " * size % tuple(row) + "\n" for row in texts)
+            )
+        return names
+
+    @pytest.mark.parametrize("words", [100, 93])
+    def test_rounds_of_the_authors(self, tmp_path, words: int) -> None:
+        """A full square gets one more row for the symbols that it lacks."""
+        names = self.authors_files(tmp_path, words, 12)
+        symbols = ["<s>", "<pad>", "</s>", "<unk>", *names[:-2], "madeupword0000"]
+        lacking = {"<s>": "", "<pad>": "", "madeupword0000": ""}
+        newest = WordTable.load_cntk(tmp_path, symbols, specials=lacking)
+        assert newest.shape == ((11, 10) if words == 100 else (10, 10))
+        for number in (None, 11, 0, 7):
+            table = WordTable.load_cntk(tmp_path, symbols, specials=lacking, round=number)
+            assert (table == newest) == (number in (None, 11))
+            lines = (tmp_path / f"word-{number or 0}.location").read_text().splitlines()
+            if number is not None:
+                row, column = table.coordinates[symbols.index("w5")]
+                assert lines[row].split()[column] == "5"
+        assert newest.coordinates[0].tolist() == ([10, 0] if words == 100 else [9, 3])
+        with pytest.raises(ValueError, match="holds no word-12.location, but rounds 0, 1, 2"):
+            WordTable.load_cntk(tmp_path, symbols, specials=lacking, round=12)
+        for file in tmp_path.glob("*.location"):
+            file.unlink()
+        with pytest.raises(ValueError, match="holds no word-0.location, nor one of another"):
+            WordTable.load_cntk(tmp_path, symbols, specials=lacking)
 
     def test_words_with_spaces_are_refused(self, tmp_path, table) -> None:
         with pytest.raises(ValueError, match="without spaces"):

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
+from fairseq_lightrnn.allocation import joint as module
+from fairseq_lightrnn.allocation.assignment import SolverOptions
 from fairseq_lightrnn.allocation.costs import DenseCosts, as_costs
-from fairseq_lightrnn.allocation.joint_assignment import joint_assignment
-
-# The package exports a function of the same name.
-module = importlib.import_module("fairseq_lightrnn.allocation.joint_assignment")
+from fairseq_lightrnn.allocation.joint import joint_assignment
 
 
 def matrix_of(factors: list[np.ndarray], cells: np.ndarray) -> np.ndarray:
@@ -60,16 +57,14 @@ def test_reaches_the_optimum_and_its_bound_holds(limit, problem):
     factors, cells, shape = problem
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_DENSE_LIMIT", limit)
-        found = joint_assignment(sources(factors), cells, shape=shape, gap=0.0)
+        found = joint_assignment(sources(factors), cells, shape, SolverOptions(0.0))
     best = optimum(factors, cells)
-    assert sorted(found.assignment.tolist()) == list(range(len(cells)))
+    assert sorted(found.places.tolist()) == list(range(len(cells)))
     matrix = matrix_of(factors, cells)
     slack = 1e-11 * np.abs(matrix).max(axis=1).sum()
-    assert found.cost == pytest.approx(
-        matrix[np.arange(len(cells)), found.assignment].sum(), abs=slack
-    )
+    assert found.cost == pytest.approx(matrix[np.arange(len(cells)), found.places].sum(), abs=slack)
     assert found.cost <= best + slack
-    assert found.lower_bound <= best
+    assert found.bound <= best
     assert found.optimal
 
 
@@ -97,16 +92,16 @@ def test_ties_between_costs_of_many_sizes_are_proven_optimal(seed, monkeypatch):
     factors = [np.round(random.normal(size=(n, size))) * weight for size in shape]
     for factor in factors:
         factor[idle] = 0.0
-    found = joint_assignment(sources(factors), cells, shape=shape, gap=0.0)
+    found = joint_assignment(sources(factors), cells, shape, SolverOptions(0.0))
     assert found.optimal
     assert found.cost == optimum(factors, cells)
-    assert found.lower_bound <= found.cost
+    assert found.bound <= found.cost
 
 
 def test_four_hundred_words_are_exact_by_auction(monkeypatch):
     monkeypatch.setattr(module, "_DENSE_LIMIT", 0)
     factors, cells, shape = zipf_instance(20, 0)
-    found = joint_assignment(sources(factors), cells, shape=shape, gap=0.0)
+    found = joint_assignment(sources(factors), cells, shape, SolverOptions(0.0))
     best = optimum(factors, cells)
     assert found.optimal
     assert found.cost == pytest.approx(best, rel=1e-12)
@@ -116,17 +111,17 @@ def test_four_hundred_words_are_exact_by_auction(monkeypatch):
 def test_a_requested_gap_is_kept_and_true(gap, monkeypatch):
     monkeypatch.setattr(module, "_DENSE_LIMIT", 0)
     factors, cells, shape = zipf_instance(20, 1)
-    found = joint_assignment(sources(factors), cells, shape=shape, gap=gap)
+    found = joint_assignment(sources(factors), cells, shape, SolverOptions(gap))
     best = optimum(factors, cells)
     assert found.relative_gap <= gap
-    assert found.lower_bound <= best <= found.cost + 1e-9
+    assert found.bound <= best <= found.cost + 1e-9
 
 
 def test_threads_do_not_change_the_table(monkeypatch):
     monkeypatch.setattr(module, "_DENSE_LIMIT", 0)
     factors, cells, shape = zipf_instance(24, 2)
     tables = [
-        joint_assignment(sources(factors), cells, shape=shape, num_threads=threads).assignment
+        joint_assignment(sources(factors), cells, shape, SolverOptions(num_threads=threads)).places
         for threads in (1, 2, 3)
     ]
     assert np.array_equal(tables[0], tables[1])
@@ -136,22 +131,22 @@ def test_threads_do_not_change_the_table(monkeypatch):
 def test_out_of_time_is_still_a_valid_table_with_a_true_bound(monkeypatch):
     monkeypatch.setattr(module, "_DENSE_LIMIT", 0)
     factors, cells, shape = zipf_instance(20, 3)
-    found = joint_assignment(sources(factors), cells, shape=shape, time_limit=0.0)
-    assert sorted(found.assignment.tolist()) == list(range(400))
-    assert found.lower_bound <= optimum(factors, cells)
+    found = joint_assignment(sources(factors), cells, shape, SolverOptions(time_limit=0.0))
+    assert sorted(found.places.tolist()) == list(range(400))
+    assert found.bound <= optimum(factors, cells)
 
 
 def test_costs_that_are_not_finite_are_refused_naming_the_word():
     factors, cells, shape = zipf_instance(3, 4)
     factors[1][5, 2] = np.nan
     with pytest.raises(ValueError, match="component 1 of word 5 is NaN"):
-        joint_assignment(sources(factors), cells, shape=shape)
+        joint_assignment(sources(factors), cells, shape)
 
 
 @pytest.mark.slow
 def test_five_thousand_words_are_exact():
     factors, cells, shape = zipf_instance(70, 5)
-    found = joint_assignment(sources(factors), cells, shape=shape, gap=0.0)
+    found = joint_assignment(sources(factors), cells, shape, SolverOptions(0.0))
     assert found.optimal
     assert found.cost == pytest.approx(optimum(factors, cells), rel=1e-12)
 
@@ -168,12 +163,12 @@ def test_words_that_never_occur_stay_where_they_can_and_the_rest_is_exact(monkey
     rows, columns = linear_sum_assignment(whole)
     present = random.permutation(144)
     found = joint_assignment(
-        [as_costs(cost) for cost in costs], cells, shape=(12, 12), gap=0.0, present=present
+        [as_costs(cost) for cost in costs], cells, (12, 12), SolverOptions(0.0), present=present
     )
-    assert sorted(found.assignment) == list(range(144))
+    assert sorted(found.places) == list(range(144))
     assert found.cost == pytest.approx(whole[rows, columns].sum(), rel=1e-12)
-    assert found.lower_bound <= found.cost + 1e-12
+    assert found.bound <= found.cost + 1e-12
     assert found.relative_gap <= 1e-9
-    taken = set(found.assignment[~idle])
+    taken = set(found.places[~idle])
     could_stay = idle & ~np.isin(present, list(taken))
-    assert (found.assignment[could_stay] == present[could_stay]).all()
+    assert (found.places[could_stay] == present[could_stay]).all()

@@ -1,0 +1,104 @@
+"""Benchmarks that train: every system's flags are flags of fairseq and the plugin."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentTypeError, Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+import benchmark_language_model  # noqa: E402
+import benchmark_tables  # noqa: E402
+import benchmark_translation  # noqa: E402
+import language_model_runs  # noqa: E402
+
+COMMON = {"width": 8, "layers": 1, "dropout": 0.1, "lr": 0.01, "gpu": False}
+BLOCKS = {"block": 35, "batch_size": 32, "transformer_block": 140, "transformer_lr": 0.001}
+DATA = Path("data")
+
+
+def parsed(flags: list[Any]) -> Namespace:
+    """What ``fairseq-train`` reads flags as; it stops at those that it does not know."""
+    from fairseq import options
+
+    parser = options.get_training_parser()
+    args: Namespace = options.parse_args_and_arch(parser, input_args=list(map(str, flags)))
+    return args
+
+
+def language_model(system: str) -> Namespace:
+    args = Namespace(
+        **COMMON, **BLOCKS, lr_schedule="halved", transformer_layers=2, transformer_heads=2
+    )
+    return parsed([
+        *language_model_runs.training_flags(system, 3, DATA, args),
+        *language_model_runs.schedule_flags(system, args),
+        *benchmark_language_model.model_flags(system, args, num_words=10_000),
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("system", benchmark_language_model.SYSTEMS)
+def test_language_models(system: str) -> None:
+    args = language_model(system)
+    assert args.seed == 3
+    assert args.batch_size * args.tokens_per_sample == 32 * 35
+    ours = system not in language_model_runs.PEERS
+    assert args.task == ("lightrnn_language_modeling" if ours else "language_modeling")
+
+
+def test_more_rows_than_columns() -> None:
+    assert language_model("gated-rows").table_shape == "400x25"
+
+
+@pytest.mark.parametrize("system", benchmark_translation.SYSTEMS)
+def test_translation(system: str) -> None:
+    args = Namespace(
+        **COMMON, label_smoothing=0.1, table_text="both", transformer_layers=2, word_dim=25
+    )
+    model = parsed([DATA, *benchmark_translation.model_flags(system, args), "--optimizer", "adam"])
+    own = "-" in system and not system.endswith("-further")
+    assert getattr(model, "word_dim", None) == (25 if own else None)
+
+
+def table(name: str, **more: Any) -> Namespace:
+    args = Namespace(**COMMON, **more, epochs=8, reallocate_after="3,5")
+    model, reallocation = benchmark_tables.flags_of(benchmark_tables.check_name(name), args)
+    common = language_model_runs.OURS
+    return parsed([DATA, *common, *model, *reallocation, "--optimizer", "adam"])
+
+
+@pytest.mark.parametrize("name", benchmark_tables.TABLES)
+def test_tables(name: str) -> None:
+    args = table(name)
+    assert args.initial_table == name.split("+")[0]
+    objectives = set(name.split("+")) & {"row-first", "joint"}
+    assert (args.reallocate_epochs is not None) == bool(objectives)
+
+
+def test_parts_of_a_name() -> None:
+    args = table("random+own-64+further-2+width-16+30x40+shared+kept+joint")
+    assert (args.word_dim, args.further_tables, args.embed_dim, args.hidden_size) == (
+        65,
+        "2",
+        16,
+        16,
+    )
+    assert (args.table_shape, args.component_vectors, args.keep_input_table) == (
+        "30x40", "shared", True
+    )  # fmt: skip
+    assert (args.reallocate_epochs, str(args.reallocation_objective)) == ("3,5", "joint")
+    assert table("random+row-first+often").reallocate_epochs == "1-7"
+    assert (table("random+paper").arch, table("random+paper").word_dim) == ("lightrnn_lm", 0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["best", "random+own", "random+often", "random+joint+row-first", "random+paper+kept+joint"],
+)
+def test_names_that_say_nothing(name: str) -> None:
+    with pytest.raises(ArgumentTypeError, match=name.replace("+", r"\+")):
+        benchmark_tables.check_name(name)

@@ -1,0 +1,113 @@
+"""Several workers, each a process: what one waits for, every other does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fairseq_run import CARRY, load, preprocess_pairs, train_arguments, write_text
+from test_odd_inputs import binarise
+
+# The first worker takes longer than torch's workers wait for each other.
+SLOW = """
+import sys, time
+from datetime import timedelta
+import numpy as np, torch
+from fairseq_lightrnn.core.table import WordTable
+from fairseq_lightrnn.workers import table_of_first_worker
+
+rank, store = int(sys.argv[1]), torch.distributed.FileStore(sys.argv[2], 2)
+torch.distributed.init_process_group(
+    "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=2)
+)
+def make():
+    assert rank == 0
+    time.sleep(5)
+    if sys.argv[3] == "fails":
+        raise SystemExit("no table")
+    return WordTable.from_cells(np.array([3, 1, 2, 0, 5]), (2, 3))
+for _ in range(2):
+    table = table_of_first_worker(make, 5, (2, 3), "cpu")
+    assert table.cells.tolist() == [3, 1, 2, 0, 5]
+group = torch.ones(1)
+torch.distributed.all_reduce(group)  # the workers' own group is as it was
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("outcome", ["succeeds", "fails"])
+def test_workers_wait_for_the_first_as_long_as_it_takes(tmp_path: Path, outcome: str) -> None:
+    """And no longer than it lives."""
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", SLOW, str(rank), str(tmp_path / "store"), outcome],
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    errors = [worker.communicate(timeout=120)[1] for worker in workers]
+    codes = [worker.returncode for worker in workers]
+    if outcome == "succeeds":
+        assert codes == [0, 0], errors
+    else:
+        assert all(codes) and errors[0].strip() == "no table"
+
+
+def start(workers: int, data: Path, save_dir: Path, *arguments: Any, **flags: Any) -> Any:
+    """Trains with some workers and returns what the last checkpoint holds."""
+    save_dir.mkdir(parents=True)
+    command: list[Any] = [Path(sys.executable).parent / "fairseq-train"]
+    command += train_arguments(data, save_dir, *arguments, max_epoch=2, **flags)
+    command += ["--distributed-world-size", workers, "--ddp-backend", "legacy_ddp"]
+    result = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return load(save_dir / "checkpoint_last.pt")
+
+
+class TestMoreWorkersThanWork:
+    """Every collective is reached by every worker, whatever its share: none hangs."""
+
+    @pytest.fixture
+    def tiny(self, tmp_path: Path) -> Path:
+        """Two words and the end of their line, to train on and to validate on."""
+        (tmp_path / "text.txt").write_text("a b\n")
+        return binarise(tmp_path, train=tmp_path / "text.txt", valid=tmp_path / "text.txt")
+
+    def test_one_lane_each(self, tmp_path: Path) -> None:
+        text = write_text(tmp_path / "text.txt", 10, 1)
+        data = binarise(tmp_path, train=text, valid=text)
+        saved = start(2, data, tmp_path / "out", CARRY, batch_size=1, reallocate_epochs=1)
+        assert saved["model"]["decoder.carried_state.states"].shape == (2, 1, 2, 8)
+        report = json.loads((tmp_path / "out" / "reallocations.jsonl").read_text())
+        assert report["tokens"] == len(text.read_text().split()) + 10
+
+    @pytest.mark.slow
+    def test_more_lanes_than_words(self, tiny: Path, tmp_path: Path) -> None:
+        saved = start(3, tiny, tmp_path / "out", CARRY, batch_size=2, reallocate_epochs=1)
+        assert saved["model"]["decoder.reallocations.round"] == 1
+
+    @pytest.mark.slow
+    def test_more_workers_than_batches(self, tiny: Path, tmp_path: Path) -> None:
+        saved = start(
+            3, tiny, tmp_path / "out", arch="lightrnn_lm_gated", reallocate_epochs=1,
+            label_smoothing=0.1, regularise="awd",
+        )  # fmt: skip
+        assert saved["model"]["decoder.reallocations.round"] == 1
+
+    @pytest.mark.slow
+    def test_more_workers_than_pairs_of_texts(self, tmp_path: Path) -> None:
+        data = preprocess_pairs(tmp_path, sentences=2)
+        saved = start(
+            3, data, tmp_path / "out", "--user-dir", "fairseq_lightrnn", "--task",
+            "lightrnn_translation", arch="lightrnn_translation", reallocate_epochs=1,
+            tokens_per_sample=None, source_table="own",
+        )  # fmt: skip
+        assert saved["model"]["decoder.reallocations.round"] == 1
