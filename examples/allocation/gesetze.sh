@@ -17,7 +17,7 @@ if [ ! -f "$out/bin/valid.idx" ]; then
         --validpref "$text/gesetze.valid.txt" --destdir "$out/bin"
 fi
 fairseq-train "$out/bin" --user-dir "$plugin" --task lightrnn_language_modeling \
-    --tokens-per-sample 35 --arch lightrnn_lm_ptb --criterion two_component_cross_entropy \
+    --tokens-per-sample 35 --arch lightrnn_lm --dropout 0.2 \
     --initial-table random --reallocate-epochs 1 --max-epoch 2 --max-update 1200 \
     --optimizer adam --lr 0.002 --clip-norm 1 --batch-size 64 --seed 1 --cpu --num-workers 0 \
     --save-dir "$out/model" --no-epoch-checkpoints --disable-validation --log-format json \

@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from benchmark_allocation import load
 
-from fairseq_lightrnn.allocation import reallocate
+from fairseq_lightrnn.allocation.paper import reallocate
 
 OBJECTIVES = ("row-first", "joint")
 

@@ -9,7 +9,8 @@ import sys
 
 import torch
 
-from fairseq_lightrnn.distribution import next_word_log_probs, top_words
+from fairseq_lightrnn.core.distribution import next_word_log_probs
+from fairseq_lightrnn.core.search import top_words
 from fairseq_lightrnn.language_model import LanguageModel
 
 EVERY = 4  # query after every fourth word …
@@ -25,14 +26,14 @@ def main() -> None:
     context = None
     with torch.no_grad():
         for number, word in enumerate(words):
-            context = model.composition.read(model.table(torch.tensor([[word]])), context)
+            context = model.decoder.read(torch.tensor([[word]]), context)
             if number % EVERY:
                 continue
             for count, rows in expanded.items():
-                found = top_words(model.composition, model.softmax, context, count)
+                found = top_words(model.decoder.head, context, count)
                 rows.append(int(found.expanded))
                 if number % (EVERY * CHECKED) == 0:
-                    every = next_word_log_probs(model.composition, model.softmax, context)
+                    every = next_word_log_probs(model.decoder.head, context)
                     best = every.topk(count).values
                     torch.testing.assert_close(found.log_probs, best, atol=1e-5, rtol=1e-5)
     for count, rows in expanded.items():

@@ -13,7 +13,7 @@ out=${2:?folder to write to}
 shift 2
 python=${PYTHON:-python}
 plugin=$(cd "$(dirname "$0")/../../fairseq_lightrnn" && pwd)
-task=(--user-dir "$plugin" --task lightrnn_language_modeling --carry-hidden-state)
+task=(--user-dir "$plugin" --task lightrnn_language_modeling)
 device=(--cpu)
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=(); fi
 
@@ -22,13 +22,10 @@ if [ ! -f "$out/bin/test.idx" ]; then
     "$python" -m fairseq_cli.preprocess --only-source --destdir "$out/bin" \
         --trainpref "$text"/*train.t* --validpref "$text"/*valid.t* --testpref "$text"/*test.t*
 fi
-"$python" -m fairseq_cli.train "$out/bin" "${task[@]}" "${device[@]}" --tokens-per-sample 70 \
-    --random-block-lengths --batch-size 64 --arch lightrnn_lm_gated --embed-dim 1024 \
-    --hidden-size 1024 --num-layers 2 --share-component-vectors --word-bias --share-residuals \
-    --input-residual-dim 256 --output-residual-dim 256 --output-ffn-dim 2048 \
-    --locked-dropout --dropout 0.5 --dropout-in 0.4 --dropout-between 0.4 --weight-dropout 0.5 \
-    --component-dropout 0.1 --criterion two_component_cross_entropy \
-    --activation-regularisation 1 --temporal-activation-regularisation 0.5 \
+"$python" -m fairseq_cli.train "$out/bin" "${task[@]}" "${device[@]}" --carry-hidden-state \
+    --tokens-per-sample 70 --random-block-lengths --batch-size 64 \
+    --arch lightrnn_lm_gated --embed-dim 1024 --hidden-size 1024 --num-layers 2 --word-dim 257 \
+    --output-ffn-dim 2048 --dropout 0.4 --dropout-out 0.5 --regularise awd,activation=1,change=0.5 \
     --optimizer adam --weight-decay 0.03 --lr 0.002 --lr-scheduler tri_stage --warmup-steps 200 \
     --hold-steps 2200 --decay-steps 1900 --max-update 4300 --clip-norm 0.5 --seed 1 \
     --save-dir "$out/best" --no-epoch-checkpoints \

@@ -21,8 +21,8 @@ fi
 for run in "${runs[@]}"; do
     table=${run%-reallocated} reallocation=()
     [ "$run" = "$table" ] || reallocation=(--reallocate-epochs 3,6)
-    fairseq-train "$out/bin" "${task[@]}" --arch lightrnn_lm_ptb \
-        --criterion two_component_cross_entropy --initial-table "$table" "${reallocation[@]}" \
+    fairseq-train "$out/bin" "${task[@]}" --arch lightrnn_lm --dropout 0.2 \
+        --initial-table "$table" "${reallocation[@]}" \
         --optimizer adam --lr 0.002 --clip-norm 1 --batch-size 64 --max-epoch 10 --seed 1 --cpu \
         --save-dir "$out/$run" --no-epoch-checkpoints --log-format json --log-interval 100 \
         --log-file "$out/$run.train.log" --num-workers 0
