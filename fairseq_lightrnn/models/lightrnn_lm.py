@@ -27,7 +27,7 @@ from fairseq_lightrnn.models.flags import (
 )
 from fairseq_lightrnn.models.parts import build_words, feed_forward
 from fairseq_lightrnn.models.table_model import TableModel
-from fairseq_lightrnn.models.word_head import Reallocations, WordHead
+from fairseq_lightrnn.models.word_head import Reallocations, TableDecoder, WordHead
 
 __all__ = [
     "GatedLanguageModel",
@@ -159,7 +159,7 @@ def _shares_vectors(cfg: LSTMConfig, settings: TableSettings) -> bool:
     return True
 
 
-class LSTMDecoder(FairseqIncrementalDecoder):
+class LSTMDecoder(TableDecoder, FairseqIncrementalDecoder):
     """What decoders with an LSTM have in common."""
 
     def make_generation_fast_(self, retain_dropout: bool = False, **kwargs: Any) -> None:
@@ -252,18 +252,6 @@ class LightRNNDecoder(LSTMDecoder):
         if carried is not None:
             self.carried_state.after(**carried, state=decoded.state)
         return decoded.hidden, decoded.activations
-
-    def get_normalized_probs(
-        self, net_output: Any, log_probs: bool, sample: dict[str, Any] | None = None
-    ) -> Tensor:
-        """See :meth:`WordHead.get_normalized_probs`."""
-        return self.words.get_normalized_probs(net_output, log_probs, sample)
-
-    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
-        """Refuses the state of a model of another dictionary or of other tables."""
-        self.words.check_state(self, state_dict, name)
-        super().upgrade_state_dict_named(state_dict, name)
-        return state_dict
 
     def _read(self, words: Tensor, incremental_state: dict[str, Any]) -> Context:
         context = self._stored(incremental_state)

@@ -30,7 +30,7 @@ from fairseq_lightrnn.models.transformer_flags import (
     TransformerMTConfig,
     transformer_config,
 )
-from fairseq_lightrnn.models.word_head import Reallocations, WordHead
+from fairseq_lightrnn.models.word_head import Reallocations, TableDecoder, WordHead
 
 __all__ = [
     "IwsltTransformerModel",
@@ -52,7 +52,7 @@ class LightRNNTransformerEncoder(SourceEncoder, TransformerEncoderBase):
         return state_dict
 
 
-class LightRNNTransformerDecoder(TransformerDecoderBase):
+class LightRNNTransformerDecoder(TableDecoder, TransformerDecoderBase):
     """fairseq's transformer decoder, which reads and predicts words by their components.
 
     A word is read as the sum of its component vectors; the output after it predicts the first
@@ -136,15 +136,8 @@ class LightRNNTransformerDecoder(TransformerDecoderBase):
         log_probs, more = self.words.predict_next(context, num_read, incremental_state)
         return log_probs, {**extra, **more}
 
-    def get_normalized_probs(
-        self, net_output: Any, log_probs: bool, sample: dict[str, Any] | None = None
-    ) -> Tensor:
-        """See :meth:`WordHead.get_normalized_probs`."""
-        return self.words.get_normalized_probs(net_output, log_probs, sample)
-
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
-        """Refuses the state of a model of another dictionary or of other tables."""
-        self.words.check_state(self, state_dict, name)
+        """Refuses the state of another model, and fills what fairseq saves uninitialised."""
         super().upgrade_state_dict_named(state_dict, name)
         _fill_unused(state_dict.items())
         return state_dict

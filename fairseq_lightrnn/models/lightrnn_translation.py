@@ -155,18 +155,6 @@ class LightRNNTranslationDecoder(LSTMDecoder):
         log_probs, more = self.words.predict_next(context, num_read, incremental_state)
         return log_probs, {"attn": weights, **more}
 
-    def get_normalized_probs(
-        self, net_output: Any, log_probs: bool, sample: dict[str, Any] | None = None
-    ) -> Tensor:
-        """See :meth:`WordHead.get_normalized_probs`."""
-        return self.words.get_normalized_probs(net_output, log_probs, sample)
-
-    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
-        """Refuses the state of a model of another dictionary or of other tables."""
-        self.words.check_state(self, state_dict, name)
-        super().upgrade_state_dict_named(state_dict, name)
-        return state_dict
-
     def _first_state(self, hidden: Tensor, cell: Tensor) -> State:
         return self.first_hidden(hidden), self.first_cell(cell)
 

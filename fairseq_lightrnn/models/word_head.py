@@ -19,7 +19,7 @@ from fairseq_lightrnn.core.seats import PredictedTable, Seats
 from fairseq_lightrnn.core.table import prefix_number
 from fairseq_lightrnn.errors import UsageError
 
-__all__ = ["WANTED", "Reallocations", "Wanted", "WordHead", "check_words"]
+__all__ = ["WANTED", "Reallocations", "TableDecoder", "Wanted", "WordHead", "check_words"]
 
 WANTED = "wanted words"
 """Under this name fairseq's store of a generation's states may hold a :class:`Wanted`."""
@@ -245,6 +245,28 @@ class WordHead:
             raise UsageError(
                 "the model reads words by a table of their own: give --keep-input-table again"
             )
+
+
+class TableDecoder:
+    """What fairseq asks of a decoder with a :class:`WordHead`; to be mixed in before its class.
+
+    Attributes:
+        words: predicts words, and knows where they sit.
+    """
+
+    words: WordHead
+
+    def get_normalized_probs(
+        self, net_output: Any, log_probs: bool, sample: dict[str, Any] | None = None
+    ) -> Tensor:
+        """See :meth:`WordHead.get_normalized_probs`."""
+        return self.words.get_normalized_probs(net_output, log_probs, sample)
+
+    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
+        """Refuses the state of a model of another dictionary or of other tables."""
+        self.words.check_state(cast(nn.Module, self), state_dict, name)
+        super().upgrade_state_dict_named(state_dict, name)  # type: ignore[misc]
+        return state_dict
 
 
 def _check_cells(coordinates: Tensor, shape: tuple[int, ...]) -> None:

@@ -6,14 +6,12 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
 from fairseq.criterions import build_criterion
-from fairseq.models import ARCH_MODEL_NAME_REGISTRY, MODEL_DATACLASS_REGISTRY
 from fairseq.utils import resolve_max_positions
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import OmegaConf
 from torch import nn
 
 from fairseq_lightrnn.errors import UsageError
@@ -93,7 +91,6 @@ class TableTask:
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> nn.Module:
         """Builds a model that seats words; the initial table is seated when training begins."""
         if from_checkpoint:
-            _add_new_flags(cfg)
             _check_size(cfg, len(self.tables.dictionary))
         else:
             check_needs(self.args, cfg)
@@ -297,18 +294,3 @@ def _check_size(cfg: Any, words: int) -> None:
             "give the binarised data that the model was trained on, with the same --source-lang "
             "and --target-lang, if any"
         )
-
-
-def _add_new_flags(cfg: Any) -> None:
-    """Gives flags that are younger than a checkpoint their defaults.
-
-    fairseq does so for models, but not for the architectures that are presets of a model.
-    """
-    if not isinstance(cfg, DictConfig):
-        return
-    model = ARCH_MODEL_NAME_REGISTRY.get(cfg._name, cfg._name)
-    defaults = MODEL_DATACLASS_REGISTRY[model]()
-    with open_dict(cfg):
-        for flag in fields(defaults):
-            if flag.name not in cfg:
-                cfg[flag.name] = getattr(defaults, flag.name)
