@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
+from torch import Tensor
 
 from fairseq_lightrnn.core.table import WordTable
 
-__all__ = ["rank", "table_of_first_worker", "world_size"]
+__all__ = ["numbers_of_first_worker", "rank", "table_of_first_worker", "world_size"]
 
 # A table of many words takes longer than torch lets workers wait for each other: 10 minutes with
 # nccl, 30 with gloo. A worker that dies ends the wait of the others all the same.
@@ -56,11 +57,31 @@ def table_of_first_worker(
     """
     if world_size() == 1:
         return make()
+
+    def cells() -> Tensor:
+        return torch.from_numpy(np.array(make().cells))
+
+    found = numbers_of_first_worker(cells, (num_words,), device)
+    return WordTable.from_cells(found.numpy(), shape)
+
+
+def numbers_of_first_worker(
+    make: Callable[[], Tensor], shape: Sequence[int], device: torch.device | str
+) -> Tensor:
+    """Returns on every worker the int64 numbers that the first one makes, however long that takes.
+
+    Args:
+        make: is called on the first worker alone.
+        shape: of what it makes.
+        device: of the model; workers exchange tensors on it where torch comes without gloo.
+    """
+    if world_size() == 1:
+        return make().long()
     # Before the first worker is busy: workers meet to form a group, and for that none waits long.
     group = _patient_group()
     at = "cpu" if torch.distributed.get_backend(group) == "gloo" else device
-    cells = torch.empty(num_words, dtype=torch.int64, device=at)
+    numbers = torch.empty(*shape, dtype=torch.int64, device=at)
     if rank() == 0:
-        cells.copy_(torch.from_numpy(np.array(make().cells)))
-    torch.distributed.broadcast(cells, 0, group=group)
-    return WordTable.from_cells(cells.cpu().numpy(), shape)
+        numbers.copy_(make())
+    torch.distributed.broadcast(numbers, 0, group=group)
+    return numbers.cpu()

@@ -39,7 +39,7 @@ from language_model_runs import OURS, add_training_flags, binarise, describe, te
 from side_by_side import train_in_steps
 
 KINDS = ("random", "frequency", "cooccurrence")
-OBJECTIVES = ("row-first", "joint")
+OBJECTIVES = ("true-loss", "row-first", "joint")
 TABLES = (
     "random", "frequency", "cooccurrence",
     "cooccurrence+201x50", "cooccurrence+50x201", "cooccurrence+3d",
@@ -68,7 +68,7 @@ def parse() -> argparse.Namespace:
 def check_name(name: str) -> str:
     """Returns the name of what is compared, if it is one."""
     kind, *parts = name.split("+")
-    known = r"further-\d+|own-\d+|width-\d+|\dd|\d+(x\d+)+|shared|paper|row-first|joint|often|kept"
+    known = r"further-\d+|own-\d+|width-\d+|\dd|\d+(x\d+)+|shared|paper|true-loss|row-first|joint|often|kept"
     wrong = [part for part in parts if not re.fullmatch(known, part)]
     if kind not in KINDS or wrong:
         raise argparse.ArgumentTypeError(f"{name}: {(wrong or [kind])[0]} is no part of a name")

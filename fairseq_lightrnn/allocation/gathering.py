@@ -17,13 +17,18 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from fairseq_lightrnn.allocation.cell_costs import CellLosses
+from fairseq_lightrnn.allocation.neighbours import Neighbours
 from fairseq_lightrnn.allocation.statistics import AllocationStatistics
+from fairseq_lightrnn.core.conditioning import Context
 from fairseq_lightrnn.workers import rank, world_size
 
 __all__ = [
     "Gathered",
     "Storage",
+    "gather_cell_losses",
     "gather_statistics",
+    "measure_losses",
     "sample_share",
     "statistics_storage",
     "word_range",
@@ -111,8 +116,66 @@ def gather_statistics(
     return Gathered(statistics, losses)
 
 
+@torch.no_grad()
+def measure_losses(
+    outputs: Iterable[tuple[Tensor, Tensor, Tensor]],
+    num_components: int,
+    device: torch.device | str,
+) -> Tensor:
+    """Sums the losses of all workers' batches.
+
+    Takes the first, third and fifth argument of :func:`gather_statistics`, and returns what it
+    calls losses.
+    """
+    losses = torch.zeros(num_components, dtype=torch.float64, device=device)
+    for _, _, log_probs in outputs:
+        losses.sub_(log_probs.sum(0, dtype=torch.float64))
+    if world_size() > 1:
+        torch.distributed.all_reduce(losses)
+    return losses
+
+
+@torch.no_grad()
+def gather_cell_losses(
+    batches: Iterable[tuple[int, Tensor, Context]],
+    losses: CellLosses,
+    neighbours: Neighbours | None,
+    device: torch.device | str,
+) -> None:
+    """Adds up what cells cost words, over the batches of all workers.
+
+    Args:
+        batches: of this worker: a number that is the batch's own among all workers', the words (N,)
+            that were to be predicted, and the contexts before them, from a model in evaluation
+            mode.
+        losses: receives the sums of all workers, on the first.
+        neighbours: receives a sample of the occurrences, on the first worker; None if it is not
+            needed.
+        device: through which workers exchange tensors.
+    """
+    chosen = []
+    for number, words, context in batches:
+        # The same occurrences are looked at, however the batches are dealt to workers.
+        generator = torch.Generator().manual_seed(number)
+        draws = torch.rand(2, len(words), generator=generator).to(words.device)
+        losses.add(words, context, draws[0])
+        if neighbours is not None:
+            chosen.append(neighbours.choose(words, context, draws[1]))
+    if world_size() > 1:
+        for tensor in (losses.losses, losses.kept):
+            for block in tensor.split(_SENT_WORDS):
+                sent = block.to(device)
+                torch.distributed.reduce(sent, 0)
+                block.copy_(sent)
+    if neighbours is not None:
+        every = list(_exchange(iter(chosen), (neighbours.row_size,), device))
+        if rank() == 0 and every:
+            words, rows = (torch.cat(parts) for parts in zip(*every, strict=True))
+            neighbours.set(words, rows)
+
+
 def _exchange(
-    outputs: Iterator[tuple[Tensor, Tensor]], size: tuple[int, int], device: torch.device | str
+    outputs: Iterator[tuple[Tensor, Tensor]], size: tuple[int, ...], device: torch.device | str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the words and outputs of all workers, batch by batch in the order of the text.
 

@@ -53,9 +53,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--output", required=True, metavar="FILE", help="the new checkpoint")
     add("--report", metavar="FILE", help="write what was done here, as JSON")
     add("--split", default="train", help="split to gather statistics on (default: train)")
-    add("--objective", choices=("row-first", "joint"), default="row-first",
-        help="what to minimise: the loss of rows, then that of columns within each row (default), "
-        "or the sum of both")  # fmt: skip
+    add("--objective", choices=("true-loss", "row-first", "joint"), default="true-loss",
+        help="what to minimise: the loss that training minimises (default); or what was measured "
+        "before any word moved: the loss of rows, then that of columns within each row, or the "
+        "sum of both as in the paper")  # fmt: skip
     add("--table-shape", metavar="RxC",
         help="seat the words in a table of this shape, such as 100x100 or 30x30x30; its vectors "
         "are means of the old ones, so the model must be trained further. For models of the "

@@ -106,6 +106,43 @@ class Decoder(nn.Module):
         activations = Activations(raw.flatten(1, 2), hidden[:, :, :steps].flatten(1, 2))
         return Decoded(hidden, state, activations, weights)
 
+    def contexts(
+        self, words: Tensor, state: State | None = None, memory: Memory | None = None
+    ) -> tuple[Context, State]:
+        """Reads consecutive words and returns what is known after each of them.
+
+        The recurrent state after every word is part of it where the next word's components are
+        read too; there this takes a call of the network for each word.
+
+        Args:
+            words: integers of shape (B, T), as for :meth:`forward`, without the last one.
+            state: of the network; None starts from zero.
+            memory: the source text.
+
+        Returns:
+            The contexts of B·T texts, those of a text side by side, and the state after the words.
+        """
+        inputs, steps = self._inputs(words), self.head.conditioner.steps
+        if steps == 1:
+            outputs, state = self.network(inputs, state)
+            states = None
+        else:
+            parts, after = [], []
+            for word in inputs.split(steps, dim=1):
+                output, state = self.network(word, state)
+                parts.append(output[:, -1])
+                after.append(state)
+            outputs = torch.stack(parts, dim=1)
+            hidden, cell = (torch.stack(each, dim=2).flatten(1, 2) for each in zip(*after))  # noqa: B905
+            states = hidden, cell
+        source = None
+        if self.attention is not None and memory is not None:
+            source, _ = self.attention(outputs, memory)
+            outputs = self.attention.combine(outputs, source)
+            source = source.flatten(0, 1)
+        assert state is not None
+        return self.head.start(outputs.flatten(0, 1), states, source), state
+
     def read(self, words: Tensor, context: Context | None = None) -> Context:
         """Reads whole words.
 

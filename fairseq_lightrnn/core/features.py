@@ -116,6 +116,10 @@ class WordFeature(nn.Module):
         """Scores all V words: shape (N, V), or (1, V) of a feature that asks for no query."""
         raise NotImplementedError
 
+    def score_words(self, query: Tensor | None, words: Tensor) -> Tensor:
+        """Scores some words (W,) alike for all queries: (N, W), or (1, W) without a query."""
+        raise NotImplementedError
+
 
 class WordBias(WordFeature):
     """A bias for every word, which starts at zero.
@@ -135,6 +139,10 @@ class WordBias(WordFeature):
     def score_all(self, query: Tensor | None) -> Tensor:
         """See :meth:`WordFeature.score_all`."""
         return self.bias[None]
+
+    def score_words(self, query: Tensor | None, words: Tensor) -> Tensor:
+        """See :meth:`WordFeature.score_words`."""
+        return self.bias[words][None]
 
 
 class OwnNumbers(WordFeature):
@@ -168,6 +176,10 @@ class OwnNumbers(WordFeature):
     def score_all(self, query: Tensor | None) -> Tensor:
         """See :meth:`WordFeature.score_all`."""
         return cast(Tensor, query) @ self.numbers.T
+
+    def score_words(self, query: Tensor | None, words: Tensor) -> Tensor:
+        """See :meth:`WordFeature.score_words`."""
+        return cast(Tensor, query) @ self.numbers[words].T
 
 
 class FurtherTables(WordFeature):
@@ -235,6 +247,10 @@ class FurtherTables(WordFeature):
         return self._sum_scores(
             query, torch.arange(first.num_words, device=first.coordinates.device)
         )
+
+    def score_words(self, query: Tensor | None, words: Tensor) -> Tensor:
+        """See :meth:`WordFeature.score_words`."""
+        return self._sum_scores(query, words)
 
     def _coordinates(self, words: Tensor) -> Iterator[Tensor]:
         """Yields words' coordinates, table by table and component by component."""

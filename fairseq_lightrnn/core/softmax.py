@@ -89,15 +89,24 @@ class ComponentSoftmax(nn.Module):
         logits = F.linear(hidden, *self.component(component))
         if component + 1 == self.table.num_components and len(self.features):
             if featured is None:
-                featured = self._feature_logits(
+                featured = self.feature_logits(
                     self.ask(hidden) if queries is None and component == 0 else queries, prefix
                 )
             logits = logits + featured
         occupied = self.table.occupied(component, prefix)
         return logits if occupied is None else logits.masked_fill(~occupied, float("-inf"))
 
-    def _feature_logits(self, queries: Queries | None, prefix: Tensor) -> Tensor:
-        """Returns what features add to the last component's logits after prefixes: (N, R_k)."""
+    def feature_logits(self, queries: Queries | None, prefix: Tensor) -> Tensor:
+        """Scores the words of prefixes by their features.
+
+        Args:
+            queries: of N states that predict the first component.
+            prefix: all coordinates but the last, integers of shape (N, k - 1).
+
+        Returns:
+            What is added to the last component's logits, shape (N, R_k); empty cells hold any
+            number.
+        """
         if queries is None:
             raise ValueError(
                 "the last component is predicted with features: give the queries of the hidden "
@@ -132,6 +141,19 @@ class ComponentSoftmax(nn.Module):
         of_words = sum(parts[1:], parts[0])
         of_cells = of_words.index_select(1, self.table.words)
         return of_cells.view(len(of_cells), -1, self.table.shape[-1])
+
+    def feature_logits_of(self, queries: Queries, words: Tensor) -> Tensor:
+        """Returns what features add to the logits of words (W,): (N, W), or (1, W) for all alike.
+
+        Args:
+            queries: of N states that predict the first component.
+            words: wherever they sit.
+        """
+        parts = [
+            feature.score_words(query, words)
+            for feature, query in zip(self.features, queries, strict=True)
+        ]
+        return sum(parts[1:], parts[0])
 
     def forward(self, hidden: Tensor, words: Tensor) -> Tensor:
         """Scores given words.

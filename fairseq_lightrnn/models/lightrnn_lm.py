@@ -253,6 +253,21 @@ class LightRNNDecoder(LSTMDecoder):
             self.carried_state.after(**carried, state=decoded.state)
         return decoded.hidden, decoded.activations
 
+    def contexts(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: Any = None,
+        carried: dict[str, Any] | None = None,
+    ) -> Context:
+        """Returns what is known after each given word; see :meth:`TableModel.contexts`."""
+        state = None
+        if carried is not None:
+            state = self.carried_state.before(**carried, lanes=len(prev_output_tokens))
+        context, state = self.core.contexts(prev_output_tokens, state)
+        if carried is not None:
+            self.carried_state.after(**carried, state=state)
+        return context
+
     def _read(self, words: Tensor, incremental_state: dict[str, Any]) -> Context:
         context = self._stored(incremental_state)
         if context is not None:

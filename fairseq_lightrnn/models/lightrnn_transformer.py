@@ -136,6 +136,13 @@ class LightRNNTransformerDecoder(TableDecoder, TransformerDecoderBase):
         log_probs, more = self.words.predict_next(context, num_read, incremental_state)
         return log_probs, {**extra, **more}
 
+    def contexts(
+        self, prev_output_tokens: Tensor, encoder_out: Any = None, carried: None = None
+    ) -> Context:
+        """Returns what is known after each given word; see :meth:`TableModel.contexts`."""
+        outputs, _ = self.extract_features(prev_output_tokens, encoder_out=encoder_out)
+        return self.words.head.start(outputs.flatten(0, 1))
+
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
         """Refuses the state of another model, and fills what fairseq saves uninitialised."""
         super().upgrade_state_dict_named(state_dict, name)
@@ -213,7 +220,7 @@ class LightRNNTransformerLanguageModel(TableModel, FairseqLanguageModel):
 
 
 @register_model("lightrnn_transformer", dataclass=TransformerMTConfig)
-class LightRNNTransformerModel(TableModel, TranslationForward, FairseqEncoderDecoderModel):
+class LightRNNTransformerModel(TranslationForward, TableModel, FairseqEncoderDecoderModel):
     """fairseq's transformer with a word table on the target side."""
 
     own_numbers = 36

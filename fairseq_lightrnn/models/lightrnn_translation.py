@@ -9,7 +9,7 @@ from fairseq.models.lstm import LSTMEncoder
 from torch import Tensor, nn
 
 from fairseq_lightrnn.core.attention import Memory
-from fairseq_lightrnn.core.conditioning import Conditioner, Gated, Recurrent
+from fairseq_lightrnn.core.conditioning import Conditioner, Context, Gated, Recurrent
 from fairseq_lightrnn.core.network import State
 from fairseq_lightrnn.core.sharing import save_shared_once
 from fairseq_lightrnn.models.flags import TableSettings, check_task, preset
@@ -155,6 +155,14 @@ class LightRNNTranslationDecoder(LSTMDecoder):
         log_probs, more = self.words.predict_next(context, num_read, incremental_state)
         return log_probs, {"attn": weights, **more}
 
+    def contexts(
+        self, prev_output_tokens: Tensor, encoder_out: Any, carried: None = None
+    ) -> Context:
+        """Returns what is known after each given word; see :meth:`TableModel.contexts`."""
+        outputs, hidden, cell, padding = encoder_out
+        memory = Memory(outputs.transpose(0, 1), padding.t())
+        return self.core.contexts(prev_output_tokens, self._first_state(hidden, cell), memory)[0]
+
     def _first_state(self, hidden: Tensor, cell: Tensor) -> State:
         return self.first_hidden(hidden), self.first_cell(cell)
 
@@ -173,7 +181,7 @@ class LightRNNTranslationDecoder(LSTMDecoder):
 
 
 @register_model("lightrnn_translation", dataclass=TranslationModelConfig)
-class LightRNNTranslationModel(TableModel, TranslationForward, FairseqEncoderDecoderModel):
+class LightRNNTranslationModel(TranslationForward, TableModel, FairseqEncoderDecoderModel):
     """The paper's composition in translation: an LSTM encoder, an LSTM decoder with attention.
 
     Attributes:

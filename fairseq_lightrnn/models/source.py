@@ -8,6 +8,7 @@ from typing import Any
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from torch import Tensor
 
+from fairseq_lightrnn.core.conditioning import Context
 from fairseq_lightrnn.core.features import OwnNumbers
 from fairseq_lightrnn.core.reader import ComponentVectors, Reader, WordEmbedding
 from fairseq_lightrnn.core.seats import Seats
@@ -111,3 +112,9 @@ class TranslationForward:
             prev_output_tokens, encoder_out=encoder_out, target_tokens=target_tokens
         )
         return predicted
+
+    def contexts(self, net_input: dict[str, Any]) -> Context:
+        """Encodes sources and reads the words beside them; see :meth:`TableModel.contexts`."""
+        encoder_out = self.encoder(net_input["src_tokens"], net_input["src_lengths"])
+        context: Context = self.decoder.contexts(net_input["prev_output_tokens"], encoder_out)
+        return context

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fairseq_lightrnn.core.conditioning import Context
 from fairseq_lightrnn.errors import value_errors
 from fairseq_lightrnn.models.flags import TableSettings, settled
 
@@ -27,6 +28,21 @@ class TableModel:
     def table_settings(cls, cfg: Any, num_words: int) -> TableSettings:
         """Returns what the flags of the table come to for a vocabulary."""
         return settled(cfg, num_words, cls.own_numbers, cls.width(cfg))
+
+    def contexts(self, net_input: dict[str, Any]) -> Context:
+        """Returns what is known before each word of a batch that is to be predicted.
+
+        Args:
+            net_input: the arguments of ``forward``.
+
+        Returns:
+            Contexts of B·T texts, those of a text side by side, padding among them.
+        """
+        decoder: Any = self.decoder  # type: ignore[attr-defined]
+        context: Context = decoder.contexts(
+            net_input["src_tokens"], carried=net_input.get("carried")
+        )
+        return context
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

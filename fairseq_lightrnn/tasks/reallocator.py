@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from fairseq.logging import progress_bar
 from fairseq.utils import resolve_max_positions
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from fairseq_lightrnn.allocation.gathering import (
     sample_share,
     statistics_storage,
 )
+from fairseq_lightrnn.core.conditioning import Context
 from fairseq_lightrnn.core.table import WordTable
 from fairseq_lightrnn.errors import usage_errors
 from fairseq_lightrnn.models.word_head import WordHead
@@ -71,6 +73,9 @@ class Reallocator:
             if export is not None:
                 export(gathered)
             begun, old = time.monotonic(), words.table
+            if self.args.reallocation_objective == "true-loss":
+                logger.info(f"{title}: costs of cells")
+                return self._lower_loss(model, gathered), time.monotonic() - begun
             report: dict[str, Any] | None = None
 
             def solve() -> WordTable:
@@ -101,7 +106,7 @@ class Reallocator:
             training = model.training
             model.eval()
             try:
-                outputs = (_outputs(model, sample) for sample in self.batches(model))
+                outputs = (_outputs(model, sample) for _, sample in self.batches(model))
                 yield (
                     gather_statistics(
                         outputs, *size, words.table.coordinates.device, storage.arguments
@@ -110,6 +115,35 @@ class Reallocator:
                 )
             finally:
                 model.train(training)
+
+    def _lower_loss(self, model: nn.Module, gathered: Gathered) -> dict[str, Any] | None:
+        """Takes a step that lowers the loss over the training split, and reports it."""
+        from fairseq_lightrnn.allocation.descent import Text, lower_loss
+
+        words: WordHead = model.decoder.words  # type: ignore[assignment,union-attr]
+        device, memory = words.table.coordinates.device, self.args.reallocation_memory
+        text = Text(
+            lambda: (_outputs(model, sample) for _, sample in self.batches(model)),
+            lambda: (_contexts(model, *numbered) for numbered in self.batches(model)),
+            device,
+        )
+        done = lower_loss(words.head, gathered, text, memory and int(memory * (1 << 30)))
+        if rank() > 0:
+            return None
+        tokens = gathered.tokens
+        return {
+            "objective": "true-loss",
+            "moved": done.moved,
+            "words": words.table.num_words,
+            "tokens": tokens,
+            "loss_before": done.loss_before / tokens,
+            "loss_after": done.loss_after / tokens,
+            "predicted_gain": done.predicted_gain / tokens,
+            "gap": done.gap / tokens,
+            "halvings": done.halvings,
+            "table": words.table.table().digest(),
+            "parts": done.seconds,
+        }
 
     def _solve(self, words: WordHead, gathered: Gathered, memory: dict[str, int]) -> Reallocation:
         """Finds the words' new cells, as the flags ask for."""
@@ -128,8 +162,10 @@ class Reallocator:
             options=SolverOptions(**memory),
         )
 
-    def batches(self, model: Any) -> Iterator[Any]:
+    def batches(self, model: Any) -> Iterator[tuple[int, Any]]:
         """Yields this worker's share of the training split, without fairseq's dummy batches.
+
+        Each comes with a number that is its own among all workers'.
 
         Args:
             model: whose longest texts are the longest to be read.
@@ -170,8 +206,8 @@ class Reallocator:
             default_log_format="simple",
         )
         # Batches are dealt to the workers in turn, so that these are the same for any number.
-        chosen = (share(number * world_size() + rank()) for number in itertools.count())
-        return (sample for sample, used in zip(progress, chosen) if sample and used)  # noqa: B905
+        numbered = zip(itertools.count(rank(), world_size()), progress)  # noqa: B905
+        return ((number, sample) for number, sample in numbered if sample and share(number))
 
 
 def _outputs(model: nn.Module, sample: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,6 +219,17 @@ def _outputs(model: nn.Module, sample: Any) -> tuple[Tensor, Tensor, Tensor]:
     real = target.ne(decoder.dictionary.pad())
     words, features = target[real], features[real]
     return words, decoder.words.hidden(features), decoder.words.log_probs(features, words)
+
+
+def _contexts(model: Any, number: int, sample: Any) -> tuple[int, Tensor, Context]:
+    """Returns a batch's number, its target words (N,) and what is known before each."""
+    decoder: Any = model.decoder
+    sample = _to_device(sample, decoder.words.table.coordinates.device)
+    target = sample["target"].flatten()
+    real = target.ne(decoder.dictionary.pad()).nonzero().squeeze(1)
+    with torch.no_grad():
+        context = model.contexts(sample["net_input"])
+    return number, target[real], context.select(real)
 
 
 def _to_device(sample: Any, device: Any) -> Any:
@@ -222,10 +269,23 @@ def log_reallocation(title: str, report: dict[str, Any], table: WordTable) -> No
     share = report.get("share_of_training")
     parts = [
         f"{title} ({report['objective']}): {report['moved']} of {report['words']} words moved, "
-        f"cost {report['cost_before']:.5f} -> {report['cost_after']:.5f} nats per word, lower "
-        f"bound {report['lower_bound']:.5f}, gap {report['gap']:.2e}",
+        f"{_effect(report)}",
         f"statistics {seconds['statistics']:.1f} s, solve {seconds['solve']:.1f} s"
         + ("" if share is None else f", {100 * share:.1f} % of the training time so far"),
         str(table),
     ]
     logger.info("; ".join(parts))
+
+
+def _effect(report: dict[str, Any]) -> str:
+    if "loss_after" not in report:
+        return (
+            f"cost {report['cost_before']:.5f} -> {report['cost_after']:.5f} nats per word, lower "
+            f"bound {report['lower_bound']:.5f}, gap {report['gap']:.2e}"
+        )
+    before, after = report["loss_before"], report["loss_after"]
+    halved = f", moves halved {report['halvings']} times" if report["halvings"] else ""
+    return (
+        f"loss {before:.5f} -> {after:.5f} nats per word, gain {before - after:.5f} (predicted "
+        f"{report['predicted_gain']:.5f}), gap {report['gap']:.2e}{halved}"
+    )

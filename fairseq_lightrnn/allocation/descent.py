@@ -1,0 +1,176 @@
+"""One step of reallocation by the true loss: propose a table, measure it, accept what pays."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fairseq_lightrnn.allocation.cell_costs import CellLosses, occurrence_shares
+from fairseq_lightrnn.allocation.gathering import Gathered, gather_cell_losses, measure_losses
+from fairseq_lightrnn.allocation.neighbours import Neighbours
+from fairseq_lightrnn.allocation.true_loss import (
+    CANDIDATES,
+    LISTED,
+    CellList,
+    Step,
+    candidate_prefixes,
+)
+from fairseq_lightrnn.core.conditioning import Context
+from fairseq_lightrnn.core.head import ComponentHead
+from fairseq_lightrnn.core.table import WordTable
+from fairseq_lightrnn.workers import numbers_of_first_worker, rank, table_of_first_worker
+
+__all__ = ["Descent", "Text", "lower_loss"]
+
+logger = logging.getLogger(__name__)
+
+_HALVINGS = 4
+_MEMORY = 8 << 30
+_LEAST_LISTED = 8
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that can be read again and again; each worker has batches of its own.
+
+    Attributes:
+        outputs: reads what :func:`gather_statistics` takes.
+        contexts: reads what :func:`gather_cell_losses` takes.
+        device: through which workers exchange tensors.
+    """
+
+    outputs: Callable[[], Iterable[tuple[Tensor, Tensor, Tensor]]]
+    contexts: Callable[[], Iterable[tuple[int, Tensor, Context]]]
+    device: torch.device | str
+
+
+@dataclass
+class Descent:
+    """What a step did. Losses are totals over the text, in nats.
+
+    Attributes:
+        moved: number of words whose cell changed.
+        loss_before: with the old table, measured.
+        loss_after: with the new one, measured; never above ``loss_before``.
+        predicted_gain: by how much the loss was predicted to fall; 0 where nothing was moved.
+        gap: no assignment to the cells that were looked at was predicted to gain more than this
+            beyond the one that was found.
+        halvings: how often fewer words were moved, as the loss had not fallen.
+        seconds: of the parts of the work.
+    """
+
+    moved: int
+    loss_before: float
+    loss_after: float
+    predicted_gain: float
+    gap: float
+    halvings: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def lower_loss(
+    head: ComponentHead, gathered: Gathered, text: Text, memory: int | None = None
+) -> Descent:
+    """Moves words so that the loss over a text falls, or leaves them where they are.
+
+    Words are assigned to cells at least predicted cost. The loss is measured with the new table; if
+    it did not fall, half of the words are moved, those that were to gain most, and so on.
+
+    Args:
+        head: predicts words, in evaluation mode. Its table is changed.
+        gathered: statistics and losses of the text with the table in force.
+        text: is read once or a few times for the costs of cells, and once for each measurement.
+        memory: bytes that losses, samples and costs may take; 8 GiB by default.
+
+    Returns:
+        What was done, alike on all workers but for the prediction, which the first one knows.
+    """
+    clock = _Clock()
+    old = head.table.table()
+    before = float(gathered.losses.sum())
+    with clock.timed("costs"):
+        cells = _cell_list(head, gathered, text, memory or _MEMORY)
+    step: Step | None = None
+    for halving in range(_HALVINGS + 1):
+        with clock.timed("solve"):
+
+            def propose(halving: int = halving) -> WordTable:
+                nonlocal step
+                assert cells is not None
+                chosen = None if step is None else step.moved[: len(step.moved) // 2]
+                step = cells.solve(chosen)
+                return step.table
+
+            new = table_of_first_worker(propose, old.num_words, old.shape, text.device)
+        moved = int((new.cells != old.cells).sum())
+        if not moved:
+            break
+        head.table.seat(new)
+        with clock.timed("check"):
+            after = float(measure_losses(text.outputs(), len(old.shape), text.device).sum())
+        logger.debug(f"{moved} words moved: loss {before:.6g} -> {after:.6g}")
+        if after < before:
+            gain, gap = (step.gain, step.gap) if step is not None else (0.0, 0.0)
+            return Descent(moved, before, after, gain, gap, halving, clock.seconds)
+        head.table.seat(old)
+    gap = step.gap if step is not None else 0.0
+    return Descent(0, before, before, 0.0, gap, halving, clock.seconds)
+
+
+def _cell_list(head: ComponentHead, gathered: Gathered, text: Text, memory: int) -> CellList | None:
+    """Returns the cheapest cells of all words, on the first worker."""
+    table, statistics = head.table, gathered.statistics
+
+    def choose() -> Tensor:
+        found = candidate_prefixes(statistics, head.softmax)
+        counts = statistics.counts.round().long().cpu()[:, None]
+        return torch.cat([found.long(), counts], dim=1)
+
+    width = min(CANDIDATES, len(table.members)) + 1
+    known = numbers_of_first_worker(choose, (table.num_words, width), text.device)
+    known = known.to(table.coordinates.device)
+    candidates, counts = known[:, :-1], known[:, -1]
+    shares = occurrence_shares(counts)
+    neighbours = None
+    if len(head.softmax.features):
+        neighbours = Neighbours(head, counts, shares, memory // 8)
+    listed = min(LISTED, memory // 4 // CellList.bytes_needed(table.num_words, 1))
+    cells = None
+    if rank() == 0:
+        cells = CellList(table.table(), counts.cpu().numpy(), max(listed, _LEAST_LISTED))
+    row = CellLosses.bytes_needed(candidates.size(1), table.shape[-1])
+    wanted: Neighbours | None = neighbours
+    for words in _ranges(table.num_words, max(1, memory // 2 // row)):
+        losses = CellLosses(head, candidates, shares, words)
+        gather_cell_losses(text.contexts(), losses, wanted, text.device)
+        wanted = None  # one reading is enough
+        if cells is not None:
+            cells.add(losses, neighbours)
+    return cells
+
+
+def _ranges(total: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yields ranges of numbers below a total, as equal as can be, of at most a size."""
+    parts = -(-total // size)
+    for part in range(parts):
+        yield total * part // parts, total * (part + 1) // parts
+
+
+class _Clock:
+    """Adds up the seconds of parts of a work."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - started

@@ -1,0 +1,124 @@
+"""What the presence of a word costs those that it sits beside: the third part of a cell's cost.
+
+See :mod:`fairseq_lightrnn.allocation.cell_costs` for the derivation. It is measured on a sample of
+the occurrences of the words that have a prefix now, for every word that might get it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fairseq_lightrnn.allocation.cell_costs import prefix_coordinates, vector_logits
+from fairseq_lightrnn.core.conditioning import Context
+from fairseq_lightrnn.core.head import ComponentHead
+from fairseq_lightrnn.core.softmax import Queries, at_least_float32
+
+__all__ = ["Neighbours"]
+
+_OCCURRENCES = 1 << 18  # of all prefixes together
+_LEAST_OCCURRENCES = 64  # of a prefix
+_MOST_LOGIT = 30.0  # exp of more would leave nothing of what it is added to
+
+
+class Neighbours:
+    """A sample of the occurrences of each prefix's words.
+
+    Args:
+        head: predicts words.
+        counts: (V,) occurrences of the words.
+        shares: (V,) of them that suffice, from :func:`occurrence_shares`.
+        memory: bytes that the sample may take.
+    """
+
+    def __init__(
+        self, head: ComponentHead, counts: Tensor, shares: Tensor, memory: float = math.inf
+    ) -> None:
+        self.head = head
+        prefixes = math.prod(head.table.shape[:-1])
+        self._prefixes = cast(Tensor, head.table.number(head.table.coordinates[:, :-1].long()))
+        offered = torch.zeros(prefixes, dtype=torch.float64, device=counts.device)
+        offered.index_add_(0, self._prefixes, counts * shares)
+        most = min(_OCCURRENCES, memory / (4 * self.row_size))
+        wanted = max(_LEAST_OCCURRENCES, most // prefixes)
+        of_prefixes = (wanted / offered.clamp(min=1)).clamp(max=1.0)
+        self._chances = shares * of_prefixes[self._prefixes]
+        self._words = self._prefixes.new_empty(0)
+        self._rows = torch.empty(0, self.row_size)
+        self._starts: Tensor | None = None
+
+    @property
+    def row_size(self) -> int:
+        """Numbers that are kept of an occurrence: its state and its queries."""
+        return self.head.softmax.vectors.dim + sum(self._query_sizes())
+
+    def _query_sizes(self) -> Iterator[int]:
+        for feature in self.head.softmax.features:
+            yield 0 if feature.query is None else feature.query.out_features
+
+    @torch.no_grad()
+    def choose(self, words: Tensor, context: Context, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Chooses some occurrences.
+
+        Args:
+            words: (N,) that were to be predicted.
+            context: of the N texts before them.
+            draws: (N,) numbers from 0 to 1.
+
+        Returns:
+            The words (n,), and what is known of each, (n, row_size).
+        """
+        index = (draws < self._chances[words]).nonzero().squeeze(1)
+        words, context = words[index], self.head.to_extend(context).select(index)
+        prefix = self.head.table(words)[:, :-1]
+        for component, value in enumerate(prefix.unbind(1)):
+            context = self.head.extend(context, component, value)
+        known = [context.output, *(query for query in context.queries if query is not None)]
+        return words, torch.cat(known, dim=1)
+
+    def set(self, words: Tensor, rows: Tensor) -> None:
+        """Takes what :meth:`choose` chose of the whole text, in the order of the text."""
+        order = self._prefixes[words].argsort(stable=True)
+        self._words, self._rows = words[order], rows[order]
+        number = math.prod(self.head.table.shape[:-1])
+        sizes = torch.bincount(self._prefixes[words], minlength=number)
+        self._starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+
+    @torch.no_grad()
+    def costs(self, prefix: int, words: Tensor) -> Tensor:
+        """Returns what words cost the present ones of a prefix in each of its cells.
+
+        Args:
+            prefix: its number.
+            words: (W,).
+
+        Returns:
+            Nats over the whole text, (W, R_k) in float64; 0 in empty cells.
+        """
+        assert self._starts is not None
+        some = slice(int(self._starts[prefix]), int(self._starts[prefix + 1]))
+        seen = self._words[some]
+        if not len(seen):
+            return torch.zeros(len(words), self.head.table.shape[-1], dtype=torch.float64)
+        hidden, queries = self._split(self._rows[some])
+        numbers = seen.new_full((len(seen),), prefix)
+        coordinates = prefix_coordinates(numbers, self.head.table.shape)
+        base = vector_logits(self.head, hidden, coordinates)
+        softmax = self.head.softmax
+        logits = base + at_least_float32(softmax.feature_logits(queries, coordinates))
+        norm = torch.logsumexp(logits, dim=1, keepdim=True)
+        own = at_least_float32(softmax.feature_logits_of(queries, words))  # (n, W)
+        weights = (1 / self._chances[seen]).to(base)[:, None]
+        others = (seen[:, None] != words).to(base)
+        mistaken = own.clamp(max=_MOST_LOGIT).exp() * others
+        taken = (base - norm).exp() * weights
+        average = torch.softmax(base, dim=1) * weights
+        return (mistaken.T @ taken - others.T @ average).double()
+
+    def _split(self, rows: Tensor) -> tuple[Tensor, Queries]:
+        hidden, *parts = rows.split([self.head.softmax.vectors.dim, *self._query_sizes()], dim=1)
+        return hidden, tuple(part if part.size(1) else None for part in parts)

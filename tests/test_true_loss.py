@@ -1,0 +1,194 @@
+"""Costs of cells and steps by the true loss, against losses computed from scratch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import CASES, build, log_probs, shuffled, words_of
+from torch import Tensor
+
+from fairseq_lightrnn.allocation.cell_costs import CellLosses, occurrence_shares
+from fairseq_lightrnn.allocation.descent import Text, lower_loss
+from fairseq_lightrnn.allocation.gathering import gather_cell_losses, gather_statistics
+from fairseq_lightrnn.allocation.neighbours import Neighbours
+from fairseq_lightrnn.allocation.true_loss import CellList, candidate_prefixes
+from fairseq_lightrnn.core.conditioning import Context, Gated, Recurrent
+from fairseq_lightrnn.core.seats import Seats
+from fairseq_lightrnn.core.table import WordTable
+
+# The words of a transformer or a gated decoder are read by a table of their own.
+KEPT = [case for case in CASES if case[0] is not Recurrent and len(case[2]) > 1]
+SEVERAL = [case for case in CASES if len(case[2]) > 1]
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+class Sample:
+    """A model and a text, in batches that are read again and again."""
+
+    def __init__(self, kind: Any, words: int, shape: tuple[int, ...], extras: bool, **more: Any):
+        self.decoder = build(kind, words, shape, extras=extras, **more)
+        self.head = self.decoder.head
+        self.texts = [words_of((3, 9), words, seed) for seed in range(4)]
+
+    def outputs(self):
+        for text in self.texts:
+            hidden = self.decoder(text).hidden.flatten(0, 1)
+            words = text[:, 1:].flatten()
+            yield words, hidden, self.head.softmax(hidden, words)
+
+    def contexts(self):
+        for number, text in enumerate(self.texts):
+            inner = getattr(self.decoder, "decoder", None)
+            if inner is None:
+                context, _ = self.decoder.contexts(text[:, :-1])
+            else:
+                context = inner.contexts(text[:, :-1])
+            yield number, text[:, 1:].flatten(), context
+
+    @property
+    def text(self) -> Text:
+        return Text(self.outputs, self.contexts, "cpu")
+
+    def gathered(self):
+        table = self.head.table
+        size = table.num_words, table.num_components, self.head.softmax.vectors.dim
+        return gather_statistics(self.outputs(), *size, "cpu")
+
+    def loss(self) -> float:
+        return -sum(float(log_probs(self.decoder, text).sum()) for text in self.texts)
+
+    def loss_with(self, table: WordTable) -> float:
+        old = self.head.table.table()
+        self.head.table.seat(table)
+        loss = self.loss()
+        self.head.table.seat(old)
+        return loss
+
+    def cell_losses(self, candidates: int = 99, word_range: tuple[int, int] | None = None):
+        gathered = self.gathered()
+        counts = gathered.statistics.counts
+        chosen = candidate_prefixes(gathered.statistics, self.head.softmax, candidates).long()
+        shares = occurrence_shares(counts)
+        losses = CellLosses(self.head, chosen, shares, word_range or (0, len(counts)))
+        neighbours = None
+        if len(self.head.softmax.features):
+            neighbours = Neighbours(self.head, counts, shares)
+        gather_cell_losses(self.contexts(), losses, neighbours, "cpu")
+        return losses, neighbours, counts
+
+
+def swapped(table: WordTable, one: int, two: int) -> WordTable:
+    cells = np.array(table.cells)
+    cells[[one, two]] = cells[[two, one]]
+    return WordTable.from_cells(cells, table.shape)
+
+
+def slow_costs(sample: Sample, word: int, cell: int) -> tuple[float, float]:
+    """What a word pays in a cell, and what it costs the words there: token by token."""
+    table, softmax = sample.head.table, sample.head.softmax
+    place = WordTable.from_cells(np.arange(math.prod(table.shape)), table.shape).coordinates[cell]
+    prefix, column = tuple(place[:-1]), int(place[-1])
+    own = others = 0.0
+    for _, targets, contexts in sample.contexts():
+        for at, target in enumerate(targets.tolist()):
+            there = tuple(table(torch.tensor(target))[:-1].tolist())
+            if target != word and there != prefix:
+                continue
+            before = contexts.select(torch.tensor([at]))
+            log_prefix, context = 0.0, before
+            for component, value in enumerate(prefix):
+                known = torch.tensor([list(prefix[:component])], dtype=torch.long)
+                known = known.view(1, component)
+                logits = softmax.logits(component, context.output, known, context.queries)
+                log_prefix += float(torch.log_softmax(logits, 1)[0, value])
+                context = sample.head.extend(context, component, torch.tensor([value]))
+            vectors, biases = softmax.component(len(prefix))
+            base = (context.output @ vectors.T + biases)[0]
+            number = int(table.number(torch.tensor([list(prefix)])))
+            seated = table.table().words.reshape(-1, table.shape[-1])[number]
+            full = [c for c in range(len(seated)) if seated[c] >= 0]
+            of_words = (
+                softmax.feature_logits_of(before.queries, torch.arange(table.num_words))
+                if len(softmax.features)
+                else torch.zeros(1, table.num_words)
+            )[0].tolist()
+            base = base.tolist()
+            masses = {c: math.exp(base[c] + of_words[seated[c]]) for c in full}
+            total = sum(masses.values())
+            share = math.exp(base[column]) / sum(math.exp(base[c]) for c in full)
+            score = base[column] + of_words[word]
+            if target == word:
+                rest = total
+                if there == prefix:
+                    now = int(table(torch.tensor(word))[-1])
+                    left = 1 - math.exp(base[now]) / sum(math.exp(base[c]) for c in full)
+                    rest = (total - masses[now]) / left
+                rest *= 1 - share
+                own += math.log(1 + rest / math.exp(score)) - log_prefix
+            else:
+                others += math.exp(score) / total - share
+    return own, others
+
+
+@pytest.mark.parametrize(("kind", "words", "shape"), SEVERAL)
+@pytest.mark.parametrize("extras", [False, True])
+def test_costs_are_those_of_the_definition(kind, words, shape, extras):
+    sample = Sample(kind, words, shape, extras, scale=0.4)
+    losses, neighbours, counts = sample.cell_losses()
+    random = np.random.default_rng(0)
+    for word in random.choice(torch.nonzero(counts)[:, 0].numpy(), 4, replace=False).tolist():
+        slots = torch.nonzero(losses.candidates[word] >= 0)[:, 0].tolist()
+        for slot in {0, slots[-1]}:
+            prefix = int(losses.candidates[word, slot])
+            column = int(np.flatnonzero(sample.head.table.table().words.reshape(-1, shape[-1])[prefix] >= 0)[-1])
+            own, others = slow_costs(sample, word, prefix * shape[-1] + column)
+            measured = float(losses.losses[word, slot, column]) / 2**16
+            assert measured == pytest.approx(own, abs=1e-4 * (1 + float(counts[word])))
+            if neighbours is not None:
+                cost = neighbours.costs(prefix, torch.tensor([word]))[0, column]
+                assert float(cost) == pytest.approx(others, abs=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "words", "shape"), KEPT)
+def test_without_features_any_table_costs_what_its_loss_is(kind, words, shape):
+    sample = Sample(kind, words, shape, extras=False, scale=0.7)
+    seats = Seats(words, shape)
+    seats.seat(sample.head.table.table())
+    sample.decoder.reader.seats = seats
+    losses, _, counts = sample.cell_losses()
+    cells = CellList(sample.head.table.table(), counts.long().numpy(), listed=words)
+    cells.add(losses, None)
+    old = sample.head.table.table()
+    before = sample.loss()
+    seen = np.flatnonzero(counts.numpy())  # others stay
+    for seed in range(5):
+        moved = np.array(old.cells)
+        moved[seen] = np.random.default_rng(seed).permutation(moved[seen])
+        new = WordTable.from_cells(moved, shape)
+        predicted = 0.0
+        for word in range(words):
+            at = np.flatnonzero(cells.cells[word] == new.cells[word])
+            predicted += float(cells.costs[word, at[0]])
+        assert sample.loss_with(new) - before == pytest.approx(predicted, abs=2e-3)
+
+
+@pytest.mark.parametrize(("kind", "words", "shape"), SEVERAL)
+@pytest.mark.parametrize("extras", [False, True])
+def test_a_step_never_raises_the_loss(kind, words, shape, extras):
+    sample = Sample(kind, words, shape, extras, scale=0.7)
+    before = sample.loss()
+    done = lower_loss(sample.head, sample.gathered(), sample.text)
+    assert done.loss_before == pytest.approx(before)
+    assert done.loss_after == pytest.approx(sample.loss())
+    assert done.loss_after < before if done.moved else done.loss_after == done.loss_before
+    assert done.gap >= 0
