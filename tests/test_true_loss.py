@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import CASES, build, log_probs, shuffled, words_of
-from torch import Tensor
+from tiny_models import CASES, build, log_probs, words_of
 
 from fairseq_lightrnn.allocation.cell_costs import CellLosses, occurrence_shares
 from fairseq_lightrnn.allocation.descent import Text, lower_loss
 from fairseq_lightrnn.allocation.gathering import gather_cell_losses, gather_statistics
 from fairseq_lightrnn.allocation.neighbours import Neighbours
-from fairseq_lightrnn.allocation.true_loss import CellList, candidate_prefixes
-from fairseq_lightrnn.core.conditioning import Context, Gated, Recurrent
+from fairseq_lightrnn.allocation.true_loss import Market, candidate_prefixes
+from fairseq_lightrnn.core.conditioning import Recurrent
 from fairseq_lightrnn.core.seats import Seats
 from fairseq_lightrnn.core.table import WordTable
 
@@ -74,12 +72,13 @@ class Sample:
         self.head.table.seat(old)
         return loss
 
-    def cell_losses(self, candidates: int = 99, word_range: tuple[int, int] | None = None):
+    def cell_losses(self, candidates: int = 99):
         gathered = self.gathered()
         counts = gathered.statistics.counts
         chosen = candidate_prefixes(gathered.statistics, self.head.softmax, candidates).long()
         shares = occurrence_shares(counts)
-        losses = CellLosses(self.head, chosen, shares, word_range or (0, len(counts)))
+        words = counts.nonzero().squeeze(1)
+        losses = CellLosses(self.head, words, chosen[words], shares[words])
         neighbours = None
         if len(self.head.softmax.features):
             neighbours = Neighbours(self.head, counts, shares)
@@ -146,13 +145,18 @@ def test_costs_are_those_of_the_definition(kind, words, shape, extras):
     sample = Sample(kind, words, shape, extras, scale=0.4)
     losses, neighbours, counts = sample.cell_losses()
     random = np.random.default_rng(0)
-    for word in random.choice(torch.nonzero(counts)[:, 0].numpy(), 4, replace=False).tolist():
-        slots = torch.nonzero(losses.candidates[word] >= 0)[:, 0].tolist()
+    for number in random.choice(len(losses.words), 4, replace=False).tolist():
+        word = int(losses.words[number])
+        slots = torch.nonzero(losses.candidates[number] >= 0)[:, 0].tolist()
         for slot in {0, slots[-1]}:
-            prefix = int(losses.candidates[word, slot])
-            column = int(np.flatnonzero(sample.head.table.table().words.reshape(-1, shape[-1])[prefix] >= 0)[-1])
+            prefix = int(losses.candidates[number, slot])
+            column = int(
+                np.flatnonzero(sample.head.table.table().words.reshape(-1, shape[-1])[prefix] >= 0)[
+                    -1
+                ]
+            )
             own, others = slow_costs(sample, word, prefix * shape[-1] + column)
-            measured = float(losses.losses[word, slot, column]) / 2**16
+            measured = float(losses.losses[number, slot, column]) / 2**16
             assert measured == pytest.approx(own, abs=1e-4 * (1 + float(counts[word])))
             if neighbours is not None:
                 cost = neighbours.costs(prefix, torch.tensor([word]))[0, column]
@@ -166,8 +170,7 @@ def test_without_features_any_table_costs_what_its_loss_is(kind, words, shape):
     seats.seat(sample.head.table.table())
     sample.decoder.reader.seats = seats
     losses, _, counts = sample.cell_losses()
-    cells = CellList(sample.head.table.table(), counts.long().numpy(), listed=words)
-    cells.add(losses, None)
+    market = Market(sample.head.table.table(), counts.long().numpy(), losses, None)
     old = sample.head.table.table()
     before = sample.loss()
     seen = np.flatnonzero(counts.numpy())  # others stay
@@ -176,9 +179,9 @@ def test_without_features_any_table_costs_what_its_loss_is(kind, words, shape):
         moved[seen] = np.random.default_rng(seed).permutation(moved[seen])
         new = WordTable.from_cells(moved, shape)
         predicted = 0.0
-        for word in range(words):
-            at = np.flatnonzero(cells.cells[word] == new.cells[word])
-            predicted += float(cells.costs[word, at[0]])
+        for number, word in enumerate(market.words):
+            at = np.flatnonzero(market.cells[number] == new.cells[word])
+            predicted += float(market.costs[number, at[0]])
         assert sample.loss_with(new) - before == pytest.approx(predicted, abs=2e-3)
 
 

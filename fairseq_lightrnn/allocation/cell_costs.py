@@ -95,36 +95,28 @@ class CellLosses:
 
     Args:
         head: predicts words; its parameters and its table stay as they are meanwhile.
-        candidates: the numbers of the prefixes that each word may get, (V, K); the first is its
+        words: those that may move, (n,).
+        candidates: the numbers of the prefixes that each of them may get, (n, K); the first is its
             present one; -1 for none.
-        shares: of each word's occurrences that is looked at, (V,).
-        word_range: only words ``lo <= w < hi`` are looked at.
+        shares: of each of their occurrences that is looked at, (n,).
 
     Attributes:
-        losses: int32 of shape (hi - lo, K, R_k), in multiples of 2^-16 nats.
-        kept: int64 of shape (hi - lo,): how many occurrences were looked at.
+        losses: int32 of shape (n, K, R_k), in multiples of 2^-16 nats.
+        kept: int64 of shape (n,): how many occurrences were looked at.
     """
 
     def __init__(
-        self,
-        head: ComponentHead,
-        candidates: Tensor,
-        shares: Tensor,
-        word_range: tuple[int, int],
+        self, head: ComponentHead, words: Tensor, candidates: Tensor, shares: Tensor
     ) -> None:
-        low, high = word_range
         self.head = head
+        self.words = words
         self.candidates = candidates
         self.shares = shares
-        self.word_range = word_range
-        size = high - low, candidates.size(1), head.table.shape[-1]
-        self.losses = torch.zeros(size, dtype=torch.int32, device=candidates.device)
-        self.kept = torch.zeros(high - low, dtype=torch.int64, device=candidates.device)
-
-    @staticmethod
-    def bytes_needed(candidates: int, columns: int) -> int:
-        """Returns the bytes that the losses of a word take."""
-        return candidates * columns * torch.int32.itemsize + torch.int64.itemsize
+        self._index = words.new_full((head.table.num_words,), -1)
+        self._index[words] = torch.arange(len(words), device=words.device)
+        size = *candidates.shape, head.table.shape[-1]
+        self.losses = torch.zeros(size, dtype=torch.int32, device=words.device)
+        self.kept = torch.zeros(len(words), dtype=torch.int64, device=words.device)
 
     @torch.no_grad()
     def add(self, words: Tensor, context: Context, draws: Tensor) -> None:
@@ -135,25 +127,20 @@ class CellLosses:
             context: of the N texts before them.
             draws: (N,) numbers from 0 to 1, which choose the occurrences that are looked at.
         """
-        low, high = self.word_range
-        chosen = (words >= low) & (words < high) & (draws < self.shares[words])
-        index = chosen.nonzero().squeeze(1)
-        words, context = words[index], self.head.to_extend(context).select(index)
-        no_prefix = words.new_empty(len(words), 0)
-        first = component_log_probs(self.head, context, no_prefix)
-        losses, own = self._losses(words, context, self.candidates[words, 0], first)
-        self._keep(words, 0, losses)
-        for slot in range(1, self.candidates.size(1)):
-            prefixes = self.candidates[words, slot]
-            if (prefixes >= 0).all():
-                losses, _ = self._losses(words, context, prefixes, first, own)
-                self._keep(words, slot, losses)
-            else:
-                some = (prefixes >= 0).nonzero().squeeze(1)
-                known = None if own is None else own[some]
-                parts = words[some], context.select(some), prefixes[some], first[some], known
-                self._keep(words[some], slot, self._losses(*parts)[0])
-        self.kept += torch.bincount(words - low, minlength=high - low)
+        index = self._index[words]
+        chosen = ((index >= 0) & (draws < self.shares[index])).nonzero().squeeze(1)
+        words, index = words[chosen], index[chosen]
+        context = self.head.to_extend(context).select(chosen)
+        first = component_log_probs(self.head, context, words.new_empty(len(words), 0))
+        own = None
+        for slot, prefixes in enumerate(self.candidates[index].unbind(1)):
+            some = (prefixes >= 0).nonzero().squeeze(1)
+            known = None if own is None else own[some]
+            parts = words[some], context.select(some), prefixes[some], first[some], known
+            losses, now = self._losses(*parts)
+            self.losses[:, slot].index_add_(0, index[some], losses)
+            own = now if slot == 0 else own
+        self.kept += torch.bincount(index, minlength=len(self.kept))
 
     def _losses(
         self,
@@ -161,7 +148,7 @@ class CellLosses:
         context: Context,
         prefixes: Tensor,
         first: Tensor,
-        own: Tensor | None = None,
+        own: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the losses of words in the cells of one prefix each.
 
@@ -173,30 +160,37 @@ class CellLosses:
             own: (N,) what features add to the words' logits.
 
         Returns:
-            The losses (N, R_k), and ``own``.
+            The losses (N, R_k) in multiples of 2^-16 nats, and ``own``.
         """
         head = self.head
         prefix = prefix_coordinates(prefixes, head.table.shape)
         of_prefix, context = last_component(head, context, prefix, first)
         base = vector_logits(head, context.output, prefix)
-        shares = torch.log_softmax(base, dim=1)  # log β
         if not len(head.softmax.features):
-            return -shares - of_prefix[:, None], None
-        rest = _log_one_minus(shares)  # log (1 - β)
+            return _rounded(torch.log_softmax(base, dim=1).neg_(), of_prefix), None
         featured = at_least_float32(head.softmax.feature_logits(context.queries, prefix))
         logits = base + featured
         norm = torch.logsumexp(logits, dim=1)  # log Z
+        peak = base.amax(dim=1)
+        masses = base.sub_(peak[:, None]).exp_()
+        total = masses.sum(dim=1)  # β = masses / total
         if own is None:
             now = head.table(words)[:, -1:]
             own = featured.gather(1, now).squeeze(1)
             log_prob = logits.gather(1, now).squeeze(1) - norm
-            norm = norm + _log_one_minus(log_prob) - rest.gather(1, now).squeeze(1)
-        others = (norm - own)[:, None] + rest - base  # log Z⁻ exp(-s)
-        return F.softplus(others) - of_prefix[:, None], own
+            share = masses.gather(1, now).squeeze(1) / total
+            norm = norm + _log_one_minus(log_prob) - _log_one_minus(share.log())
+        # Z⁻ exp(-s) = Z (1 - β) exp(-own) / exp(base), written so that little has to be computed
+        # for every cell.
+        scale = (norm - own - peak).clamp(-_MOST_NATS, _MOST_NATS).exp()
+        others = masses.reciprocal_().sub_((1 / total)[:, None]).clamp_(min=0.0)
+        return _rounded(others.mul_(scale[:, None]).log1p_(), of_prefix), own
 
-    def _keep(self, words: Tensor, slot: int, losses: Tensor) -> None:
-        rounded = losses.clamp(max=_MOST_NATS).mul_(RESOLUTION).round_().int()
-        self.losses[:, slot].index_add_(0, words - self.word_range[0], rounded)
+
+def _rounded(losses: Tensor, of_prefix: Tensor) -> Tensor:
+    """Returns losses (N, R), less log-probabilities (N,), in multiples of 2^-16 nats."""
+    losses = losses.sub_(of_prefix[:, None]).clamp_(max=_MOST_NATS)
+    return losses.mul_(RESOLUTION).add_(0.5).int()
 
 
 def _log_one_minus(log_probs: Tensor) -> Tensor:

@@ -16,8 +16,7 @@ from fairseq_lightrnn.allocation.gathering import Gathered, gather_cell_losses, 
 from fairseq_lightrnn.allocation.neighbours import Neighbours
 from fairseq_lightrnn.allocation.true_loss import (
     CANDIDATES,
-    LISTED,
-    CellList,
+    Market,
     Step,
     candidate_prefixes,
 )
@@ -32,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 _HALVINGS = 4
 _MEMORY = 8 << 30
-_LEAST_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -96,16 +94,16 @@ def lower_loss(
     old = head.table.table()
     before = float(gathered.losses.sum())
     with clock.timed("costs"):
-        cells = _cell_list(head, gathered, text, memory or _MEMORY)
+        market = _market(head, gathered, text, memory or _MEMORY)
     step: Step | None = None
     for halving in range(_HALVINGS + 1):
         with clock.timed("solve"):
 
             def propose(halving: int = halving) -> WordTable:
                 nonlocal step
-                assert cells is not None
+                assert market is not None
                 chosen = None if step is None else step.moved[: len(step.moved) // 2]
-                step = cells.solve(chosen)
+                step = market.solve(chosen)
                 return step.table
 
             new = table_of_first_worker(propose, old.num_words, old.shape, text.device)
@@ -124,43 +122,35 @@ def lower_loss(
     return Descent(0, before, before, 0.0, gap, halving, clock.seconds)
 
 
-def _cell_list(head: ComponentHead, gathered: Gathered, text: Text, memory: int) -> CellList | None:
-    """Returns the cheapest cells of all words, on the first worker."""
+def _market(head: ComponentHead, gathered: Gathered, text: Text, memory: int) -> Market | None:
+    """Measures what cells cost words, and returns that on the first worker."""
     table, statistics = head.table, gathered.statistics
+    prefixes = table.number(table.coordinates[:, :-1].long())
+    count = min(CANDIDATES, len(prefixes.unique()))
 
     def choose() -> Tensor:
-        found = candidate_prefixes(statistics, head.softmax)
-        counts = statistics.counts.round().long().cpu()[:, None]
-        return torch.cat([found.long(), counts], dim=1)
+        found = candidate_prefixes(statistics, head.softmax, count)
+        return torch.cat([statistics.counts.round().long().cpu()[:, None], found], dim=1)
 
-    width = min(CANDIDATES, len(table.members)) + 1
-    known = numbers_of_first_worker(choose, (table.num_words, width), text.device)
+    known = numbers_of_first_worker(choose, (table.num_words, count + 1), text.device)
     known = known.to(table.coordinates.device)
-    candidates, counts = known[:, :-1], known[:, -1]
+    counts, candidates = known[:, 0], known[:, 1:]
+    words = _that_may_move(counts, memory // 2 // Market.bytes_needed(count, table.shape[-1]))
     shares = occurrence_shares(counts)
+    losses = CellLosses(head, words, candidates[words], shares[words])
     neighbours = None
     if len(head.softmax.features):
         neighbours = Neighbours(head, counts, shares, memory // 8)
-    listed = min(LISTED, memory // 4 // CellList.bytes_needed(table.num_words, 1))
-    cells = None
-    if rank() == 0:
-        cells = CellList(table.table(), counts.cpu().numpy(), max(listed, _LEAST_LISTED))
-    row = CellLosses.bytes_needed(candidates.size(1), table.shape[-1])
-    wanted: Neighbours | None = neighbours
-    for words in _ranges(table.num_words, max(1, memory // 2 // row)):
-        losses = CellLosses(head, candidates, shares, words)
-        gather_cell_losses(text.contexts(), losses, wanted, text.device)
-        wanted = None  # one reading is enough
-        if cells is not None:
-            cells.add(losses, neighbours)
-    return cells
+    gather_cell_losses(text.contexts(), losses, neighbours, text.device)
+    if rank() > 0:
+        return None
+    return Market(table.table(), counts.cpu().numpy(), losses, neighbours)
 
 
-def _ranges(total: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yields ranges of numbers below a total, as equal as can be, of at most a size."""
-    parts = -(-total // size)
-    for part in range(parts):
-        yield total * part // parts, total * (part + 1) // parts
+def _that_may_move(counts: Tensor, most: int) -> Tensor:
+    """Returns the words that occur, the most frequent ones where they are too many."""
+    order = counts.argsort(descending=True, stable=True)[: max(2, most)]
+    return order[counts[order] > 0].sort().values
 
 
 class _Clock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -52,41 +53,25 @@ def assign_listed(
     started = time.monotonic()
     cells, costs, present = np.asarray(cells), np.asarray(costs), np.asarray(present)
     now = _check(cells, costs, present)
+    cells, active = _market(cells, present)
+    paid_now = costs[np.arange(len(cells)), now].astype(np.float64)
     size = int(max(cells.max(initial=-1), present.max(initial=-1))) + 1
-    owned = np.zeros(size + 1, bool)  # the last one is for -1
-    owned[present] = True
-    known = owned[cells]
-    # A word that may stay only leaves the market, and its cell with it.
-    while True:
-        stays = known.sum(axis=1) <= 1
-        taken = np.zeros(size + 1, bool)
-        taken[present[stays]] = True
-        lost = known & taken[cells]
-        lost[stays] = False
-        if not lost.any():
-            break
-        known &= ~lost
-    active = np.flatnonzero(~stays)
-    before = costs[np.arange(len(cells)), now].astype(np.float64)
-    places = np.array(present, np.int64)
-    place_of = np.full(size + 1, -1, np.int64)
-    place_of[present[active]] = np.arange(len(active))
-    listed = np.where(known[active], place_of[cells[active]], -1).astype(np.int32)
-    bases = np.where(listed >= 0, costs[active], np.inf).astype(np.float64)
-    first = np.zeros(len(active)) if prices is None else np.array(prices)[present[active]]
-    found, bound, last = _auctions(listed, bases, before[active], first, options, started)
-    places[active] = present[active][found]
-    fixed = float(before[stays].sum())
-    cost = fixed + float(_paid(listed, bases, found).sum())
-    all_prices = np.zeros(size) if prices is None else np.array(prices, np.float64)
-    all_prices[present[active]] = last
+    market = _Market(cells, costs, present, active, size)
+    deadline = None if options.time_limit is None else started + options.time_limit
+    gap = _GAP if options.gap is None else options.gap
+    first = np.zeros(size)
+    if prices is not None:
+        first[: len(prices)] = prices[:size]
+    places, bound, last = _auctions(market, paid_now, first, gap, deadline)
+    stays = float(np.delete(paid_now, active).sum())
+    cost = stays + float(market.paid(places).sum())
     return Certified(
-        places=places,
+        places=places.astype(np.int64),
         cost=cost,
-        bound=min(cost, fixed + bound),
-        mean_cost=float(before.sum()),
-        optimal=cost - fixed - bound <= 1e-9 * max(1.0, abs(cost)),
-        prices=all_prices,
+        bound=min(cost, stays + bound),
+        mean_cost=float(paid_now.sum()),
+        optimal=cost - stays - bound <= 1e-9 * max(1.0, abs(cost)),
+        prices=last,
         seconds=time.monotonic() - started,
     )
 
@@ -110,52 +95,82 @@ def _check(cells: np.ndarray, costs: np.ndarray, present: np.ndarray) -> np.ndar
     return here.argmax(axis=1)
 
 
+def _market(cells: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Takes words that may stay only off the market, and their cells with them.
+
+    Returns:
+      The cells (n, L) that can be had, others being -1, and the words that are left, ascending.
+    """
+    owned = np.zeros(int(max(cells.max(initial=-1), present.max(initial=-1))) + 2, bool)
+    owned[present] = True  # the last one is for -1
+    while True:
+        known = owned[cells]
+        stays = (known.sum(axis=1) <= 1) & owned[present]
+        if not known.all():
+            cells = np.where(known, cells, -1)
+        if not stays.any():
+            return np.ascontiguousarray(cells, np.int32), np.flatnonzero(owned[present])
+        owned[present[stays]] = False
+
+
+@dataclass(frozen=True)
+class _Market:
+    """Words and the cells that they can have; see :func:`assign_listed`."""
+
+    cells: np.ndarray
+    costs: np.ndarray
+    present: np.ndarray
+    active: np.ndarray  # the words that may move
+    size: int  # above every cell
+
+    def paid(self, places: np.ndarray) -> np.ndarray:
+        """Returns what the words that may move pay, in float64."""
+        here = self.cells[self.active] == places[self.active, None]
+        return np.where(here, self.costs[self.active], 0.0).sum(axis=1, dtype=np.float64)
+
+    def least(self, prices: np.ndarray) -> np.ndarray:
+        """Returns the least cost plus price of the words that may move."""
+        values = np.empty(len(self.cells))
+        free = np.full(len(self.cells), np.inf)
+        kernels.least_values(self.cells, self.costs, free, prices, values)
+        return values[self.active]
+
+
 def _auctions(
-    listed: np.ndarray,
-    bases: np.ndarray,
-    before: np.ndarray,
+    market: _Market,
+    paid_now: np.ndarray,
     prices: np.ndarray,
-    options: SolverOptions,
-    started: float,
+    gap: float,
+    deadline: float | None,
 ) -> tuple[np.ndarray, float, np.ndarray]:
-    """Returns the places found, a lower bound and the prices behind it."""
-    n = len(listed)
-    present = np.arange(n)
-    if n == 0:
-        return present, 0.0, prices
-    deadline = None if options.time_limit is None else started + options.time_limit
-    gap = _GAP if options.gap is None else options.gap
-    thresholds = np.full(n, np.inf)
-    choices = Choices(listed, bases, thresholds, lambda some: 0.0)
-    least = bases.min(axis=1)
-    gain = float((before - least).sum())  # no table saves more
-    best, best_cost = present, float(before.sum())
-    bound, best_prices = float(least.sum()), np.zeros(n)
-    raise_least = _FIRST_RAISE * gain / n
-    capacities = np.ones(n, np.int64)
+    """Returns the places of all words, a lower bound on what the active ones pay, and prices."""
+    active, present = market.active, market.present
+    least = float(market.least(np.zeros(market.size)).sum())
+    before = float(paid_now[active].sum())
+    best, best_cost, bound, best_prices = present, before, least, np.zeros(market.size)
+    gain = before - least  # no table saves more
+    raise_least = _FIRST_RAISE * gain / max(1, len(active))
+    least_raise = 1e-9 * raise_least
+    free = np.full(len(market.cells), np.inf)
+    choices = Choices(market.cells, market.costs, free, lambda some: 0.0)
+    on_sale = present[active]
+    capacities = np.zeros(market.size, np.int64)
+    capacities[on_sale] = 1
     while gain > 0:
-        prices = prices - prices.min()
-        found, _ = auction(choices, present, capacities, prices, raise_least, deadline)
-        if (found < 0).any():  # out of time
+        prices = np.where(capacities > 0, prices - prices[on_sale].min(), 0.0)
+        found, _ = auction(choices, active, capacities, prices, raise_least, deadline)
+        if (found[active] < 0).any():  # out of time
             break
-        cost = float(_paid(listed, bases, found).sum())
+        cost = float(market.paid(found).sum())
         if cost < best_cost:
-            best, best_cost = found, cost
-        values = np.empty(n)
-        kernels.least_values(listed, bases, thresholds, prices, values)
-        dual = float(values.sum() - prices.sum())
+            best, best_cost = np.where(found < 0, present, found), cost
+        dual = float(market.least(prices).sum() - prices[on_sale].sum())
         if dual > bound:
             bound, best_prices = dual, prices
-        saved = float(before.sum()) - bound
         logger.debug(f"raise {raise_least:.3g}: cost {best_cost:.8g}, bound {bound:.8g}")
-        rounding = 1e-12 * float(np.abs(before).sum() + prices.sum())
-        if best_cost - bound <= max(gap * saved, rounding) or raise_least < 1e-9 * gain / n:
+        enough = max(gap * (before - bound), 1e-12 * (abs(before) + prices.sum()))
+        late = deadline is not None and time.monotonic() >= deadline
+        if best_cost - bound <= enough or late or raise_least < least_raise:
             break
         raise_least /= _SCALE
     return best, bound, best_prices
-
-
-def _paid(listed: np.ndarray, bases: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Returns what each word pays at its place."""
-    here = listed == places[:, None]
-    return np.where(here, bases, 0.0).sum(axis=1)

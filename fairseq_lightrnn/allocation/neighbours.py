@@ -20,8 +20,8 @@ from fairseq_lightrnn.core.softmax import Queries, at_least_float32
 
 __all__ = ["Neighbours"]
 
-_OCCURRENCES = 1 << 18  # of all prefixes together
-_LEAST_OCCURRENCES = 64  # of a prefix
+_OCCURRENCES = 1 << 16  # of all prefixes together
+_LEAST_OCCURRENCES = 16  # of a prefix
 _MOST_LOGIT = 30.0  # exp of more would leave nothing of what it is added to
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq_lightrnn.allocation.assignment import Certified, SolverOptions
 from fairseq_lightrnn.allocation.cell_costs import RESOLUTION, CellLosses
 from fairseq_lightrnn.allocation.costs import LowRankCosts
 from fairseq_lightrnn.allocation.listed import assign_listed
@@ -23,10 +22,9 @@ from fairseq_lightrnn.allocation.statistics import AllocationStatistics
 from fairseq_lightrnn.core.softmax import ComponentSoftmax
 from fairseq_lightrnn.core.table import WordTable
 
-__all__ = ["CellList", "Step", "candidate_prefixes"]
+__all__ = ["Market", "Step", "candidate_prefixes"]
 
 CANDIDATES = 8  # prefixes of a word, the present one among them
-LISTED = 128  # of the cells of these that an assignment knows
 _BLOCK = 1 << 10  # words
 
 
@@ -91,97 +89,79 @@ class Step:
     gap: float
 
 
-class CellList:
-    """The cheapest cells of every word, and what they cost.
+class Market:
+    """Words that may move, the cells that each may get, and what it costs the loss.
 
     Args:
         table: in force.
         counts: (V,) occurrences of the words.
-        listed: L, how many cells of a word are kept; the present one is always among them.
+        losses: of the words that may move, over the whole text.
+        neighbours: what presence costs others, or None where words have no features.
     """
 
-    def __init__(self, table: WordTable, counts: np.ndarray, listed: int = LISTED) -> None:
+    def __init__(
+        self,
+        table: WordTable,
+        counts: np.ndarray,
+        losses: CellLosses,
+        neighbours: Neighbours | None,
+    ) -> None:
         self.table = table
-        self.counts = counts
-        self.cells = np.full((table.num_words, listed), -1, np.int32)
-        self.cells[:, 0] = table.cells
-        self.costs = np.zeros((table.num_words, listed), np.float32)  # less that of the present
+        self.words = losses.words.cpu().numpy()
+        n, count, columns = losses.losses.shape
+        self.cells = np.empty((n, count * columns), np.int32)
+        self.costs = np.empty((n, count * columns), np.float32)  # less that of the present cell
         self._prices: np.ndarray | None = None
+        taken = np.zeros(table.num_cells, bool)
+        taken[table.cells[self.words]] = True
+        mine = torch.from_numpy(taken)
+        for some in torch.arange(n).split(_BLOCK):
+            costs = _own_costs(losses, some, counts[self.words[some]])
+            candidates = losses.candidates[some].cpu()
+            if neighbours is not None:
+                _add_neighbours(costs, losses.words[some].cpu(), candidates, neighbours)
+            cells = candidates[:, :, None] * columns + torch.arange(columns)
+            known = mine[cells.clamp(min=0)] & (candidates >= 0)[:, :, None]
+            now = torch.from_numpy(table.coordinates[self.words[some], -1])[:, None]
+            costs = (costs.flatten(1) - costs[:, 0].gather(1, now)).flatten(1)
+            known = known.flatten(1) & torch.isfinite(costs)
+            self.cells[some] = cells.flatten(1).int().masked_fill(~known, -1).numpy()
+            self.costs[some] = costs.float().numpy()
 
     @staticmethod
-    def bytes_needed(num_words: int, listed: int = LISTED) -> int:
-        """Returns the bytes that the list takes, and its assignment."""
-        return num_words * listed * 24
-
-    def add(self, losses: CellLosses, neighbours: Neighbours | None) -> None:
-        """Lists the cheapest cells of a range of words.
-
-        Args:
-            losses: over the whole text.
-            neighbours: what presence costs others, or None where words have no features.
-        """
-        low, high = losses.word_range
-        for start in range(low, high, _BLOCK):
-            words = torch.arange(start, min(start + _BLOCK, high))
-            costs = self._costs(losses, words)
-            candidates = losses.candidates[words].cpu()
-            if neighbours is not None:
-                _add_neighbours(costs, words, candidates, neighbours)
-            self._list(words, candidates, costs)
-
-    def _costs(self, losses: CellLosses, words: Tensor) -> Tensor:
-        """Returns the first two parts of costs (n, K, R_k) in float64, infinite where unknown."""
-        index = words - losses.word_range[0]
-        kept = losses.kept[index].cpu().double()
-        scale = torch.from_numpy(self.counts[words.numpy()]).double() / kept.clamp(min=1)
-        costs = losses.losses[index].cpu().double() * (scale / RESOLUTION)[:, None, None]
-        return costs.masked_fill_((kept == 0)[:, None, None], math.inf)
-
-    def _list(self, words: Tensor, candidates: Tensor, costs: Tensor) -> None:
-        columns = self.table.shape[-1]
-        cells = candidates.long()[:, :, None] * columns + torch.arange(columns)
-        empty = torch.from_numpy(self.table.words < 0)
-        costs = costs.masked_fill(empty[cells.clamp(min=0)], math.inf)
-        costs = costs.masked_fill((candidates < 0)[:, :, None], math.inf).flatten(1)
-        cells = cells.flatten(1)
-        present = torch.from_numpy(self.table.coordinates[words.numpy(), -1])[:, None]
-        costs = costs - costs.gather(1, present)  # of the first candidate
-        costs = costs.masked_fill(~torch.isfinite(costs), math.inf)
-        ranked = costs.scatter(1, present, -math.inf)
-        keep = min(self.cells.shape[1], costs.shape[1])
-        best = ranked.topk(keep, dim=1, largest=False).indices
-        found, paid = cells.gather(1, best).int(), costs.gather(1, best)
-        unknown = ~torch.isfinite(paid)
-        unknown[:, 0] = False
-        rows = words.numpy()
-        self.cells[rows, :keep] = found.masked_fill(unknown, -1).numpy()
-        self.costs[rows, :keep] = paid.masked_fill(~torch.isfinite(paid), 0.0).float().numpy()
+    def bytes_needed(candidates: int, columns: int) -> int:
+        """Returns the bytes that are needed for a word, its measured losses included."""
+        return candidates * columns * (3 * 4 + 1) + 256
 
     def solve(self, words: np.ndarray | None = None) -> Step:
-        """Assigns words to their listed cells.
+        """Assigns words to cells.
 
         Args:
             words: the only ones that may move, and only to each other's cells; all by default.
         """
-        present, cells = np.array(self.table.cells), self.cells
-        if words is not None:
-            cells = np.where(np.isin(cells, present[words]), cells, -1)
-            others = np.setdiff1d(np.arange(len(present)), words)
-            cells[others] = -1
-            cells[:, 0] = present
-        found: Certified = assign_listed(
-            cells, self.costs, present, SolverOptions(), prices=self._prices
-        )
+        chosen = slice(None) if words is None else np.isin(self.words, words)
+        movers, cells, costs = self.words[chosen], self.cells[chosen], self.costs[chosen]
+        present = self.table.cells[movers]
+        found = assign_listed(cells, costs, present, prices=self._prices)
         self._prices = found.prices
+        new = np.array(self.table.cells)
+        new[movers] = found.places
         moved = np.flatnonzero(found.places != present)
-        here = self.cells[moved] == found.places[moved, None]
-        gains = -np.where(here, self.costs[moved], 0.0).sum(axis=1)
+        here = cells[moved] == found.places[moved, None]
+        gains = -np.where(here, costs[moved], 0.0).sum(axis=1)
         return Step(
-            WordTable.from_cells(found.places, self.table.shape),
-            moved[np.argsort(-gains, kind="stable")],
+            WordTable.from_cells(new, self.table.shape),
+            movers[moved[np.argsort(-gains, kind="stable")]],
             float(gains.sum()),
             found.gap,
         )
+
+
+def _own_costs(losses: CellLosses, some: Tensor, counts: np.ndarray) -> Tensor:
+    """Returns the first two parts of costs, (n, K, R_k) in float64 nats."""
+    kept = losses.kept[some].cpu().double()
+    scale = torch.from_numpy(counts).double() / kept.clamp(min=1) / RESOLUTION
+    return losses.losses[some].cpu().double() * scale[:, None, None]
 
 
 def _add_neighbours(
@@ -193,5 +173,4 @@ def _add_neighbours(
     flat = costs.flatten(0, 1)
     for number, index in zip(numbers.tolist(), order.split(sizes.tolist()), strict=True):
         if number >= 0:
-            some = words[index // candidates.size(1)]
-            flat[index] += neighbours.costs(number, some)
+            flat[index] += neighbours.costs(number, words[index // candidates.size(1)])
