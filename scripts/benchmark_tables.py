@@ -19,9 +19,9 @@ one of the model and of the table.
 * ``shared``: input and output share component vectors;
 * ``width-256``: another width of vectors and LSTM;
 * ``paper``: the paper's model, whose words have no bias;
-* ``row-first``, ``joint``: words are reallocated with this objective after the epochs of
-  ``--reallocate-after``; ``often``: after every epoch; ``kept``: words are read by the initial
-  table for good, and only the table that predicts them changes.
+* ``true-loss``, ``row-first``, ``joint``: words are reallocated with this objective after the
+  epochs of ``--reallocate-after``; ``often``: after every epoch from the first of these; ``kept``:
+  words are read by the initial table for good, as they are by default with ``true-loss``.
 
 What differs in its reallocations alone has the same training before the first of them.
 """
@@ -46,8 +46,8 @@ TABLES = (
     "cooccurrence+further-1", "cooccurrence+further-3", "cooccurrence+further-6",
     "cooccurrence+own-8", "cooccurrence+own-32", "cooccurrence+own-64",
     "cooccurrence+own-64+further-3", "cooccurrence+shared",
-    "random+row-first", "random+joint", "cooccurrence+row-first", "cooccurrence+joint",
-    "cooccurrence+kept+row-first", "cooccurrence+kept+row-first+often",
+    *(f"{kind}+{moved}" for kind in ("cooccurrence", "random")
+      for moved in ("true-loss", "true-loss+often", "row-first", "joint")),
 )  # fmt: skip
 
 
@@ -68,13 +68,14 @@ def parse() -> argparse.Namespace:
 def check_name(name: str) -> str:
     """Returns the name of what is compared, if it is one."""
     kind, *parts = name.split("+")
-    known = r"further-\d+|own-\d+|width-\d+|\dd|\d+(x\d+)+|shared|paper|true-loss|row-first|joint|often|kept"
+    known = r"further-\d+|own-\d+|width-\d+|\dd|\d+(x\d+)+|shared|paper|often|kept|"
+    known += "|".join(OBJECTIVES)
     wrong = [part for part in parts if not re.fullmatch(known, part)]
     if kind not in KINDS or wrong:
         raise argparse.ArgumentTypeError(f"{name}: {(wrong or [kind])[0]} is no part of a name")
     moves = [part for part in parts if part in OBJECTIVES]
     if len(moves) > 1 or (not moves and {"often", "kept"} & set(parts)):
-        raise argparse.ArgumentTypeError(f"{name}: must have one of row-first and joint")
+        raise argparse.ArgumentTypeError(f"{name}: must have one of {', '.join(OBJECTIVES)}")
     if {"paper", "kept"} <= set(parts):
         raise argparse.ArgumentTypeError(f"{name}: the paper's model has one table for both sides")
     return name
@@ -98,12 +99,12 @@ def flags_of(name: str, args: argparse.Namespace) -> tuple[list[Any], list[Any]]
     for part in parts:
         if re.fullmatch(r"\dd|\d+(x\d+)+", part):
             model += ["--table-shape", part]
-    if "kept" in parts:
-        model += ["--keep-input-table"]
     for part in parts:
         if part in OBJECTIVES:
-            epochs = f"1-{args.epochs - 1}" if "often" in parts else args.reallocate_after
-            return model, ["--reallocate-epochs", epochs, "--reallocation-objective", part]
+            often = f"{first_reallocation(args)}-{args.epochs - 1}"
+            epochs = often if "often" in parts else args.reallocate_after
+            kept = ["--keep-input-table"] * ("kept" in parts)
+            return model, [*kept, "--reallocate-epochs", epochs, "--reallocation-objective", part]
     return model, []
 
 
@@ -118,12 +119,13 @@ def train(name: str, seed: int, data: Path, args: argparse.Namespace) -> Path:
     model, reallocation = flags_of(name, args)
     common = training_flags("lstm", seed, data, args)
     flags = [*common, "--lr", args.lr, *OURS, "--carry-hidden-state", *model]
-    if reallocation and "often" not in name.split("+") and not folder.exists():
-        parts = [part for part in name.split("+") if part not in OBJECTIVES]
+    if not folder.exists():
+        moves = {*OBJECTIVES, "often", "kept"}
+        parts = [part for part in name.split("+") if part not in moves]
         first = first_reallocation(args)
         start = args.out / f"start-{'+'.join(parts)}-{first}-{seed}"
         train_in_steps(start, flags, first, first)
-        copy = args.out / "copy"  # a folder with a run's name is complete
+        copy = args.out / f"copy-{folder.name}"  # a folder with a run's name is complete
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(start, copy)
         copy.rename(folder)

@@ -75,7 +75,7 @@ def table(name: str, **more: Any) -> Namespace:
 def test_tables(name: str) -> None:
     args = table(name)
     assert args.initial_table == name.split("+")[0]
-    objectives = set(name.split("+")) & {"row-first", "joint"}
+    objectives = set(name.split("+")) & set(benchmark_tables.OBJECTIVES)
     assert (args.reallocate_epochs is not None) == bool(objectives)
 
 

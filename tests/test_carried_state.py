@@ -158,7 +158,7 @@ def test_resume_in_mid_epoch_restores_the_state(data: Path, tmp_path: Path) -> N
 
 
 def test_reallocation_gathers_statistics_of_carried_states(data: Path, tmp_path: Path) -> None:
-    """The cost before is the row loss of the unbroken lanes, or of their beginning."""
+    """The loss before is that of the unbroken lanes, or of their beginning."""
     for number, flags in enumerate(({}, {"reallocation_words": 300})):
         folder = tmp_path / str(number)
         train(
@@ -169,8 +169,8 @@ def test_reallocation_gathers_statistics_of_carried_states(data: Path, tmp_path:
         logged = next(r for r in read_log(folder) if "train_wps" in r)
         if not flags:
             assert record["tokens"] == 874
-            row_loss = float(logged["train_row_loss"]) * math.log(2)
-            assert record["cost_before"] == pytest.approx(row_loss, abs=1e-4)
+            loss = float(logged["train_loss"]) * math.log(2)
+            assert record["loss_before"] == pytest.approx(loss, abs=1e-4)
         else:
             assert 300 <= record["tokens"] < 350
 

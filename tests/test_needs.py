@@ -27,7 +27,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "--skip-remainder-batch": ({"skip_remainder_batch": True, "carry_hidden_state": True}, None),
 }  # fmt: skip
 DEFAULTS: dict[str, Any] = {
-    "reallocate_epochs": None, "reallocation_objective": "row-first", "reallocation_words": None,
+    "reallocate_epochs": None, "reallocation_objective": "true-loss", "reallocation_words": None,
     "reallocation_memory": None, "carry_hidden_state": False, "random_block_lengths": False,
     "max_tokens": None, "max_tokens_valid": None, "batch_size": 8, "batch_size_valid": 8,
     "skip_remainder_batch": False,

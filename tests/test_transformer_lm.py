@@ -44,12 +44,12 @@ class TestTraining:
         losses = valid_losses(read_log(trained))
         assert losses[-1] < losses[0] - 0.05
         (record,) = map(json.loads, (trained / "reallocations.jsonl").read_text().splitlines())
-        assert (record["epoch"], record["round"], record["objective"]) == (1, 1, "row-first")
-        assert record["cost_after"] < record["cost_before"]
-        assert record["lower_bound"] == pytest.approx(record["cost_after"], abs=1e-9)
+        assert (record["epoch"], record["round"], record["objective"]) == (1, 1, "true-loss")
+        assert record["loss_after"] < record["loss_before"]
+        assert record["predicted_gain"] > 0 and record["gap"] >= 0
         assert 0 < record["moved"] <= record["words"]
 
-    def test_cost_before_is_the_training_loss_of_the_rows(
+    def test_loss_before_is_the_training_loss(
         self, data: Path, trained: Path, tmp_path: Path
     ) -> None:
         (record,) = map(json.loads, (trained / "reallocations.jsonl").read_text().splitlines())
@@ -59,8 +59,8 @@ class TestTraining:
             **ARCH,
         )  # fmt: skip
         (valid,) = [r for r in records if "train_wps" in r and "train_lr" not in r]
-        row_loss = float(valid["train_row_loss"]) * math.log(2)
-        assert record["cost_before"] == pytest.approx(row_loss, abs=1e-4)
+        loss = float(valid["train_loss"]) * math.log(2)
+        assert record["loss_before"] == pytest.approx(loss, abs=1e-4)
 
     def test_checkpoints_and_files_hold_the_table(self, data: Path, trained: Path) -> None:
         assert list(coordinates(load(trained / "checkpoint1.pt")["model"])) == [READ]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,7 +85,7 @@ class Sample:
         losses = CellLosses(self.head, words, chosen[words], shares[words])
         neighbours = None
         if len(self.head.softmax.features):
-            neighbours = Neighbours(self.head, counts, shares)
+            neighbours = Neighbours(self.head, counts)
         gather_cell_losses(self.contexts(), losses, neighbours, "cpu")
         return losses, neighbours, counts
 
@@ -124,18 +128,16 @@ def slow_costs(sample: Sample, word: int, cell: int) -> tuple[float, float]:
             base = base.tolist()
             masses = {c: math.exp(base[c] + of_words[seated[c]]) for c in full}
             total = sum(masses.values())
-            share = math.exp(base[column]) / sum(math.exp(base[c]) for c in full)
             score = base[column] + of_words[word]
-            if target == word:
+            if target != word:
+                others += math.exp(score) / total
+            elif not len(softmax.features):
+                own += math.log(total / math.exp(score)) - log_prefix
+            else:
                 rest = total
                 if there == prefix:
-                    now = int(table(torch.tensor(word))[-1])
-                    left = 1 - math.exp(base[now]) / sum(math.exp(base[c]) for c in full)
-                    rest = (total - masses[now]) / left
-                rest *= 1 - share
+                    rest -= masses[int(table(torch.tensor(word))[-1])]
                 own += math.log(1 + rest / math.exp(score)) - log_prefix
-            else:
-                others += math.exp(score) / total - share
     return own, others
 
 
@@ -195,3 +197,53 @@ def test_a_step_never_raises_the_loss(kind, words, shape, extras):
     assert done.loss_after == pytest.approx(sample.loss())
     assert done.loss_after < before if done.moved else done.loss_after == done.loss_before
     assert done.gap >= 0
+
+
+WORKER = """
+import sys
+sys.path.insert(0, sys.argv[4])
+import numpy as np, torch
+from test_true_loss import Sample
+from fairseq_lightrnn.allocation.descent import Text, lower_loss
+from fairseq_lightrnn.allocation.gathering import gather_statistics
+from fairseq_lightrnn.core.conditioning import Gated
+
+rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+torch.set_num_threads(1)
+if world > 1:
+    store = torch.distributed.FileStore(f"{folder}/store{world}", world)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
+sample = Sample(Gated, 24, (5, 5), extras=True, scale=0.7)
+def mine(batches):
+    return (batch for number, batch in enumerate(batches) if number % world == rank)
+with torch.no_grad():
+    text = Text(lambda: mine(sample.outputs()), lambda: mine(sample.contexts()), "cpu")
+    gathered = gather_statistics(text.outputs(), 24, 2, sample.head.softmax.vectors.dim, "cpu")
+    done = lower_loss(sample.head, gathered, text)
+np.savez(
+    f"{folder}/result{world}-{rank}.npz", cells=sample.head.table.cells,
+    losses=[done.loss_before, done.loss_after], moved=done.moved,
+)
+"""
+
+
+def test_any_number_of_workers_makes_the_same_table(tmp_path: Path) -> None:
+    results = []
+    for world in (1, 3):
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "-c", WORKER, str(rank), str(world), str(tmp_path)]
+                + [str(Path(__file__).parent)],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            for rank in range(world)
+        ]
+        assert [worker.wait(timeout=300) for worker in workers] == [0] * world
+        for rank in range(world):
+            with np.load(tmp_path / f"result{world}-{rank}.npz") as result:
+                results.append(dict(result))
+    alone, *together = results
+    assert alone["moved"] > 0
+    for other in together:
+        np.testing.assert_array_equal(other["cells"], alone["cells"])
+        np.testing.assert_allclose(other["losses"], alone["losses"], rtol=1e-12)

@@ -1,24 +1,24 @@
 """What it costs the training loss to seat a word in a cell, measured over a text.
 
 With the parameters fixed, and words read by a table that stays, moving words changes no hidden
-state. What a word w pays in the cell with prefix p and last coordinate c has three parts. Let h be
-the state before an occurrence of a word, ``base_c(h)`` what the vectors alone give the value c
-after the prefix p, ``own_w(h)`` what the features of w add wherever it sits, and Z_p(h) the sum of
-``exp(base + own)`` over the words that have the prefix now:
+state. Let h be the state before an occurrence of the word w, ``base_c(h)`` what the vectors alone
+give the last coordinate c after a prefix p (for two components: a row), ``own_w(h)`` what the
+features of w add wherever it sits, and Z_p(h) the sum of ``exp(base + own)`` over the words that
+have the prefix now. In the cell (p, c), with ``s = base_c + own_w``, w costs
 
-* the prefix: ``Σ −log P(p | h)`` over the occurrences of w;
-* its own last coordinate, itself in the normaliser:
-  ``Σ log(1 + Z⁻(h) exp(−s(h)))`` over the occurrences of w, with ``s = base_c + own_w`` and Z⁻ the
-  sum over the others that would be there. Which word leaves the cell to w is not known before all
-  are assigned; on average it takes the share ``β_c = exp(base_c) / Σ exp(base)`` along, so that
-  ``Z⁻ = Z_p (1 − β_c)``. Of its present prefix w itself leaves first:
-  ``Z⁻ = (Z_p − exp(s_now)) (1 − β_c) / (1 − β_now)``, which is exact for its present cell;
-* the words that it sits beside: how much more often than an average word in that cell it is taken
-  for them, ``Σ exp(s(h)) / Z_p(h) − β_c(h)`` over the occurrences of other words with the prefix p,
-  to first order.
+* the prefix: ``Σ -log P(p | h)`` over the occurrences of w;
+* its last coordinate, itself in the normaliser: ``Σ log(1 + Z⁻(h) exp(-s(h)))`` over the
+  occurrences of w, Z⁻ being Z_p without w where w has the prefix now, and Z_p elsewhere;
+* what its presence costs others: ``Σ exp(s(h)) / Z_p(h)`` over the occurrences of the other words
+  that have the prefix now, which is to first order how much their loss rises with it there, or
+  falls once it has left (:mod:`fairseq_lightrnn.allocation.neighbours`).
 
-Words without features have ``own = 0``: then ``Z⁻ + exp(s) = Z_p``, the third part is zero, and the
-cost is the loss itself for any table with the same occupied cells.
+As many words leave a prefix as come to it, and each is charged for its coming and credited for its
+leaving; what those that come cost each other is not known before all are assigned.
+
+Words without features have ``own = 0``. A normaliser then depends on which cells are occupied, not
+on who sits there: the third part is the same for all, the second is ``-log softmax(base)_c``, and
+the sum over words is the loss itself of any table with the same occupied cells.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ __all__ = [
 # of workers: multiples of 2**-16 nats. 400 losses of 64 nats stay within 32 bits.
 RESOLUTION = 1 << 16
 _MOST_NATS = 64.0
-_OCCURRENCES = 256  # of a word that are looked at: of frequent words a sample
+OCCURRENCES = 256  # of a word that are looked at: of frequent words a sample
 
 
-def occurrence_shares(counts: Tensor) -> Tensor:
-    """Returns the share of each word's occurrences that is looked at, (V,) in float64."""
-    return (_OCCURRENCES / counts.double().clamp(min=1)).clamp(max=1.0)
+def occurrence_shares(counts: Tensor, most: int = OCCURRENCES) -> Tensor:
+    """Returns the share of each word's occurrences that makes at most so many, (V,) in float64."""
+    return (most / counts.double().clamp(min=1)).clamp(max=1.0)
 
 
 def prefix_coordinates(prefixes: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -170,21 +170,13 @@ class CellLosses:
             return _rounded(torch.log_softmax(base, dim=1).neg_(), of_prefix), None
         featured = at_least_float32(head.softmax.feature_logits(context.queries, prefix))
         logits = base + featured
-        norm = torch.logsumexp(logits, dim=1)  # log Z
-        peak = base.amax(dim=1)
-        masses = base.sub_(peak[:, None]).exp_()
-        total = masses.sum(dim=1)  # β = masses / total
+        norm = torch.logsumexp(logits, dim=1)  # log Z⁻
         if own is None:
             now = head.table(words)[:, -1:]
             own = featured.gather(1, now).squeeze(1)
-            log_prob = logits.gather(1, now).squeeze(1) - norm
-            share = masses.gather(1, now).squeeze(1) / total
-            norm = norm + _log_one_minus(log_prob) - _log_one_minus(share.log())
-        # Z⁻ exp(-s) = Z (1 - β) exp(-own) / exp(base), written so that little has to be computed
-        # for every cell.
-        scale = (norm - own - peak).clamp(-_MOST_NATS, _MOST_NATS).exp()
-        others = masses.reciprocal_().sub_((1 / total)[:, None]).clamp_(min=0.0)
-        return _rounded(others.mul_(scale[:, None]).log1p_(), of_prefix), own
+            norm = norm + _log_one_minus(logits.gather(1, now).squeeze(1) - norm)
+        others = base.neg_().add_((norm - own)[:, None])
+        return _rounded(F.softplus(others), of_prefix), own
 
 
 def _rounded(losses: Tensor, of_prefix: Tensor) -> Tensor:

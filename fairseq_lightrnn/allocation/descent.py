@@ -140,7 +140,7 @@ def _market(head: ComponentHead, gathered: Gathered, text: Text, memory: int) ->
     losses = CellLosses(head, words, candidates[words], shares[words])
     neighbours = None
     if len(head.softmax.features):
-        neighbours = Neighbours(head, counts, shares, memory // 8)
+        neighbours = Neighbours(head, counts, memory // 8)
     gather_cell_losses(text.contexts(), losses, neighbours, text.device)
     if rank() > 0:
         return None

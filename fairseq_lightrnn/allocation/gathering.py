@@ -168,14 +168,17 @@ def gather_cell_losses(
                 torch.distributed.reduce(sent, 0)
                 block.copy_(sent)
     if neighbours is not None:
-        every = list(_exchange(iter(chosen), (neighbours.row_size,), device))
+        every = list(_exchange(iter(chosen), (neighbours.row_size,), device, neighbours.dtype))
         if rank() == 0 and every:
             words, rows = (torch.cat(parts) for parts in zip(*every, strict=True))
             neighbours.set(words, rows)
 
 
 def _exchange(
-    outputs: Iterator[tuple[Tensor, Tensor]], size: tuple[int, ...], device: torch.device | str
+    outputs: Iterator[tuple[Tensor, Tensor]],
+    size: tuple[int, ...],
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the words and outputs of all workers, batch by batch in the order of the text.
 
@@ -194,7 +197,7 @@ def _exchange(
             return
         # All must send equally much: the length of the longest.
         words = torch.zeros(max(counts), dtype=torch.int64, device=device)
-        hidden = torch.zeros(max(counts), *size, device=device)
+        hidden = torch.zeros(max(counts), *size, device=device, dtype=dtype)
         if mine is not None:
             words[: len(mine[0])], hidden[: len(mine[0])] = mine
         all_words = [torch.empty_like(words) for _ in counts]

@@ -1,7 +1,7 @@
 """What the presence of a word costs those that it sits beside: the third part of a cell's cost.
 
-See :mod:`fairseq_lightrnn.allocation.cell_costs` for the derivation. It is measured on a sample of
-the occurrences of the words that have a prefix now, for every word that might get it.
+See :mod:`fairseq_lightrnn.allocation.cell_costs` for the derivation. It is measured on
+occurrences of the words that have a prefix now, for every word that might get it.
 """
 
 from __future__ import annotations
@@ -13,40 +13,39 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fairseq_lightrnn.allocation.cell_costs import prefix_coordinates, vector_logits
+from fairseq_lightrnn.allocation.cell_costs import (
+    occurrence_shares,
+    prefix_coordinates,
+    vector_logits,
+)
 from fairseq_lightrnn.core.conditioning import Context
 from fairseq_lightrnn.core.head import ComponentHead
 from fairseq_lightrnn.core.softmax import Queries, at_least_float32
 
 __all__ = ["Neighbours"]
 
-_OCCURRENCES = 1 << 16  # of all prefixes together
-_LEAST_OCCURRENCES = 16  # of a prefix
+# Of each word, whatever its row: it is a few words of a row that a new one is taken for, and a
+# sample that misses them makes the row look better than it is to all that are like them.
+_OCCURRENCES = 64
 _MOST_LOGIT = 30.0  # exp of more would leave nothing of what it is added to
 
 
 class Neighbours:
-    """A sample of the occurrences of each prefix's words.
+    """Occurrences of the words that have each prefix now, of frequent words a sample.
 
     Args:
         head: predicts words.
         counts: (V,) occurrences of the words.
-        shares: (V,) of them that suffice, from :func:`occurrence_shares`.
         memory: bytes that the sample may take.
     """
 
-    def __init__(
-        self, head: ComponentHead, counts: Tensor, shares: Tensor, memory: float = math.inf
-    ) -> None:
+    def __init__(self, head: ComponentHead, counts: Tensor, memory: float = math.inf) -> None:
         self.head = head
-        prefixes = math.prod(head.table.shape[:-1])
         self._prefixes = cast(Tensor, head.table.number(head.table.coordinates[:, :-1].long()))
-        offered = torch.zeros(prefixes, dtype=torch.float64, device=counts.device)
-        offered.index_add_(0, self._prefixes, counts * shares)
-        most = min(_OCCURRENCES, memory / (4 * self.row_size))
-        wanted = max(_LEAST_OCCURRENCES, most // prefixes)
-        of_prefixes = (wanted / offered.clamp(min=1)).clamp(max=1.0)
-        self._chances = shares * of_prefixes[self._prefixes]
+        cap = _OCCURRENCES
+        while cap > 1 and counts.clamp(max=cap).sum() * 4 * self.row_size > memory:
+            cap //= 2
+        self._chances = occurrence_shares(counts, cap)
         self._words = self._prefixes.new_empty(0)
         self._rows = torch.empty(0, self.row_size)
         self._starts: Tensor | None = None
@@ -55,6 +54,11 @@ class Neighbours:
     def row_size(self) -> int:
         """Numbers that are kept of an occurrence: its state and its queries."""
         return self.head.softmax.vectors.dim + sum(self._query_sizes())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is kept."""
+        return torch.promote_types(self.head.softmax.bias.dtype, torch.float32)
 
     def _query_sizes(self) -> Iterator[int]:
         for feature in self.head.softmax.features:
@@ -78,7 +82,7 @@ class Neighbours:
         for component, value in enumerate(prefix.unbind(1)):
             context = self.head.extend(context, component, value)
         known = [context.output, *(query for query in context.queries if query is not None)]
-        return words, torch.cat(known, dim=1)
+        return words, torch.cat(known, dim=1).to(self.dtype)
 
     def set(self, words: Tensor, rows: Tensor) -> None:
         """Takes what :meth:`choose` chose of the whole text, in the order of the text."""
@@ -90,7 +94,7 @@ class Neighbours:
 
     @torch.no_grad()
     def costs(self, prefix: int, words: Tensor) -> Tensor:
-        """Returns what words cost the present ones of a prefix in each of its cells.
+        """Returns what words cost others that have a prefix now, in each of its cells.
 
         Args:
             prefix: its number.
@@ -113,12 +117,11 @@ class Neighbours:
         norm = torch.logsumexp(logits, dim=1, keepdim=True)
         own = at_least_float32(softmax.feature_logits_of(queries, words))  # (n, W)
         weights = (1 / self._chances[seen]).to(base)[:, None]
-        others = (seen[:, None] != words).to(base)
-        mistaken = own.clamp(max=_MOST_LOGIT).exp() * others
+        mistaken = own.clamp(max=_MOST_LOGIT).exp() * (seen[:, None] != words)
         taken = (base - norm).exp() * weights
-        average = torch.softmax(base, dim=1) * weights
-        return (mistaken.T @ taken - others.T @ average).double()
+        return (mistaken.T @ taken).double()
 
     def _split(self, rows: Tensor) -> tuple[Tensor, Queries]:
+        rows = rows.to(self.head.softmax.bias.dtype)
         hidden, *parts = rows.split([self.head.softmax.vectors.dim, *self._query_sizes()], dim=1)
         return hidden, tuple(part if part.size(1) else None for part in parts)

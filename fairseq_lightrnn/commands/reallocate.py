@@ -30,7 +30,7 @@ from fairseq_lightrnn.core.conditioning import Recurrent
 from fairseq_lightrnn.core.table import WordTable
 from fairseq_lightrnn.files import whole_file
 from fairseq_lightrnn.language_model import find_device
-from fairseq_lightrnn.models.flags import parse_shape
+from fairseq_lightrnn.models.flags import parse_shape, settle
 from fairseq_lightrnn.models.word_head import WordHead
 from fairseq_lightrnn.tasks.reallocator import Reallocator, log_reallocation
 
@@ -85,6 +85,7 @@ def main(args: argparse.Namespace) -> None:
     device = find_device(args.device)
     _check(args)
     state, task = _load(args)
+    kept = _keep_input_table(args, state, task)
     model = build_model(task, state, args.checkpoint)
     model.to(device)
     if args.table:
@@ -103,6 +104,8 @@ def main(args: argparse.Namespace) -> None:
     if args.report:
         with whole_file(args.report) as file:
             print(json.dumps(report, indent=2), file=file)
+    if kept:
+        logger.info("words are read by the table that was; to go on, add --keep-input-table")
     if "new_shape" in report:
         logger.info(
             f"go on with fairseq-train … --restore-file {args.output} --reset-optimizer "
@@ -156,23 +159,35 @@ def _load(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     return state, tasks.setup_task(settings)
 
 
+def _keep_input_table(args: argparse.Namespace, state: dict[str, Any], task: Any) -> bool:
+    """Lets a model read words by its present table from now on, where that is for the better.
+
+    Returns:
+        Whether it did not do so before.
+    """
+    if args.table or args.table_shape or args.objective != "true-loss":
+        return False
+    cfg = state["cfg"].model
+    before = cfg.get("keep_input_table", False)
+    if any(name.endswith("softmax.vectors.weight") for name in state["model"]):
+        settle(cfg, len(task.target_dictionary), moving=True)
+    return bool(cfg.get("keep_input_table", False)) and not before
+
+
 def _move(args: argparse.Namespace, task: Any, model: Any) -> dict[str, Any]:
     """Moves the words in their table as training does."""
-    started = time.monotonic()
     words: WordHead = model.decoder.words
-    report, solving = Reallocator(task).move_words(
+    if words.table.num_components == 1:
+        raise ValueError(
+            f"{args.checkpoint}: every word has vectors of its own, there is nothing to move"
+        )
+    report = Reallocator(task).move_words(
         model, "reallocation", tempfile.gettempdir(), _exporter(args, words)
     )
     assert report is not None  # there is but one worker
     words.round.add_(1)
-    report["seconds"] = _seconds(started, solving)
     log_reallocation("reallocation", report, words.table.table())
     return report
-
-
-def _seconds(started: float, solving: float) -> dict[str, float]:
-    total = time.monotonic() - started
-    return {"statistics": total - solving, "solve": solving, "total": total}
 
 
 def _seat(args: argparse.Namespace, task: Any, words: WordHead) -> dict[str, Any]:
@@ -252,7 +267,11 @@ def _reshape(
         "tokens": gathered.tokens,
         "loss_before": float(gathered.losses.sum()) / gathered.tokens,
         "table": table.digest(),
-        "seconds": _seconds(started, time.monotonic() - begun),
+        "seconds": {
+            "statistics": begun - started,
+            "solve": time.monotonic() - begun,
+            "total": time.monotonic() - started,
+        },
     }
     return new, report
 

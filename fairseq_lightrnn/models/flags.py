@@ -66,7 +66,9 @@ class TableConfig(FairseqDataclass):
         default=False,
         metadata={
             "help": "read words by the initial table for good, so that reallocation moves them in "
-            "the table that predicts them alone and unsettles nothing that was learnt of reading"
+            "the table that predicts them alone and unsettles nothing that was learnt of reading "
+            "(default: on where a reallocation by the true loss can have it so, which is in models "
+            "but the paper's whose input and output vectors are not shared)"
         },
     )
     output_ffn_dim: Optional[int] = field(
@@ -180,11 +182,21 @@ def settled(cfg: Any, num_words: int, own_numbers: int | None, width: int) -> Ta
     return TableSettings(shape, word_dim, further, ffn_dim, bool(cfg.keep_input_table))
 
 
-def settle(cfg: Any, num_words: int) -> None:
-    """Writes what flags come to into a model's configuration, for its checkpoints to keep."""
+def settle(cfg: Any, num_words: int, moving: bool = False) -> None:
+    """Writes what flags come to into a model's configuration, for its checkpoints to keep.
+
+    Args:
+        cfg: the flags.
+        num_words: V.
+        moving: words are to be moved by the true loss, which is that of the new table only if
+            words are read by one that stays: they are, where the model can.
+    """
     model = ARCH_MODEL_REGISTRY.get(getattr(cfg, "_name", None) or getattr(cfg, "arch", None))
     if not hasattr(model, "table_settings"):
         return
+    one_table = len(table_shape(cfg, num_words)) > 1
+    if moving and one_table and model.can_keep_input_table(cfg):
+        _update(cfg, {"keep_input_table": True})
     settings = model.table_settings(cfg, num_words)
     values: dict[str, Any] = {
         "table_shape": "x".join(map(str, settings.shape)),
@@ -193,6 +205,10 @@ def settle(cfg: Any, num_words: int) -> None:
     }
     if not further_files(cfg):
         values["further_tables"] = str(settings.further_tables)
+    _update(cfg, values)
+
+
+def _update(cfg: Any, values: dict[str, Any]) -> None:
     if isinstance(cfg, DictConfig):
         with open_dict(cfg):
             cfg.update(values)

@@ -206,6 +206,11 @@ class LightRNNTransformerLanguageModel(TableModel, FairseqLanguageModel):
         return transformer_config(cfg).decoder.output_dim
 
     @classmethod
+    def can_keep_input_table(cls, cfg: Any) -> bool:
+        """See :meth:`TableModel.can_keep_input_table`."""
+        return not transformer_config(cfg).share_decoder_input_output_embed
+
+    @classmethod
     def build_model(cls, cfg: TransformerLMConfig, task: Any) -> "LightRNNTransformerLanguageModel":
         """Builds the model for a LightRNN task."""
         check_task(task, "lightrnn_transformer_lm", "lightrnn_language_modeling")
@@ -229,6 +234,11 @@ class LightRNNTransformerModel(TranslationForward, TableModel, FairseqEncoderDec
     def width(cls, cfg: Any) -> int:
         """Returns the width of the hidden states that predict words."""
         return transformer_config(cfg).decoder.output_dim
+
+    @classmethod
+    def can_keep_input_table(cls, cfg: Any) -> bool:
+        """See :meth:`TableModel.can_keep_input_table`."""
+        return not transformer_config(cfg).share_decoder_input_output_embed
 
     @classmethod
     def build_model(cls, cfg: TransformerMTConfig, task: Any) -> "LightRNNTransformerModel":

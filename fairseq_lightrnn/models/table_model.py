@@ -29,6 +29,11 @@ class TableModel:
         """Returns what the flags of the table come to for a vocabulary."""
         return settled(cfg, num_words, cls.own_numbers, cls.width(cfg))
 
+    @classmethod
+    def can_keep_input_table(cls, cfg: Any) -> bool:
+        """Tells whether words can be read by another table than they are predicted by."""
+        return False
+
     def contexts(self, net_input: dict[str, Any]) -> Context:
         """Returns what is known before each word of a batch that is to be predicted.
 

@@ -235,7 +235,7 @@ class WordHead:
             if not any(key.endswith("softmax.vectors.weight") for key in state_dict):
                 raise UsageError(
                     "the model reads and predicts words by the same vectors, which belong to one "
-                    "table: leave out --keep-input-table"
+                    "table: give --component-vectors shared, and no --keep-input-table"
                 )
             (in_force,) = (value for key, value in found.items() if ".tables." not in key)
             for key, buffer in decoder.named_buffers():

@@ -55,7 +55,7 @@ class Reallocator:
         title: str,
         folder: str,
         export: Callable[[Gathered], None] | None = None,
-    ) -> tuple[dict[str, Any] | None, float]:
+    ) -> dict[str, Any] | None:
         """Puts a better table into force.
 
         Args:
@@ -65,29 +65,48 @@ class Reallocator:
             export: called with the statistics.
 
         Returns:
-            A report, on the first worker, and the seconds that the solver took.
+            A report, on the first worker, unless there is nothing to move.
         """
         words: WordHead = model.decoder.words  # type: ignore[assignment,union-attr]
+        if words.table.num_components == 1:
+            logger.info(f"{title}: every word has vectors of its own, there is nothing to move")
+            return None
         logger.info(f"{title}: gathering statistics")
+        started = time.monotonic()
         with self.gathered(model, folder) as (gathered, memory):
             if export is not None:
                 export(gathered)
-            begun, old = time.monotonic(), words.table
+            begun = time.monotonic()
             if self.args.reallocation_objective == "true-loss":
-                logger.info(f"{title}: costs of cells")
-                return self._lower_loss(model, gathered), time.monotonic() - begun
-            report: dict[str, Any] | None = None
-
-            def solve() -> WordTable:
-                nonlocal report
+                logger.info(f"{title}: what cells cost")
+                report = self._lower_loss(model, gathered)
+            else:
                 logger.info(f"{title}: solving")
-                found = self._solve(words, gathered, memory)
-                report = _report(found, gathered, str(self.args.reallocation_objective))
-                return found.table
+                report = self._move_as_measured(words, gathered, memory)
+        if report is not None:
+            report["seconds"] = {
+                "statistics": begun - started,
+                **(report.get("seconds") or {"solve": time.monotonic() - begun}),
+                "total": time.monotonic() - started,
+            }
+        return report
 
-            table = table_of_first_worker(solve, old.num_words, old.shape, old.coordinates.device)
-        old.seat(table)
-        return report, time.monotonic() - begun
+    def _move_as_measured(
+        self, words: WordHead, gathered: Gathered, memory: dict[str, int]
+    ) -> dict[str, Any] | None:
+        """Moves words by the costs that were measured before any moved, as the paper does."""
+        report: dict[str, Any] | None = None
+        table = words.table
+
+        def solve() -> WordTable:
+            nonlocal report
+            found = self._solve(words, gathered, memory)
+            report = _report(found, gathered, str(self.args.reallocation_objective))
+            return found.table
+
+        device = table.coordinates.device
+        table.seat(table_of_first_worker(solve, table.num_words, table.shape, device))
+        return report
 
     @contextmanager
     def gathered(self, model: nn.Module, folder: str) -> Iterator[tuple[Gathered, dict[str, int]]]:
@@ -142,7 +161,7 @@ class Reallocator:
             "gap": done.gap / tokens,
             "halvings": done.halvings,
             "table": words.table.table().digest(),
-            "parts": done.seconds,
+            "seconds": done.seconds,
         }
 
     def _solve(self, words: WordHead, gathered: Gathered, memory: dict[str, int]) -> Reallocation:
@@ -270,7 +289,7 @@ def log_reallocation(title: str, report: dict[str, Any], table: WordTable) -> No
     parts = [
         f"{title} ({report['objective']}): {report['moved']} of {report['words']} words moved, "
         f"{_effect(report)}",
-        f"statistics {seconds['statistics']:.1f} s, solve {seconds['solve']:.1f} s"
+        ", ".join(f"{part} {spent:.1f} s" for part, spent in seconds.items())
         + ("" if share is None else f", {100 * share:.1f} % of the training time so far"),
         str(table),
     ]

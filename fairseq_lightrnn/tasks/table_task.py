@@ -100,7 +100,8 @@ class TableTask:
             check_checkpoints(self._restored(), self.args.finetune_from_model or "")
         if not from_checkpoint and hasattr(cfg, "table_shape"):
             self.tables.read_files(cfg)
-            settle(cfg, len(self.tables.dictionary))
+            moving = self.args.reallocation_objective == "true-loss"
+            settle(cfg, len(self.tables.dictionary), moving and bool(self.args.reallocate_epochs))
         model: nn.Module = super().build_model(cfg, from_checkpoint)  # type: ignore[misc]
         if not isinstance(getattr(model.decoder, "words", None), WordHead):
             arch = f"--arch {getattr(cfg, 'arch', None) or cfg._name} has no word table"
@@ -250,20 +251,19 @@ class TableTask:
         start = time.monotonic()
         title = f"reallocation after epoch {epoch}"
         folder = tempfile.gettempdir() if self.args.no_save else self.args.save_dir
-        report, solving = Reallocator(self, as_trained=True).move_words(model, title, folder)
+        report = Reallocator(self, as_trained=True).move_words(model, title, folder)
         words.round.add_(1)
         words.epoch.fill_(epoch)
         end = time.monotonic()
         self._reallocation_seconds += end - start
         if report is None:
             return
-        table, total = words.table.table(), end - start
-        seconds = {"statistics": total - solving, "solve": solving, "total": total}
+        table = words.table.table()
         share = self._reallocation_seconds / (end - (self._started or start))
         report |= {
             "epoch": epoch,
             "round": int(words.round),
-            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "seconds": {part: round(spent, 3) for part, spent in report["seconds"].items()},
             "share_of_training": round(share, 5),
         }
         log_reallocation(title, report, table)
