@@ -101,6 +101,8 @@ def test_rows_are_scored_as_all_words_are(number: int) -> None:
     row = torch.tensor([0, 2, 1, 1, 0, 2])
     expected = every.gather(1, table.members[row])
     torch.testing.assert_close(feature.score_rows(query, row, table.members), expected)
+    some = torch.tensor([7, 0, 7])
+    torch.testing.assert_close(feature.score_words(query, some).expand(6, -1), every[:, some])
 
 
 def test_own_numbers_word_by_word() -> None:

@@ -250,7 +250,11 @@ class FurtherTables(WordFeature):
 
     def score_words(self, query: Tensor | None, words: Tensor) -> Tensor:
         """See :meth:`WordFeature.score_words`."""
-        return self._sum_scores(query, words)
+        # Many queries of few words: their vectors are summed once, not their scores for each query.
+        starts = accumulate(self._sizes[:-1], initial=0)
+        placed = zip(starts, self._coordinates(words), strict=True)
+        vectors = [F.embedding(start + index, self.output_vectors) for start, index in placed]
+        return F.linear(cast(Tensor, query), sum(vectors[1:], vectors[0]))
 
     def _coordinates(self, words: Tensor) -> Iterator[Tensor]:
         """Yields words' coordinates, table by table and component by component."""
