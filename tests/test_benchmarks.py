@@ -91,7 +91,8 @@ def test_parts_of_a_name() -> None:
         "30x40", "shared", True
     )  # fmt: skip
     assert (args.reallocate_epochs, str(args.reallocation_objective)) == ("3,5", "joint")
-    assert table("random+row-first+often").reallocate_epochs == "1-7"
+    assert table("random+row-first+often").reallocate_epochs == "3-7"
+    assert str(table("random+true-loss").reallocation_objective) == "true-loss"
     assert (table("random+paper").arch, table("random+paper").word_dim) == ("lightrnn_lm", 0)
 
 

@@ -30,7 +30,7 @@ TRAINING_LOG = """\
 2026-01-01 00:00:02 | INFO | train_inner | {"epoch": 1, "update": 0.75, "ppl": "500", "wps": "1000"}
 2026-01-01 00:00:03 | INFO | valid | {"epoch": 1, "valid_loss": "8", "valid_ppl": "256"}
 2026-01-01 00:00:03 | INFO | train | {"epoch": 1, "train_ppl": "600", "train_wps": "900"}
-2026-01-01 00:00:04 | INFO | task | reallocation after epoch 1 (row-first): 9 of 12 words moved
+2026-01-01 00:00:04 | INFO | task | reallocation after epoch 1 (true-loss): 9 of 12 words moved
 2026-01-01 00:00:05 | INFO | valid | {"epoch": 2, "valid_ppl": "300"}
 interrupted, and resumed after epoch 1 {
 2026-01-01 00:00:06 | INFO | train_inner | {"epoch": 2, "update": 1.5, "ppl": "300", "wps": "3000"}
@@ -41,8 +41,8 @@ interrupted, and resumed after epoch 1 {
 
 def reallocation(epoch: int, **changes: object) -> dict:
     seconds = {"statistics": 1.0, "solve": 0.5, "total": 1.5}
-    record = {"epoch": epoch, "round": 1, "moved": 9, "cost_before": 5.5, "cost_after": 5.25}
-    return {**record, "lower_bound": 5.125, "gap": 0.125, "seconds": seconds, **changes}
+    record = {"epoch": epoch, "round": 1, "moved": 9, "loss_before": 5.5, "loss_after": 5.25}
+    return {**record, "gap": 0.125, "seconds": seconds, **changes}
 
 
 def test_training_log(tmp_path):
@@ -66,8 +66,7 @@ def test_reallocations(tmp_path):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     first, second = run_log.read_reallocations(path)
     assert first == {
-        "epoch": 1, "moved": 9, "cost_before": 5.5, "cost_after": 5.25, "lower_bound": 5.125,
-        "seconds": 1.5,
+        "epoch": 1, "moved": 9, "loss_before": 5.5, "loss_after": 5.25, "seconds": 1.5,
     }  # fmt: skip
     assert (second["epoch"], second["moved"]) == (2, 5)  # of a repeated epoch the last
     path.write_text(json.dumps({"epoch": 1}) + "\n")

@@ -19,7 +19,7 @@ from fairseq_lightrnn.allocation.descent import Text, lower_loss
 from fairseq_lightrnn.allocation.gathering import gather_cell_losses, gather_statistics
 from fairseq_lightrnn.allocation.neighbours import Neighbours
 from fairseq_lightrnn.allocation.true_loss import Market, candidate_prefixes
-from fairseq_lightrnn.core.conditioning import Recurrent
+from fairseq_lightrnn.core.conditioning import Gated, Recurrent
 from fairseq_lightrnn.core.seats import Seats
 from fairseq_lightrnn.core.table import WordTable
 
@@ -197,6 +197,55 @@ def test_a_step_never_raises_the_loss(kind, words, shape, extras):
     assert done.loss_after == pytest.approx(sample.loss())
     assert done.loss_after < before if done.moved else done.loss_after == done.loss_before
     assert done.gap >= 0
+
+
+@pytest.mark.parametrize("kind", [Gated, "transformer"])
+@pytest.mark.parametrize("shape", [(5, 5), (3, 3, 3)])
+@pytest.mark.parametrize("scale", [0.15, 0.4])
+def test_a_swap_keeps_what_its_costs_promise(kind, shape, scale):
+    """Of words with different prefixes: what is neglected, or of first order, is on the safe side.
+
+    That is log(1 + x) <= x, and that the one leaves the other's normaliser.
+    """
+    sample = Sample(kind, 24, shape, extras=True, scale=scale)
+    losses, neighbours, counts = sample.cell_losses()
+    old, before = sample.head.table.table(), sample.loss()
+    market = Market(old, counts.long().numpy(), losses, neighbours)
+    tried = 0
+    for one, two in np.random.default_rng(0).permutation(24).reshape(-1, 2):
+        if (
+            not (counts[one] and counts[two])
+            or old.cells[one] // shape[-1] == old.cells[two] // shape[-1]
+        ):
+            continue
+        new = swapped(old, one, two)
+        predicted = 0.0
+        for word in (one, two):
+            number = np.flatnonzero(market.words == word)[0]
+            at = np.flatnonzero(market.cells[number] == new.cells[word])[0]
+            predicted += float(market.costs[number, at])
+        assert sample.loss_with(new) - before <= predicted + 2e-3
+        tried += 1
+    assert tried >= 6
+
+
+@pytest.mark.parametrize("limit", [10, 3, 0])
+def test_a_step_that_does_not_pay_is_halved_or_taken_back(limit):
+    """As if the loss rose wherever more than a few words move."""
+    sample = Sample(Gated, 24, (5, 5), extras=True, scale=0.7)
+    old = sample.head.table.table()
+
+    def outputs():
+        moved = int((sample.head.table.table().cells != old.cells).sum())
+        for words, hidden, scores in sample.outputs():
+            yield words, hidden, scores - (10.0 if moved > limit else 0.0)
+
+    done = lower_loss(sample.head, sample.gathered(), Text(outputs, sample.contexts, "cpu"))
+    new = sample.head.table.table()
+    assert done.moved == (new.cells != old.cells).sum() <= limit
+    assert done.halvings > 0
+    assert (done.loss_after < done.loss_before) == (limit > 0)
+    assert done.loss_after == pytest.approx(sample.loss())
 
 
 WORKER = """

@@ -101,9 +101,10 @@ class Neighbours:
             words: (W,).
 
         Returns:
-            Nats over the whole text, (W, R_k) in float64; 0 in empty cells.
+            Nats over the whole text, (W, R_k) in float64 on the CPU; 0 in empty cells.
         """
         assert self._starts is not None
+        words = words.to(self._words.device)
         some = slice(int(self._starts[prefix]), int(self._starts[prefix + 1]))
         seen = self._words[some]
         if not len(seen):
@@ -119,7 +120,7 @@ class Neighbours:
         weights = (1 / self._chances[seen]).to(base)[:, None]
         mistaken = own.clamp(max=_MOST_LOGIT).exp() * (seen[:, None] != words)
         taken = (base - norm).exp() * weights
-        return (mistaken.T @ taken).double()
+        return (mistaken.T @ taken).double().cpu()
 
     def _split(self, rows: Tensor) -> tuple[Tensor, Queries]:
         rows = rows.to(self.head.softmax.bias.dtype)

@@ -68,7 +68,8 @@ class TableTaskConfig(FairseqDataclass):
         metadata={
             "help": "GiB that a reallocation's statistics and costs may take, besides some 300 "
             "bytes a word; statistics that do not fit go to a file in the save directory while "
-            "they are needed, costs are formed anew (default: 8 for costs, no bound for the rest)"
+            "they are needed; where the costs of cells do not fit, frequent words alone are moved "
+            "(default: 8 for costs, no bound for the rest)"
         },
     )
     max_epoch: int = II("optimization.max_epoch")

@@ -87,8 +87,7 @@ def read_reallocations(path: str | Path) -> list[dict]:
 
     Returns:
         For each reallocation in order of the epochs: ``epoch`` after which it was done, ``moved``
-        (words), ``cost_before``, ``cost_after`` and ``lower_bound`` (nats per word) and ``seconds``
-        in all.
+        (words), ``loss_before`` and ``loss_after`` (nats per word) and ``seconds`` in all.
 
     Raises:
         ValueError: a line is not a record of a reallocation.
@@ -104,9 +103,8 @@ def read_reallocations(path: str | Path) -> list[dict]:
             by_epoch[int(record["epoch"])] = {
                 "epoch": int(record["epoch"]),
                 "moved": int(record["moved"]),
-                "cost_before": float(record["cost_before"]),
-                "cost_after": float(record["cost_after"]),
-                "lower_bound": float(record["lower_bound"]),
+                "loss_before": float(record["loss_before"]),
+                "loss_after": float(record["loss_after"]),
                 "seconds": float(seconds["total"] if isinstance(seconds, dict) else seconds),
             }
         except (ValueError, KeyError, TypeError) as error:

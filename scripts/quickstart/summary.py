@@ -254,9 +254,8 @@ def _reallocation_lines(reallocation: Mapping, valid: list[float]) -> list[str]:
     return [
         f"Reallocation      after epoch {epoch}: {reallocation['moved']:,} words moved, "
         f"{reallocation['seconds']:.1f} s",
-        f"                  cost per word {reallocation['cost_before']:.4f} → "
-        f"{reallocation['cost_after']:.4f} nats (proven lower bound: "
-        f"{reallocation['lower_bound']:.4f})",
+        f"                  training loss {reallocation['loss_before']:.4f} → "
+        f"{reallocation['loss_after']:.4f} nats per word",
         f"                  validation perplexity before {before}, one epoch later {after}",
     ]
 
