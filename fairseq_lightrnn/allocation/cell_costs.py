@@ -135,9 +135,12 @@ class CellLosses:
         own = None
         for slot, prefixes in enumerate(self.candidates[index].unbind(1)):
             some = (prefixes >= 0).nonzero().squeeze(1)
-            known = None if own is None else own[some]
-            parts = words[some], context.select(some), prefixes[some], first[some], known
-            losses, now = self._losses(*parts)
+            if len(some) == len(words):  # nothing to copy
+                losses, now = self._losses(words, context, prefixes, first, own)
+            else:
+                known = None if own is None else own[some]
+                parts = words[some], context.select(some), prefixes[some], first[some], known
+                losses, now = self._losses(*parts)
             self.losses[:, slot].index_add_(0, index[some], losses)
             own = now if slot == 0 else own
         self.kept += torch.bincount(index, minlength=len(self.kept))

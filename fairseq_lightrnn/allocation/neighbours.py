@@ -116,11 +116,18 @@ class Neighbours:
         softmax = self.head.softmax
         logits = base + at_least_float32(softmax.feature_logits(queries, coordinates))
         norm = torch.logsumexp(logits, dim=1, keepdim=True)
-        own = at_least_float32(softmax.feature_logits_of(queries, words))  # (n, W)
-        weights = (1 / self._chances[seen]).to(base)[:, None]
-        mistaken = own.clamp(max=_MOST_LOGIT).exp() * (seen[:, None] != words)
-        taken = (base - norm).exp() * weights
-        return (mistaken.T @ taken).double().cpu()
+        own = at_least_float32(softmax.feature_logits_of(queries, words))
+        mistaken = own.clamp(max=_MOST_LOGIT).exp().expand(len(seen), -1)  # (n, W)
+        taken = (base - norm).exp() / self._chances[seen].to(base)[:, None]
+        # A feature that is the same in all contexts needs no product.
+        costs = mistaken[:1].T * taken.sum(0) if len(own) == 1 else mistaken.T @ taken
+        # No word is taken for itself.
+        place = words.new_full((self.head.table.num_words,), -1)
+        place[words] = torch.arange(len(words), device=words.device)
+        itself = (place[seen] >= 0).nonzero().squeeze(1)
+        which = place[seen[itself]]
+        costs.index_add_(0, which, mistaken[itself, which][:, None] * taken[itself], alpha=-1)
+        return costs.double().cpu()
 
     def _split(self, rows: Tensor) -> tuple[Tensor, Queries]:
         rows = rows.to(self.head.softmax.bias.dtype)
