@@ -29,6 +29,7 @@ from fairseq_lightrnn.core.table import WordTable
 
 ARCH = {"arch": "lightrnn_transformer_lm"}
 READ = "decoder.embed_tokens.reader.seats.coordinates"
+PREDICTED = "decoder.head.softmax.table.coordinates"
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +56,15 @@ class TestTraining:
         (record,) = map(json.loads, (trained / "reallocations.jsonl").read_text().splitlines())
         records = train(
             data, tmp_path, "--reset-optimizer", "--reset-dataloader", "--reset-meters",
-            restore_file=trained / "checkpoint1.pt", lr=0.0, max_epoch=1, valid_subset="train",
-            **ARCH,
+            "--keep-input-table", restore_file=trained / "checkpoint1.pt", lr=0.0, max_epoch=1,
+            valid_subset="train", **ARCH,
         )  # fmt: skip
         (valid,) = [r for r in records if "train_wps" in r and "train_lr" not in r]
         loss = float(valid["train_loss"]) * math.log(2)
         assert record["loss_before"] == pytest.approx(loss, abs=1e-4)
 
     def test_checkpoints_and_files_hold_the_table(self, data: Path, trained: Path) -> None:
-        assert list(coordinates(load(trained / "checkpoint1.pt")["model"])) == [READ]
+        assert list(coordinates(load(trained / "checkpoint1.pt")["model"])) == [READ, PREDICTED]
         before = table_of(trained / "checkpoint1.pt", (7, 7))
         after = table_of(trained / "checkpoint_last.pt", (7, 7))
         assert before != after
@@ -79,7 +80,7 @@ class TestTraining:
         softmax = decoder.words.head.softmax
         assert list(softmax.features) == list(decoder.embed_tokens.reader.features)
         parameters = dict(model.named_parameters())  # each once
-        ours = {READ, "decoder.reallocations.round", "decoder.reallocations.epoch"}
+        ours = {READ, PREDICTED, "decoder.reallocations.round", "decoder.reallocations.epoch"}
         of_fairseq = {"decoder.version", "decoder.embed_positions._float_tensor"}
         packed = {name for name in state if name.startswith("decoder.layers.")} - {*parameters}
         assert state.keys() - packed == {*parameters, *ours, *of_fairseq}

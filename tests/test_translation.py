@@ -107,8 +107,9 @@ class TestTraining:
     ) -> None:
         """Statistics come from decoder states: the logged cost is the loss of the first epoch."""
         (record,) = map(json.loads, (trained / "reallocations.jsonl").read_text().splitlines())
+        keep = ["--keep-input-table"] * (arch_of(trained) != "lightrnn_translation")
         records = train_translation(
-            pairs, tmp_path, "--reset-optimizer", "--reset-dataloader", "--reset-meters",
+            pairs, tmp_path, "--reset-optimizer", "--reset-dataloader", "--reset-meters", *keep,
             arch=arch_of(trained), restore_file=trained / "checkpoint1.pt", lr=0.0, max_epoch=1,
             valid_subset="train",
         )  # fmt: skip
@@ -117,8 +118,10 @@ class TestTraining:
         assert record["loss_before"] == pytest.approx(loss, abs=1e-4)
 
     def test_checkpoints_and_files_hold_the_table(self, pairs: Path, trained: Path) -> None:
-        (name,) = coordinates(load(trained / "checkpoint1.pt")["model"])
+        name, *own = coordinates(load(trained / "checkpoint1.pt")["model"])
         assert re.fullmatch(r"decoder\.(core|embed_tokens)\.reader\.seats\.coordinates", name)
+        # Words are read by the table that was, where they can be.
+        assert len(own) == (arch_of(trained) != "lightrnn_translation")
         before = table_of(trained / "checkpoint1.pt", (7, 6))
         after = table_of(trained / "checkpoint_last.pt", (7, 6))
         assert before != after
@@ -403,30 +406,32 @@ class TestSourceTables:
         caplog: pytest.LogCaptureFixture,
     ) -> None:  # fmt: skip
         data = preprocess_pairs(tmp_path / "data", "--joined-dictionary", sentences=60)
-        keep = ["--keep-input-table"] * (arch != "lightrnn_translation")
+        kept = arch != "lightrnn_translation"  # by default
         with caplog.at_level(logging.WARNING):
             train_translation(
-                data, tmp_path / "out", *keep, arch=arch, source_table="shared", max_epoch=2,
+                data, tmp_path / "out", arch=arch, source_table="shared", max_epoch=2,
                 reallocate_epochs=1,
             )  # fmt: skip
         # Only if words are read by the table that changes.
-        assert ("--source-table shared: reallocation heeds" in caplog.text) == (not keep)
+        assert ("--source-table shared: reallocation heeds" in caplog.text) == (not kept)
         found, _ = translate(capsys, data, tmp_path / "out" / "checkpoint2.pt", "--beam", 2)
         assert len(found["H"]) == 12
 
     @pytest.mark.parametrize("arch", ARCHITECTURES[1:])
     def test_an_input_table_can_be_kept_later(self, tmp_path: Path, arch: str) -> None:
         data = preprocess_pairs(tmp_path / "data", "--joined-dictionary", sentences=60)
-        flags = {"arch": arch, "source_table": "shared", "reallocate_epochs": 1}
-        separate = {} if "transformer" in arch else {"component_vectors": "separate"}
-        train_translation(data, tmp_path / "a", max_epoch=2, **separate, **flags)
+        flags = {"arch": arch, "source_table": "shared"}
+        if "transformer" not in arch:
+            flags["component_vectors"] = "separate"
+        train_translation(data, tmp_path / "a", max_epoch=2, **flags)
         train_translation(
-            data, tmp_path / "b", "--keep-input-table", max_epoch=3,
+            data, tmp_path / "b", max_epoch=3, reallocate_epochs=2,
             restore_file=tmp_path / "a" / "checkpoint2.pt", **flags,
         )  # fmt: skip
         path = tmp_path / "b" / "checkpoint3.pt"
+        (before,) = coordinates(load(tmp_path / "a" / "checkpoint2.pt")["model"]).values()
         read, predicted = coordinates(load(path)["model"]).values()
-        assert torch.equal(read, predicted)
+        assert torch.equal(read, before) and not torch.equal(read, predicted)
         (model,), _ = checkpoint_utils.load_model_ensemble([str(path)])
         assert model.encoder.embed_tokens.reader.seats is model.decoder.words.input_table
 

@@ -72,10 +72,17 @@ class LightRNNTranslationTask(TableTask, TranslationTask):
         self._source_table = str(getattr(cfg, "source_table", "none"))
         if hasattr(cfg, "table_shape") and not from_checkpoint:
             self._check_table_flags(cfg)
-        return super().build_model(cfg, from_checkpoint)
+        model: Any = super().build_model(cfg, from_checkpoint)
+        moving = self.args.reallocate_epochs and model.decoder.words.input_table is None
+        if self._source_table == "shared" and moving and not from_checkpoint:
+            logger.warning(
+                "--source-table shared: reallocation heeds the loss of target words alone and "
+                "moves words that occur in the source only wherever there is room"
+            )
+        return model
 
     def _check_table_flags(self, cfg: Any) -> None:
-        """Refuses a text for tables that look at none, and warns of words that nothing moves."""
+        """Refuses a text for tables that look at none."""
         kind = self.args.initial_table
         makes_further = str(cfg.further_tables or 0) not in ("0", "") and not further_files(cfg)
         looks = kind == _MADE or (makes_further and kind != "random")
@@ -83,12 +90,6 @@ class LightRNNTranslationTask(TableTask, TranslationTask):
             raise UsageError(
                 f"--table-text both: --initial-table {kind} looks at no text; "
                 f"use --initial-table {_MADE}"
-            )
-        moving = self.args.reallocate_epochs and not cfg.keep_input_table
-        if self._source_table == "shared" and moving:
-            logger.warning(
-                "--source-table shared: reallocation heeds the loss of target words alone and "
-                "moves words that occur in the source only wherever there is room"
             )
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:
