@@ -43,8 +43,10 @@ def named(state: dict[str, Tensor], end: str) -> str:
 
 
 def first_table(state: dict[str, Tensor]) -> Tensor:
-    """The table in force, of a model that reads words by it too."""
-    (name,) = [name for name in state if name.endswith(".coordinates") and ".tables." not in name]
+    """The table in force; words may be read by it too, or by another one."""
+    names = [name for name in state if name.endswith(".coordinates") and ".tables." not in name]
+    own = [name for name in names if name.endswith("softmax.table.coordinates")]
+    (name,) = own or names
     return state[name]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,13 +24,17 @@ from fairseq_lightrnn.allocation.true_loss import (
 from fairseq_lightrnn.core.conditioning import Context
 from fairseq_lightrnn.core.head import ComponentHead
 from fairseq_lightrnn.core.table import WordTable
-from fairseq_lightrnn.workers import numbers_of_first_worker, rank, table_of_first_worker
+from fairseq_lightrnn.workers import numbers_of_first_worker, rank
 
 __all__ = ["Descent", "Text", "lower_loss"]
 
 logger = logging.getLogger(__name__)
 
 _HALVINGS = 4
+# Of the predicted gain. Where words are read by the table that moves, a step may lower the loss by
+# next to nothing and unsettle what was learnt of reading.
+_LEAST_SHARE = 0.25
+_FRACTIONS = 1024  # in which workers tell each other a gain in nats
 _MEMORY = 8 << 30
 
 
@@ -79,7 +84,8 @@ def lower_loss(
     """Moves words so that the loss over a text falls, or leaves them where they are.
 
     Words are assigned to cells at least predicted cost. The loss is measured with the new table; if
-    it did not fall, half of the words are moved, those that were to gain most, and so on.
+    it did not fall by a quarter of what was predicted, half of the words are moved, those that were
+    to gain most, and so on.
 
     Args:
         head: predicts words, in evaluation mode. Its table is changed.
@@ -88,7 +94,7 @@ def lower_loss(
         memory: bytes that losses, samples and costs may take; 8 GiB by default.
 
     Returns:
-        What was done, alike on all workers but for the prediction, which the first one knows.
+        What was done, alike on all workers but for the gap, which the first one knows.
     """
     clock = _Clock()
     old = head.table.table()
@@ -96,29 +102,31 @@ def lower_loss(
     with clock.timed("costs"):
         market = _market(head, gathered, text, memory or _MEMORY)
     step: Step | None = None
+
+    def propose() -> Tensor:
+        nonlocal step
+        assert market is not None
+        chosen = None if step is None else step.moved[: len(step.moved) // 2]
+        step = market.solve(chosen)
+        gain = torch.tensor([round(step.gain * _FRACTIONS)])
+        return torch.cat([torch.from_numpy(np.array(step.table.cells)), gain])
+
     for halving in range(_HALVINGS + 1):
         with clock.timed("solve"):
-
-            def propose(halving: int = halving) -> WordTable:
-                nonlocal step
-                assert market is not None
-                chosen = None if step is None else step.moved[: len(step.moved) // 2]
-                step = market.solve(chosen)
-                return step.table
-
-            new = table_of_first_worker(propose, old.num_words, old.shape, text.device)
-        moved = int((new.cells != old.cells).sum())
+            found = numbers_of_first_worker(propose, (old.num_words + 1,), text.device)
+        new = WordTable.from_cells(found[:-1].numpy(), old.shape)
+        moved, predicted = int((new.cells != old.cells).sum()), float(found[-1]) / _FRACTIONS
         if not moved:
             break
         head.table.seat(new)
         with clock.timed("check"):
             after = float(measure_losses(text.outputs(), len(old.shape), text.device).sum())
         logger.debug(f"{moved} words moved: loss {before:.6g} -> {after:.6g}")
-        if after < before:
-            gain, gap = (step.gain, step.gap) if step is not None else (0.0, 0.0)
-            return Descent(moved, before, after, gain, gap, halving, clock.seconds)
+        if before - after > _LEAST_SHARE * predicted:
+            gap = 0.0 if step is None else step.gap
+            return Descent(moved, before, after, predicted, gap, halving, clock.seconds)
         head.table.seat(old)
-    gap = step.gap if step is not None else 0.0
+    gap = 0.0 if step is None else step.gap
     return Descent(0, before, before, 0.0, gap, halving, clock.seconds)
 
 
