@@ -18,9 +18,11 @@ if [ ! -f "$out/bin/valid.idx" ]; then
 fi
 fairseq-train "$out/bin" --user-dir "$plugin" --task lightrnn_language_modeling \
     --tokens-per-sample 35 --arch lightrnn_lm --dropout 0.2 \
-    --initial-table random --reallocate-epochs 1 --max-epoch 2 --max-update 1200 \
+    --initial-table random --reallocate-epochs 1 --reallocation-objective row-first \
+    --max-epoch 2 --max-update 1200 \
     --optimizer adam --lr 0.002 --clip-norm 1 --batch-size 64 --seed 1 --cpu --num-workers 0 \
     --save-dir "$out/model" --no-epoch-checkpoints --disable-validation --log-format json \
     --log-interval 100 --log-file "$out/train.log"
 lightrnn-reallocate "$out/model/checkpoint_last.pt" "$out/bin" --output "$out/new.pt" \
+    --objective row-first \
     --report "$out/report.json" --export "$out/gesetze-415k" --max-tokens 4096
