@@ -244,7 +244,8 @@ def test_a_step_that_does_not_pay_is_halved_or_taken_back(limit):
     new = sample.head.table.table()
     assert done.moved == (new.cells != old.cells).sum() <= limit
     assert done.halvings > 0
-    assert (done.loss_after < done.loss_before) == (limit > 0)
+    assert (done.loss_after < done.loss_before) == (done.moved > 0)
+    assert done.moved > 0 or limit < 10
     assert done.loss_after == pytest.approx(sample.loss())
 
 

@@ -26,6 +26,9 @@ __all__ = ["Market", "Step", "candidate_prefixes"]
 
 CANDIDATES = 8  # prefixes of a word, the present one among them
 _BLOCK = 1 << 10  # words
+# Nats over the whole text that a move must bring. What brings less is chance: of a text of 66,000
+# words, a fifth of the moves brings nothing on other text.
+_WORTH_A_MOVE = 0.5
 
 
 @torch.no_grad()
@@ -123,7 +126,7 @@ class Market:
             cells = candidates[:, :, None] * columns + torch.arange(columns)
             known = mine[cells.clamp(min=0)] & (candidates >= 0)[:, :, None]
             now = torch.from_numpy(table.coordinates[self.words[some], -1])[:, None]
-            costs = (costs.flatten(1) - costs[:, 0].gather(1, now)).flatten(1)
+            costs = costs.flatten(1) - costs[:, 0].gather(1, now)
             known = known.flatten(1) & torch.isfinite(costs)
             self.cells[some] = cells.flatten(1).int().masked_fill(~known, -1).numpy()
             self.costs[some] = costs.float().numpy()
@@ -142,7 +145,10 @@ class Market:
         chosen = slice(None) if words is None else np.isin(self.words, words)
         movers, cells, costs = self.words[chosen], self.cells[chosen], self.costs[chosen]
         present = self.table.cells[movers]
+        now = np.arange(len(movers)), self.table.coordinates[movers, -1]
+        costs[now] = -_WORTH_A_MOVE
         found = assign_listed(cells, costs, present, prices=self._prices)
+        costs[now] = 0.0
         self._prices = found.prices
         new = np.array(self.table.cells)
         new[movers] = found.places
