@@ -64,9 +64,7 @@ INSTALL_REQUIRES = ["torch>=2.0", "numpy>=1.24", "scipy>=1.10", "numba>=0.59", "
 # What fairseq 0.12.2 needs besides, on Pythons on which its own requirements no longer resolve.
 FAIRSEQ_REQUIRES = [one for one in requirements("requirements.txt") if one not in INSTALL_REQUIRES]
 # To write models for other devices; to run them there numpy and onnxruntime will do.
-EXPORT_REQUIRES = [
-    one for one in requirements("requirements-dev.txt") if one.startswith("onnx")
-]
+EXPORT_REQUIRES = [one for one in requirements("requirements-dev.txt") if one.startswith("onnx")]
 
 readme = ROOT / "README.md"
 
@@ -92,7 +90,7 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            # name = fairseq_lightrnn.commands.module:function; lightrnn-table and -run need no fairseq
+            # name = fairseq_lightrnn.commands.module:function; -run and -table need no fairseq
             "lightrnn-export = fairseq_lightrnn.commands.start:export",
             "lightrnn-flags = fairseq_lightrnn.commands.start:flags",
             "lightrnn-reallocate = fairseq_lightrnn.commands.start:reallocate",

@@ -33,9 +33,7 @@ def compare(found: Exported, tolerance: float) -> None:
     outputs = np.concatenate([first, second], axis=1)[:, 1:].reshape(15, network.steps, -1)
     ours = network.score(outputs, numbers[:, 1:].reshape(-1))
     assert ours.shape == (15, len(shape))
-    np.testing.assert_allclose(
-        ours.sum(1).reshape(3, 5), scores, rtol=tolerance, atol=tolerance
-    )
+    np.testing.assert_allclose(ours.sum(1).reshape(3, 5), scores, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("kind, words, shape, extras", CASES)
@@ -57,9 +55,7 @@ def test_half_precision_is_close(form: str) -> None:
 
 @pytest.mark.parametrize("quantise, tolerance", [("int8", 0.1), ("int4", 0.5)])
 @pytest.mark.parametrize("kind", CONDITIONERS)
-def test_quantised_is_near_and_still_adds_up(
-    kind: Any, quantise: str, tolerance: float
-) -> None:
+def test_quantised_is_near_and_still_adds_up(kind: Any, quantise: str, tolerance: float) -> None:
     found = export(kind, 10, (4, 4), quantise=quantise, scale=0.3)
     compare(found, tolerance)
     network = found.network

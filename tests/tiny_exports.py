@@ -10,7 +10,7 @@ from tiny_models import CONDITIONERS, HIDDEN, TABLES, build
 from torch import nn
 
 from fairseq_lightrnn.core.conditioning import Recurrent
-from fairseq_lightrnn.export.formats import onnx_file, torch_file
+from fairseq_lightrnn.export.formats import graph_files
 from fairseq_lightrnn.export.graphs import decoder_graphs
 from fairseq_lightrnn.export.model import table_cells
 from fairseq_lightrnn.runtime.network import Network, OnnxGraphs, Seating
@@ -59,12 +59,7 @@ def export(
             part.features = nn.ModuleList(list(part.features)[:2])
     order = np.random.default_rng(words).permutation(words)
     graphs = decoder_graphs(decoder, torch.from_numpy(order), quantise == "fp16")
-    files = {
-        f"{name}.pt2" if form == "torch" else f"{name}.onnx": (
-            torch_file(graph) if form == "torch" else onnx_file(graph, quantise, 17)
-        )
-        for name, graph in graphs.items()
-    }
+    files = graph_files(graphs, form, quantise, 17)
     cells = table_cells(decoder, order)
     seating = Seating(shape, cells["cells"], cells.get("input_cells"), cells.get("further_cells"))
     graphs_of = TorchGraphs(files) if form == "torch" else OnnxGraphs(files, 1)

@@ -7,7 +7,7 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,14 +19,14 @@ import torch
 from fairseq_lightrnn.export.graphs import Graph
 from fairseq_lightrnn.runtime.torch_graphs import OUTPUTS
 
-__all__ = ["FORMATS", "OPSETS", "QUANTISATIONS", "check_format", "onnx_file", "torch_file"]
+__all__ = ["FORMATS", "OPSETS", "QUANTISATIONS", "check_format", "graph_files"]
 
 FORMATS = ("onnx", "torch")
 QUANTISATIONS = ("none", "fp16", "int8", "int4")
 OPSETS = range(14, 21)
-"""Of ONNX; torch's exporter knows those up to 20, and the LSTM's and softmax's last change is 14's."""
+"""Of ONNX: from the last change of recurrent layers to the last that torch's exporter knows."""
 _NEEDED = ("onnx", "onnxruntime")
-# Numbers that share a scale where the quantiser has blocks.
+# Numbers of four bits that share a scale.
 _BLOCK = 64
 
 
@@ -45,9 +45,7 @@ def check_format(form: str, quantise: str, opset: int) -> None:
             f"--quantize {quantise}: onnxruntime has the quantiser; give --format onnx, or fp16"
         )
     if opset not in OPSETS:
-        raise ValueError(
-            f"--opset {opset}: give one from {OPSETS.start} to {OPSETS.stop - 1}"
-        )
+        raise ValueError(f"--opset {opset}: give one from {OPSETS.start} to {OPSETS.stop - 1}")
     missing = [name for name in _NEEDED if form != "torch" and find_spec(name) is None]
     if missing:
         raise ValueError(
@@ -55,8 +53,21 @@ def check_format(form: str, quantise: str, opset: int) -> None:
         )
 
 
-def onnx_file(graph: Graph, quantise: str, opset: int) -> bytes:
-    """Writes a graph as an ``.onnx`` file."""
+def graph_files(
+    graphs: Mapping[str, Graph], form: str, quantise: str, opset: int
+) -> dict[str, bytes]:
+    """Returns the contents of graphs' files, by their names; see :func:`check_format`."""
+    if form == "torch":
+        return {f"{name}.pt2": _torch_file(graph) for name, graph in graphs.items()}
+    # The 4-bit quantiser has blocks of rows, and a bias has none.
+    eight = {"bias"} if quantise == "int4" else set()
+    return {
+        f"{name}.onnx": _onnx_file(graph, "int8" if name in eight else quantise, opset)
+        for name, graph in graphs.items()
+    }
+
+
+def _onnx_file(graph: Graph, quantise: str, opset: int) -> bytes:
     axes = {name: dict(free) for name, free in graph.free.items()}
     axes |= {name: {0: "N"} for name in graph.outputs}
     file = io.BytesIO()
@@ -81,29 +92,30 @@ def onnx_file(graph: Graph, quantise: str, opset: int) -> bytes:
 
 
 def _quantised(content: bytes, quantise: str) -> bytes:
-    """Quantises by blocks what can be, and recurrent layers and look-ups as a whole."""
+    """Stores numbers in eight bits; or matrices in four, and recurrent layers in eight.
+
+    Eight bits are unsigned: signed ones overflow on processors without VNNI.
+    """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    model = onnx.load_from_string(content)
+    kinds = ["MatMul", "Gather", "LSTM"]
     with tempfile.TemporaryDirectory() as folder, _quiet():
+        if quantise == "int4":
+            by_block = MatMulNBitsQuantizer(
+                model, bits=4, block_size=_BLOCK, is_symmetric=True, op_types_to_quantize=kinds[:2]
+            )
+            by_block.process()
+            model, kinds = by_block.model.model, kinds[2:]
         result = Path(folder) / "result.onnx"
-        model = onnx.load_from_string(content)
-        kinds = ["LSTM", "Gather"] if quantise == "int8" else ["LSTM"]
-        by_block = MatMulNBitsQuantizer(
-            model,
-            bits=8 if quantise == "int8" else 4,
-            block_size=_BLOCK,
-            is_symmetric=True,
-            op_types_to_quantize=("MatMul",) if quantise == "int8" else ("MatMul", "Gather"),
-        )
-        by_block.process()
         quantize_dynamic(
-            by_block.model.model,
+            model,
             result,
             op_types_to_quantize=kinds,
             per_channel=True,
-            weight_type=QuantType.QInt8,
+            weight_type=QuantType.QUInt8,
         )
         return result.read_bytes()
 
@@ -120,8 +132,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def torch_file(graph: Graph) -> bytes:
-    """Writes a graph as a ``.pt2`` file of torch.export."""
+def _torch_file(graph: Graph) -> bytes:
     sizes: dict[str, Any] = {}
     inputs, shapes = dict(graph.inputs), {}
     for name, free in graph.free.items():

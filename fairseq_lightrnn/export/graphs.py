@@ -143,13 +143,13 @@ class _Read(nn.Module):
         reader, network = decoder.reader, decoder.network
         further = find_feature(reader.features, FurtherTables)
         own = find_feature(reader.features, OwnNumbers)
-        vectors = [reader.vectors.weight]
+        vectors: list[Tensor] = [reader.vectors.weight]
         vectors += [] if further is None else [further.input_vectors]
         vectors += [vectors[0].new_zeros(1, reader.vectors.dim)]
         self.vectors = _LookUp(torch.cat([one.detach() for one in vectors]))
         self.projection = None if own is None else _Linear.of(own.projection)
         self.layers = network.num_layers
-        self.weights = nn.ModuleList(_Stored(one) for one in network._flat_weights)
+        self.weights = nn.ModuleList(_Stored(cast(Tensor, one)) for one in network._flat_weights)
         self.ffn = _feed_forward(decoder.head.conditioner.ffn)
 
     def forward(
@@ -197,8 +197,8 @@ class _First(nn.Module):
         softmax, conditioner = decoder.head.softmax, decoder.head.conditioner
         self.only = softmax.table.num_components == 1
         self.logits = _Linear(*softmax.component(0))
-        transforms = conditioner.transforms if isinstance(conditioner, Gated) else []
-        self.transforms = nn.ModuleList(_Linear.of(cast(nn.Linear, one)) for one in transforms)
+        transforms: Any = conditioner.transforms if isinstance(conditioner, Gated) else []
+        self.transforms = nn.ModuleList(_Linear.of(one) for one in transforms)
         own = find_feature(softmax.features, OwnNumbers)
         further = find_feature(softmax.features, FurtherTables)
         self.own = None if own is None else _Linear.of(own.query)
@@ -244,6 +244,7 @@ class _Expand(nn.Module):
         super().__init__()
         softmax, conditioner = decoder.head.softmax, decoder.head.conditioner
         self.logits = _Linear(*softmax.component(component))
+        self.starts: Tensor
         self.gates = None
         if isinstance(conditioner, Gated):
             gates: Any = conditioner.gates[component - 1]

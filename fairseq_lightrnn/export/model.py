@@ -13,7 +13,7 @@ import torch
 from fairseq_lightrnn.core.conditioning import Recurrent
 from fairseq_lightrnn.core.decoder import Decoder
 from fairseq_lightrnn.core.features import FurtherTables
-from fairseq_lightrnn.export.formats import check_format, onnx_file, torch_file
+from fairseq_lightrnn.export.formats import check_format, graph_files
 from fairseq_lightrnn.export.graphs import decoder_graphs, find_feature
 from fairseq_lightrnn.language_model import LanguageModel
 from fairseq_lightrnn.runtime.folder import WORDS, pack, write_folder
@@ -64,13 +64,7 @@ def export_model(
     number_of[order] = np.arange(len(order))
     files = {WORDS: pack({"shared": shared, "rest": rest, **table_cells(decoder, order)})}
     graphs = decoder_graphs(decoder, torch.from_numpy(order), quantise == "fp16")
-    for name, graph in graphs.items():
-        if form == "torch":
-            files[f"{name}.pt2"] = torch_file(graph)
-        else:
-            # The 4-bit quantiser has blocks of rows, and a bias has none.
-            eight = quantise == "int4" and name == "bias"
-            files[f"{name}.onnx"] = onnx_file(graph, "int8" if eight else quantise, opset)
+    files |= graph_files(graphs, form, quantise, opset)
     dictionary = model.dictionary
     description: dict[str, Any] = {
         "graphs": form,
@@ -97,8 +91,7 @@ def export_model(
         description["opset"] = opset
     exported = ExportedModel.from_parts(description, files)
     description["metrics"] = _metrics(model, exported, list(text))
-    write_folder(folder, files, description)
-    return description
+    return write_folder(folder, files, description)
 
 
 def _is_recurrent(decoder: Decoder) -> bool:

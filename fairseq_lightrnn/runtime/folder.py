@@ -24,13 +24,16 @@ _VERSION = 1
 
 def write_folder(
     folder: str | Path, files: Mapping[str, bytes], description: Mapping[str, Any]
-) -> None:
+) -> dict[str, Any]:
     """Writes an exported model; the JSON file comes last, so that nothing half-written is read.
 
     Args:
         folder: made if it does not exist.
         files: by name.
         description: what else the JSON file is to say.
+
+    Returns:
+        All that it says.
 
     Raises:
         ValueError: if something else than an exported model has the folder's name.
@@ -49,10 +52,11 @@ def write_folder(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         with whole_file(folder / name, binary=True) as file:
             file.write(content)
-    content = {"format": _FORMAT, "version": _VERSION, **description, "files": hashes}
+    result = {"format": _FORMAT, "version": _VERSION, **description, "files": hashes}
     with whole_file(folder / DESCRIPTION) as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
+        json.dump(result, file, indent=1, ensure_ascii=False)
         file.write("\n")
+    return result
 
 
 def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, bytes]]:

@@ -219,9 +219,7 @@ class ExportedModel:
         """Returns a text, or several, that can be asked for its next words and grow by them."""
         return Text(self, [prefix] if isinstance(prefix, str) else prefix)
 
-    def next_words(
-        self, prefix: str | Sequence[str] = "", k: int = 10
-    ) -> list[Any]:
+    def next_words(self, prefix: str | Sequence[str] = "", k: int = 10) -> list[Any]:
         """Returns the k most probable next words with their probabilities, exactly.
 
         Args:
@@ -339,7 +337,10 @@ class Text:
     def _named(self, found: list[tuple[np.ndarray, np.ndarray]]) -> list[list[tuple[str, float]]]:
         name = self.model.vocabulary.__getitem__
         return [
-            [(name(word), p) for word, p in zip(words.tolist(), np.exp(scores).tolist(), strict=True)]
+            [
+                (name(word), p)
+                for word, p in zip(words.tolist(), np.exp(scores).tolist(), strict=True)
+            ]
             for words, scores in found
         ]
 

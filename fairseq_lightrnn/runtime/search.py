@@ -39,7 +39,8 @@ class _Nodes(NamedTuple):
     carried: dict[str, np.ndarray]
 
     def where(self, chosen: np.ndarray) -> _Nodes:
-        return _Nodes(*(part[chosen] for part in self[:4]), self.carried)
+        text, bound, prefix, parent = (part[chosen] for part in self[:4])
+        return _Nodes(text, bound, prefix, parent, self.carried)
 
 
 def _rank(text: np.ndarray, score: np.ndarray) -> np.ndarray:
@@ -186,7 +187,9 @@ def every_word(network: Network, position: Position) -> np.ndarray:
         prefix = np.concatenate([prefix[node], value[:, None].astype(np.int32)], axis=1)
         text, bounds = text[node], scores[node, value]
         parts = [
-            network.extend(carried, node[start : start + _AT_ONCE], prefix[start : start + _AT_ONCE])
+            network.extend(
+                carried, node[start : start + _AT_ONCE], prefix[start : start + _AT_ONCE]
+            )
             for start in range(0, len(node), _AT_ONCE)
         ]
         scores = bounds[:, None] + np.concatenate([part.log_probs for part in parts])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -97,10 +98,11 @@ class Vocabulary:
         # No byte of UTF-8 is 0xff.
         return range(first, max(first, self._rank(coded + b"\xff", bisect_left)))
 
-    def _rank(self, coded: bytes, bisect: type[bisect_left] | type[bisect_right]) -> int:
+    def _rank(self, coded: bytes, bisect: Any) -> int:
         """Returns how many words are below some bytes, or not above them."""
         block = bisect(self._blocks, coded, key=self._head) - 1
-        return 0 if block < 0 else block * _BLOCK + bisect(self._block(block), coded)
+        rank: int = 0 if block < 0 else block * _BLOCK + bisect(self._block(block), coded)
+        return rank
 
     def _start(self, number: int) -> int:
         return int(self._ends[number - 1]) + 1 if number else 0
