@@ -79,6 +79,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["fairseq_lightrnn*", "fairseq_compat*"]),
+    package_data={"fairseq_lightrnn.export": ["web/*"]},
     # Neither fairseq, which has to be installed without its own requirements since they no longer
     # resolve, nor what fairseq needs: where it works, all of that is there.
     install_requires=INSTALL_REQUIRES,
@@ -92,6 +93,7 @@ setup(
         "console_scripts": [
             # name = fairseq_lightrnn.commands.module:function; -run and -table need no fairseq
             "lightrnn-export = fairseq_lightrnn.commands.start:export",
+            "lightrnn-extend = fairseq_lightrnn.commands.start:extend",
             "lightrnn-flags = fairseq_lightrnn.commands.start:flags",
             "lightrnn-reallocate = fairseq_lightrnn.commands.start:reallocate",
             "lightrnn-rescore = fairseq_lightrnn.commands.start:rescore",

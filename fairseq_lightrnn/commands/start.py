@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from fairseq_lightrnn.errors import UsageError
 
-__all__ = ["export", "flags", "reallocate", "rescore", "score"]
+__all__ = ["export", "extend", "flags", "reallocate", "rescore", "score"]
 
 
 def _starter(name: str) -> Callable[[], int]:
@@ -25,6 +25,7 @@ def _starter(name: str) -> Callable[[], int]:
 
 
 export = _starter("export")
+extend = _starter("extend")
 flags = _starter("flags")
 reallocate = _starter("reallocate")
 rescore = _starter("rescore")

@@ -21,7 +21,7 @@ from fairseq_lightrnn.runtime.torch_graphs import OUTPUTS
 
 __all__ = ["FORMATS", "OPSETS", "QUANTISATIONS", "check_format", "graph_files"]
 
-FORMATS = ("onnx", "torch")
+FORMATS = ("onnx", "torch", "web")
 QUANTISATIONS = ("none", "fp16", "int8", "int4")
 OPSETS = range(14, 21)
 """Of ONNX: from the last change of recurrent layers to the last that torch's exporter knows."""

@@ -15,6 +15,7 @@ from fairseq_lightrnn.core.decoder import Decoder
 from fairseq_lightrnn.core.features import FurtherTables
 from fairseq_lightrnn.export.formats import check_format, graph_files
 from fairseq_lightrnn.export.graphs import decoder_graphs, find_feature
+from fairseq_lightrnn.export.page import page_files
 from fairseq_lightrnn.language_model import LanguageModel
 from fairseq_lightrnn.runtime.folder import WORDS, pack, write_folder
 from fairseq_lightrnn.runtime.model import ExportedModel
@@ -41,7 +42,7 @@ def export_model(
     Args:
         model: with an LSTM.
         folder: made if it does not exist; an export in it is overwritten.
-        form: ``onnx``, or ``torch`` for programs of torch.export.
+        form: ``onnx``; ``torch``, programs of torch.export; or ``web``, a page for a browser.
         quantise: ``none``, ``fp16``, ``int8`` or ``int4``: how numbers are stored.
         opset: of ONNX.
         text: sentences; the perplexity of the model and of the export on them is noted.
@@ -67,7 +68,7 @@ def export_model(
     files |= graph_files(graphs, form, quantise, opset)
     dictionary = model.dictionary
     description: dict[str, Any] = {
-        "graphs": form,
+        "graphs": "torch" if form == "torch" else "onnx",
         "quantize": quantise,
         "model": {
             "composition": "recurrent" if _is_recurrent(decoder) else "gated",
@@ -87,11 +88,11 @@ def export_model(
             "version": __version__,
         },
     }
-    if form == "onnx":
+    if form != "torch":
         description["opset"] = opset
     exported = ExportedModel.from_parts(description, files)
     description["metrics"] = _metrics(model, exported, list(text))
-    return write_folder(folder, files, description)
+    return write_folder(folder, files, description, page_files() if form == "web" else {})
 
 
 def _is_recurrent(decoder: Decoder) -> bool:

@@ -23,7 +23,10 @@ _VERSION = 1
 
 
 def write_folder(
-    folder: str | Path, files: Mapping[str, bytes], description: Mapping[str, Any]
+    folder: str | Path,
+    files: Mapping[str, bytes],
+    description: Mapping[str, Any],
+    beside: Mapping[str, bytes] | None = None,
 ) -> dict[str, Any]:
     """Writes an exported model; the JSON file comes last, so that nothing half-written is read.
 
@@ -31,6 +34,7 @@ def write_folder(
         folder: made if it does not exist.
         files: by name.
         description: what else the JSON file is to say.
+        beside: files that are no part of the model, by name.
 
     Returns:
         All that it says.
@@ -48,7 +52,7 @@ def write_folder(
         name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for name, content in files.items()
     }
-    for name, content in files.items():
+    for name, content in {**(beside or {}), **files}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         with whole_file(folder / name, binary=True) as file:
             file.write(content)
