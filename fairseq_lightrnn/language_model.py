@@ -230,13 +230,17 @@ class LanguageModel:
         known: deque[int] = deque()
 
         def whole() -> Iterator[str | None]:
-            for number, line in enumerate(lines, 1):
-                context = "" if line is None else next(contexts, None)
+            number = 0
+            for line in lines:
+                if line is None:
+                    yield None
+                    continue
+                number += 1
+                context = next(contexts, None)
                 if context is None:
                     raise ValueError(f"sentence {number} has no context: there are too few")
-                if line is not None:
-                    known.append(len(self.encode(context)[0]))
-                yield None if line is None else f"{context} {line}"
+                known.append(len(self.encode(context)[0]))
+                yield f"{context} {line}"
 
         options: dict[str, Any] = {"details": details, "batch_words": batch_words}
         for score in self.score_lines(whole(), **options):
@@ -252,12 +256,14 @@ class LanguageModel:
         Yields:
             Float32 of shape (V,), in nats, by the numbers of the dictionary.
         """
-        with torch.no_grad():
-            state = self._read([context])
-            for word in [*self.encode(text)[1].tolist(), None]:
-                yield next_word_log_probs(self.decoder.head, state)[0].cpu().numpy()
-                if word is not None:
+        state = self._read([context])
+        words = self.encode(text)[1].tolist()
+        for place in range(len(words) + 1):
+            with torch.no_grad():  # not while others compute between two places
+                log_probs = next_word_log_probs(self.decoder.head, state)[0].cpu().numpy()
+                for word in words[place : place + 1]:
                     state = self.decoder.read(torch.tensor([[word]], device=self.device), state)
+            yield log_probs
 
     def score_ids(
         self,

@@ -10,6 +10,7 @@ exported, and measured in processes of its own, with one thread:
 
 * ``bytes``: of all files, and of the vocabulary and the word tables among them;
 * ``load``: seconds from the folder to a model that answers; ``import``: of numpy and onnxruntime;
+  all times are those of the processor, in one thread, so that other processes do not count;
 * ``memory``: MiB of the process at its peak beyond that after the imports;
 * ``score``: words a second; ``perplexity``: of the test's first ``--test-words`` words as one text;
 * ``suggest``: milliseconds from a further word of the test to the three most probable next ones,
@@ -270,35 +271,35 @@ def status(key: str) -> float:
 
 def measure(folder: Path, text: Path, test_words: int) -> None:
     """Measures an export and prints what it found as JSON."""
-    start = time.perf_counter()
+    start = time.process_time()
     import onnxruntime  # noqa: F401
 
-    imported = time.perf_counter()
+    imported = time.process_time()
     before = status("VmRSS")
     is_ours = (folder / "first.onnx").exists()
     model: Any = Ours(folder) if is_ours else LstmLm(folder)
     first = model.suggest("the")
-    loaded = time.perf_counter()
+    loaded = time.process_time()
     lines = some_lines(text, test_words)
     words = [word for line in lines for word in line.split()][:_ASKED]
     seconds = {}
     for kind in ("suggest", "complete"):
         ask, times = getattr(model, kind), []
         for word in words:
-            begun = time.perf_counter()
+            begun = time.process_time()
             ask(word)
-            times.append(time.perf_counter() - begun)
+            times.append(time.process_time() - begun)
         seconds[kind] = [round(1000 * float(np.percentile(times, p)), 3) for p in (50, 99)]
     asked = status("VmHWM")
     model = Ours(folder) if is_ours else LstmLm(folder)
-    begun = time.perf_counter()
+    begun = time.process_time()
     total, count = model.log_prob(lines)
     print(json.dumps({
         "import_seconds": round(imported - start, 3), "load_seconds": round(loaded - imported, 3),
         "memory_mib": round(asked - before, 1),
         "scoring_memory_mib": round(status("VmHWM") - before, 1),
         "suggest_ms": seconds["suggest"], "complete_ms": seconds["complete"],
-        "words_per_second": round(count / (time.perf_counter() - begun)),
+        "words_per_second": round(count / (time.process_time() - begun)),
         "test_words": count, "perplexity": round(float(np.exp(-total / count)), 3), "first": first,
     }))  # fmt: skip
 
