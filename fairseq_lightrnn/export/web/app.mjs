@@ -25,7 +25,7 @@ function suggest() {
       const name = document.createElement("span");
       name.textContent = word;
       const share = document.createElement("small");
-      share.textContent = percent.format(probability);
+      share.textContent = probability < 1e-4 ? "< 0.01%" : percent.format(probability);
       button.append(name, share);
       button.addEventListener("click", () => accept(word, typed));
       return button;
@@ -89,7 +89,8 @@ try {
   const bytes = Object.values(model.description.files).reduce((sum, one) => sum + one.bytes, 0);
   by("about").textContent =
     `${model.vocabulary.length.toLocaleString("en")} words in ` +
-    `${(bytes / 1e6).toFixed(2)} MB, ready after ${((performance.now() - begun) / 1000).toFixed(1)} s`;
+    `${(bytes / 1e6).toFixed(2)} MB, ready after ${((performance.now() - begun) / 1000).toFixed(1)} s. ` +
+    "Nothing that you type leaves this page.";
   by("text").addEventListener("input", suggest);
   by("word").addEventListener("input", look);
   by("text").disabled = false;

@@ -9,6 +9,7 @@ const BLOCK = 32; // as in runtime/vocabulary.py
 const END = 0x0a;
 const FIRST_ROUND = 4;
 const LAST_ROUND = 256;
+const SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]; // what nobody types
 
 async function fetched(name) {
   const response = await fetch(name);
@@ -489,7 +490,9 @@ export class Typing {
       this.words.push(token);
     }
     const range = typed ? this.model.vocabulary.withPrefix(typed) : null;
-    const found = await this.model.topWords(this.states[this.states.length - 1], count, range);
-    return { ...found, typed };
+    const state = this.states[this.states.length - 1];
+    const { words, opened } = await this.model.topWords(state, count + SPECIAL.length, range);
+    const typable = words.filter(({ word }) => !SPECIAL.includes(word));
+    return { words: typable.slice(0, count), opened, typed };
   }
 }
