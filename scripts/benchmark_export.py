@@ -2,8 +2,8 @@
 
     python scripts/benchmark_export.py FOLDER OUTPUT --seconds 200
 
-FOLDER holds text as for ``benchmark_language_model.py``. OUTPUT receives the trained models and
-their exports, which a second run keeps, ``results.json`` and ``results.md``.
+FOLDER holds text as for ``benchmark_language_model.py``. OUTPUT receives the trained models,
+their exports and what was measured, which a second run keeps, ``results.json`` and ``results.md``.
 
 Every system is trained for so many seconds of the processor, tables made before. Then it is
 exported, and measured in processes of its own, with one thread:
@@ -329,7 +329,10 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 def run(system: str, quantise: str, folder: Path, text: Path, args: argparse.Namespace) -> Any:
-    """Measures an export in a process of its own."""
+    """Measures an export in a process of its own, unless that is done."""
+    kept = args.out / f"{system}-{quantise}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
         f"from benchmark_export import measure; from pathlib import Path; "
@@ -344,7 +347,9 @@ def run(system: str, quantise: str, folder: Path, text: Path, args: argparse.Nam
     found = json.loads(done.stdout.splitlines()[-1])
     trained = args.out / f"{system}-{args.seeds[0]}" / "trained"
     updates = {"updates": int(trained.read_text())}
-    return {"system": system, "quantize": quantise, **updates, **sizes(folder), **found}
+    result = {"system": system, "quantize": quantise, **updates, **sizes(folder), **found}
+    kept.write_text(json.dumps(result) + "\n")
+    return result
 
 
 def table(results: list[dict[str, Any]]) -> str:
