@@ -80,7 +80,8 @@ def test_many_prompts_at_once(model: LanguageModel) -> None:
     options: dict[str, Any] = {"top_k": 1, "max_words": 4, "count": 2}
     texts = model.sample(prompts, **options)
     assert texts == [model.sample(prompt, **options) for prompt in prompts]
-    assert model.sample(prompts, seed=3) == model.sample(prompts, seed=3)
+    options = {"seed": 3, "max_words": 4}
+    assert model.sample(prompts, **options) == model.sample(prompts, **options)
 
 
 def run(folder: Path, *arguments: Any) -> None:
