@@ -63,6 +63,8 @@ def requirements(name: str) -> list[str]:
 INSTALL_REQUIRES = ["torch>=2.0", "numpy>=1.24", "scipy>=1.10", "numba>=0.59", "tqdm>=4.60"]
 # What fairseq 0.12.2 needs besides, on Pythons on which its own requirements no longer resolve.
 FAIRSEQ_REQUIRES = [one for one in requirements("requirements.txt") if one not in INSTALL_REQUIRES]
+# To write models for other devices; to run them there numpy and onnxruntime will do.
+EXPORT_REQUIRES = [one for one in requirements("requirements-dev.txt") if one.startswith("onnx")]
 
 readme = ROOT / "README.md"
 
@@ -77,20 +79,25 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["fairseq_lightrnn*", "fairseq_compat*"]),
+    package_data={"fairseq_lightrnn.export": ["web/*"]},
     # Neither fairseq, which has to be installed without its own requirements since they no longer
     # resolve, nor what fairseq needs: where it works, all of that is there.
     install_requires=INSTALL_REQUIRES,
     extras_require={
         "fairseq": FAIRSEQ_REQUIRES,
         "dev": requirements("requirements-dev.txt"),
+        "export": EXPORT_REQUIRES,
         "kenlm": ["kenlm"],
     },
     entry_points={
         "console_scripts": [
-            # name = fairseq_lightrnn.commands.module:function; lightrnn-table needs no fairseq
+            # name = fairseq_lightrnn.commands.module:function; -run and -table need no fairseq
+            "lightrnn-export = fairseq_lightrnn.commands.start:export",
+            "lightrnn-extend = fairseq_lightrnn.commands.start:extend",
             "lightrnn-flags = fairseq_lightrnn.commands.start:flags",
             "lightrnn-reallocate = fairseq_lightrnn.commands.start:reallocate",
             "lightrnn-rescore = fairseq_lightrnn.commands.start:rescore",
+            "lightrnn-run = fairseq_lightrnn.commands.exported:main",
             "lightrnn-score = fairseq_lightrnn.commands.start:score",
             "lightrnn-table = fairseq_lightrnn.commands.table:main",
         ],

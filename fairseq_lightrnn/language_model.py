@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from fairseq_lightrnn.checkpoint import (
     language_model_tables,
     load_state,
 )
-from fairseq_lightrnn.core.distribution import sample_words
+from fairseq_lightrnn.core.distribution import next_word_log_probs, sample_words
 from fairseq_lightrnn.core.scoring import DEFAULT_BATCH_WORDS, Scorer
 from fairseq_lightrnn.core.search import top_words
 from fairseq_lightrnn.errors import value_errors
@@ -42,6 +43,7 @@ from fairseq_lightrnn.models.lightrnn_transformer import (
     LightRNNTransformerDecoder,
     TransformerText,
 )
+from fairseq_lightrnn.sentence_score import SentenceScore
 from fairseq_lightrnn.tasks.lightrnn_language_modeling import LightRNNLanguageModelingTask
 
 __all__ = ["LanguageModel", "SentenceScore", "find_device"]
@@ -50,42 +52,9 @@ logger = logging.getLogger(__name__)
 
 # Words of a prompt that are read at once.
 _READ_AT_ONCE = 2048
+_PROMPTS_AT_ONCE = 64
 # Words whose vectors are looked up at once.
 _WORDS = 1 << 14
-
-
-@dataclass(frozen=True)
-class SentenceScore:
-    """The score of a sentence of n words, the end of sentence among them.
-
-    Attributes:
-        tokens: the words as they were written, n of them.
-        ids: their ids, shape (n,); that of ``<unk>`` for words that the model does not know.
-        component_log_probs: in nats, shape (n, k), of each coordinate given those before it.
-        entropy: of the distribution that each word was predicted from, in nats, or None.
-        rank: of each word in that distribution, from 1, or None.
-    """
-
-    tokens: list[str]
-    ids: np.ndarray
-    component_log_probs: np.ndarray
-    entropy: np.ndarray | None = None
-    rank: np.ndarray | None = None
-
-    @property
-    def log_probs(self) -> np.ndarray:
-        """The words' log-probabilities in nats, shape (n,)."""
-        return np.asarray(self.component_log_probs.sum(axis=1))
-
-    @property
-    def log_prob(self) -> float:
-        """The sentence's log-probability in nats."""
-        return float(self.component_log_probs.sum())
-
-    @property
-    def perplexity(self) -> float:
-        """The sentence's perplexity per word, its end counted as a word."""
-        return float(np.exp(-self.log_prob / len(self.tokens)))
 
 
 def find_device(name: str | torch.device) -> torch.device:
@@ -184,12 +153,19 @@ class LanguageModel:
         return tokens, np.array([self.dictionary.index(token) for token in tokens], dtype=np.int64)
 
     def score(
-        self, text: str | Sequence[str], *, carry_hidden_state: bool = False, details: bool = False
+        self,
+        text: str | Sequence[str],
+        *,
+        context: str | Sequence[str] | None = None,
+        carry_hidden_state: bool = False,
+        details: bool = False,
     ) -> Any:
         """Scores a sentence, or several.
 
         Args:
             text: words between spaces; the end of sentence is added.
+            context: what comes before the text, from the beginning of a sentence, and is not
+                scored; of several sentences one for each, or the same for all.
             carry_hidden_state: of several sentences, predict each from all before it.
             details: compute entropies and ranks too, which takes a pass over the vocabulary for
                 each word.
@@ -198,8 +174,11 @@ class LanguageModel:
             A :class:`SentenceScore`, or a list of them if a list was given.
         """
         sentences = [text] if isinstance(text, str) else text
+        contexts = repeat(context) if isinstance(context, str) else context
         scores = list(
-            self.score_lines(sentences, carry_hidden_state=carry_hidden_state, details=details)
+            self.score_lines(
+                sentences, contexts=contexts, carry_hidden_state=carry_hidden_state, details=details
+            )
         )
         return scores[0] if isinstance(text, str) else scores
 
@@ -207,6 +186,7 @@ class LanguageModel:
         self,
         lines: Iterable[str | None],
         *,
+        contexts: Iterable[str] | None = None,
         carry_hidden_state: bool = False,
         details: bool = False,
         batch_words: int = DEFAULT_BATCH_WORDS,
@@ -214,8 +194,19 @@ class LanguageModel:
         """Scores any number of sentences in bounded memory; see :meth:`score`.
 
         Sentences are batched. None among the lines asks for the scores of all before it, of a text
-        whose next line may be long in coming.
+        whose next line may be long in coming. There is a context for each other line, or none.
+
+        Raises:
+            ValueError: if there are fewer contexts than lines, or the state is to be carried too.
         """
+        if contexts is not None:
+            if carry_hidden_state:
+                raise ValueError(
+                    "context and carry_hidden_state exclude each other: a sentence that goes on "
+                    "from the one before has a context already"
+                )
+            yield from self._score_after(lines, iter(contexts), details, batch_words)
+            return
         eos = self.dictionary.eos()
 
         def sentences() -> Iterator[tuple[list[str], np.ndarray] | None]:
@@ -226,7 +217,53 @@ class LanguageModel:
                 tokens, ids = self.encode(line)
                 yield [*tokens, self.dictionary[eos]], np.append(ids, eos)
 
-        return self._score(sentences(), carry_hidden_state, details, batch_words)
+        yield from self._score(sentences(), carry_hidden_state, details, batch_words)
+
+    def _score_after(
+        self,
+        lines: Iterable[str | None],
+        contexts: Iterator[str],
+        details: bool,
+        batch_words: int,
+    ) -> Iterator[SentenceScore]:
+        """Scores sentences with their contexts before them, and leaves the contexts' scores out."""
+        known: deque[int] = deque()
+
+        def whole() -> Iterator[str | None]:
+            number = 0
+            for line in lines:
+                if line is None:
+                    yield None
+                    continue
+                number += 1
+                context = next(contexts, None)
+                if context is None:
+                    raise ValueError(f"sentence {number} has no context: there are too few")
+                known.append(len(self.encode(context)[0]))
+                yield f"{context} {line}"
+
+        options: dict[str, Any] = {"details": details, "batch_words": batch_words}
+        for score in self.score_lines(whole(), **options):
+            yield score.after(known.popleft())
+
+    def log_probs(self, text: str, *, context: str = "") -> Iterator[np.ndarray]:
+        """Yields the log-probabilities of all words at each place of a sentence.
+
+        Args:
+            text: words between spaces; the last place is that of the end of sentence.
+            context: what comes before it.
+
+        Yields:
+            Float32 of shape (V,), in nats, by the numbers of the dictionary.
+        """
+        state = self._read([context])
+        words = self.encode(text)[1].tolist()
+        for place in range(len(words) + 1):
+            with torch.no_grad():  # not while others compute between two places
+                log_probs = next_word_log_probs(self.decoder.head, state)[0].cpu().numpy()
+                for word in words[place : place + 1]:
+                    state = self.decoder.read(torch.tensor([[word]], device=self.device), state)
+            yield log_probs
 
     def score_ids(
         self,
@@ -265,29 +302,49 @@ class LanguageModel:
                 read = 0
 
     @torch.no_grad()
-    def _read(self, prefix: str) -> Any:
-        words = torch.from_numpy(np.append(self.start, self.encode(prefix)[1])).to(self.device)
+    def _read(self, prefixes: Sequence[str]) -> Any:
+        """Reads texts of as many words each."""
+        ids = [np.append(self.start, self.encode(prefix)[1]) for prefix in prefixes]
+        words = torch.from_numpy(np.stack(ids)).to(self.device)
         context = None
-        for part in words[None].split(_READ_AT_ONCE, dim=1):
+        for part in words.split(max(1, _READ_AT_ONCE // len(words)), dim=1):
             context = self.decoder.read(part, context)
         return context
 
+    def _groups(self, prefixes: Sequence[str]) -> Iterator[list[int]]:
+        """Yields which texts can be read together: those of as many words."""
+        groups = defaultdict(list)
+        for number, prefix in enumerate(prefixes):
+            groups[len(self.encode(prefix)[0])].append(number)
+        for group in groups.values():
+            for start in range(0, len(group), _PROMPTS_AT_ONCE):
+                yield group[start : start + _PROMPTS_AT_ONCE]
+
     @torch.no_grad()
-    def next_words(self, prefix: str = "", k: int = 10) -> list[tuple[str, float]]:
+    def next_words(self, prefix: str | Sequence[str] = "", k: int = 10) -> Any:
         """Returns the k most probable next words with their probabilities, exactly.
 
         Args:
-            prefix: what comes before, from the beginning of a sentence.
+            prefix: what comes before, from the beginning of a sentence; or several of these.
             k: how many words.
+
+        Returns:
+            Pairs of a word and its probability; a list of such lists if several were given.
         """
-        found = top_words(self.decoder.head, self._read(prefix), k)
-        words, probabilities = found.words[0].tolist(), found.log_probs[0].exp().tolist()
-        return [(self.dictionary[word], p) for word, p in zip(words, probabilities, strict=True)]
+        prefixes = [prefix] if isinstance(prefix, str) else prefix
+        results: list[list[tuple[str, float]]] = [[] for _ in prefixes]
+        for group in self._groups(prefixes):
+            found = top_words(self.decoder.head, self._read([prefixes[n] for n in group]), k)
+            probabilities = found.log_probs.exp().tolist()
+            for number, words, ps in zip(group, found.words.tolist(), probabilities, strict=True):
+                pairs = zip(words, ps, strict=True)
+                results[number] = [(self.dictionary[word], p) for word, p in pairs]
+        return results[0] if isinstance(prefix, str) else results
 
     @torch.no_grad()
     def sample(
         self,
-        prefix: str = "",
+        prefix: str | Sequence[str] = "",
         *,
         max_words: int = 50,
         count: int = 1,
@@ -295,36 +352,48 @@ class LanguageModel:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
-    ) -> list[str]:
-        """Continues a text at random.
+    ) -> list[Any]:
+        """Continues a text at random, or several.
 
         Args:
-            prefix: the text to continue, from the beginning of a sentence.
+            prefix: the text to continue, from the beginning of a sentence; or several.
             max_words: stop after so many words where the model does not end the sentence.
-            count: how many texts.
+            count: how many texts are made of each.
             temperature: of the words' probabilities.
             top_k: draw from this many most probable words only.
             top_p: draw from the fewest most probable words with this much probability.
             seed: of the random numbers; None continues torch's own.
 
         Returns:
-            The texts, prefix included, without the end of sentence.
+            The texts, prefix included, without the end of sentence; a list of such lists if several
+            were given.
         """
         if count < 1:
             raise ValueError(f"count {count}: at least 1 text must be asked for")
         generator = None
         if seed is not None:
             generator = torch.Generator(self.device).manual_seed(seed)
-        texts: list[list[str]] = [self.encode(prefix)[0] for _ in range(count)]
-        going = list(range(count))
-        context = self._read(prefix).select(
-            torch.zeros(count, dtype=torch.long, device=self.device)
-        )
+        options = {
+            "temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator,
+        }  # fmt: skip
+        prefixes = [prefix] if isinstance(prefix, str) else prefix
+        results: list[list[str]] = [[] for _ in prefixes]
+        for group in self._groups(prefixes):
+            texts = self._continue([prefixes[n] for n in group], count, max_words, options)
+            for place, number in enumerate(group):
+                results[number] = texts[place * count : (place + 1) * count]
+        return results[0] if isinstance(prefix, str) else results
+
+    def _continue(
+        self, prefixes: Sequence[str], count: int, max_words: int, options: dict[str, Any]
+    ) -> list[str]:
+        """Continues each of some texts of as many words a few times: those of a text together."""
+        texts = [self.encode(prefix)[0] for prefix in prefixes for _ in range(count)]
+        going = list(range(len(texts)))
+        index = torch.arange(len(prefixes), device=self.device).repeat_interleave(count)
+        context = self._read(prefixes).select(index)
         for _ in range(max_words):
-            words = sample_words(
-                self.decoder.head, context, temperature=temperature, top_k=top_k, top_p=top_p,
-                generator=generator,
-            )  # fmt: skip
+            words = sample_words(self.decoder.head, context, **options)
             left = words.ne(self.dictionary.eos()).nonzero().squeeze(1)
             going = [going[index] for index in left.tolist()]
             if not going:

@@ -25,6 +25,7 @@ __all__ = [
     "add_training_flags",
     "binarise",
     "describe",
+    "find_text",
     "schedule_flags",
     "test",
     "training_flags",

@@ -18,6 +18,7 @@ CORE = sorted(f"{PACKAGE}.core.{path.stem}" for path in (ROOT / "core").glob("[!
 BESIDE = {"errors", "files", "signature", "version", "workers"}
 BELOW = {
     "core": {"files"},
+    "runtime": {"files"},
     "allocation": {"core", "workers"},
     "data": {"core", *BESIDE},
     "optim": {"core", *BESIDE},
@@ -66,6 +67,12 @@ def test_the_core_needs_neither_fairseq_nor_solvers() -> None:
     found = {module.split(".")[0] for module in imported(code)}
     assert {"torch", "numpy"} <= found
     assert not found & {"fairseq", "fairseq_cli", "numba", "scipy", "omegaconf", "hydra"}
+
+
+def test_the_runner_needs_numpy_and_onnxruntime_alone() -> None:
+    found = {m.split(".")[0] for m in imported(f"import {PACKAGE}.commands.exported")}
+    assert "numpy" in found
+    assert not found & {"torch", "fairseq", "numba", "scipy", "onnx", "omegaconf", "tqdm"}
 
 
 def test_registering_the_plugin_imports_no_solver() -> None:

@@ -12,7 +12,8 @@ import logging
 import math
 import struct
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat, tee
 from typing import IO, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from fairseq.data import data_utils
 from tqdm import tqdm
 
 from fairseq_lightrnn.commands.run import command
-from fairseq_lightrnn.commands.text import add_scoring_flags, read_chunks
+from fairseq_lightrnn.commands.text import add_scoring_flags, read_chunks, read_texts
 from fairseq_lightrnn.core.scoring import CorpusScore
 from fairseq_lightrnn.criterions.two_component_cross_entropy import component_names
 from fairseq_lightrnn.files import STANDARD, whole_file
@@ -78,6 +79,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--entropy", action="store_true", help="with --level word: also the entropy of the "
         "distribution each word is predicted from, and the word's rank in it; takes a pass over "
         "the vocabulary for each word")  # fmt: skip
+    add("--context", metavar="FILE", help="score each sentence given the line of this file with "
+        "its number, which comes before it and is not scored")  # fmt: skip
+    add("--full", action="store_true", help="with --level word: also the log-probabilities of all "
+        "words at each place, V numbers a line")  # fmt: skip
     add_scoring_flags(parser)
     return parser.parse_intermixed_args(arguments)
 
@@ -88,13 +93,19 @@ def main(args: argparse.Namespace) -> None:
     _check(args)
     model = LanguageModel.from_pretrained(args.checkpoint, args.data, args.device)
     _settle_state(model, args)
+    contexts, again = tee(read_texts([args.context]) if args.context else repeat(""))
     scores = tqdm(
-        _scores(model, args), unit=" sentences", disable=args.no_progress_bar or None, leave=False
+        _scores(model, args, contexts if args.context else None),
+        unit=" sentences",
+        disable=args.no_progress_bar or None,
+        leave=False,
     )
     total = CorpusScore(model.dictionary.unk(), model.dictionary.eos(), not args.no_eos)
     with whole_file(args.output) as file:
         names = component_names(model.table.num_components)
-        writer = _Writer(args, names, total, file)
+        writer = _Writer(args, names, total, file, model.dictionary.symbols)
+        if args.full:
+            writer.write_all(model, again)
         for number, score in enumerate(scores, start=1):
             total.add(score.ids, score.component_log_probs)
             writer.sentence(number, score)
@@ -112,6 +123,18 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--split {args.split} needs --data, the folder of the binarised data")
     if args.entropy and args.level != "word":
         raise ValueError(f"--entropy needs --level word, not --level {args.level}")
+    if args.full and args.level != "word":
+        raise ValueError(f"--full needs --level word, not --level {args.level}")
+    if args.split is not None and (args.context is not None or args.full):
+        flag = "--full" if args.context is None else "--context"
+        raise ValueError(f"{flag} is for text, not for --split {args.split}")
+    if args.context is not None and args.carry_hidden_state:
+        raise ValueError(
+            "--context and --carry-hidden-state: give one of them; a sentence that goes on from "
+            "the one before has a context already"
+        )
+    if args.full and args.carry_hidden_state:
+        raise ValueError("--full needs --no-carry-hidden-state: each sentence starts afresh")
     if args.batch_words < 1:
         raise ValueError(f"--batch-words {args.batch_words}: must be at least 1")
 
@@ -125,6 +148,8 @@ def _settle_state(model: LanguageModel, args: argparse.Namespace) -> None:
                 "leave the flag out"
             )
         args.carry_hidden_state = False
+    elif args.context is not None or args.full:
+        args.carry_hidden_state = False
     elif args.carry_hidden_state is None:
         args.carry_hidden_state = model.carried_hidden_state
         what = (
@@ -135,14 +160,16 @@ def _settle_state(model: LanguageModel, args: argparse.Namespace) -> None:
         print(f"as in training, {what}", file=sys.stderr)
 
 
-def _scores(model: LanguageModel, args: argparse.Namespace) -> Iterator[SentenceScore]:
+def _scores(
+    model: LanguageModel, args: argparse.Namespace, contexts: Iterator[str] | None
+) -> Iterator[SentenceScore]:
     options: dict[str, Any] = {
         "carry_hidden_state": args.carry_hidden_state,
         "details": args.entropy,
         "batch_words": args.batch_words,
     }
     if args.split is None:
-        return model.score_lines(_lines(args), **options)
+        return _named(args, model.score_lines(_lines(args), contexts=contexts, **options))
     return model.score_ids(_binarised(args.data, args.split, model), **options)
 
 
@@ -152,6 +179,14 @@ def _lines(args: argparse.Namespace) -> Iterator[str | None]:
         yield from chunk
         if args.level != "corpus":
             yield None
+
+
+def _named(args: argparse.Namespace, scores: Iterator[SentenceScore]) -> Iterator[SentenceScore]:
+    """Names the flag of contexts that are too few."""
+    try:
+        yield from scores
+    except ValueError as error:
+        raise ValueError(f"--context {args.context}: {error}" if args.context else error) from error
 
 
 def _binarised(data: str, split: str, model: LanguageModel) -> Iterable[np.ndarray]:
@@ -173,7 +208,12 @@ class _Writer:
     """Writes a line for each sentence or word."""
 
     def __init__(
-        self, args: argparse.Namespace, names: list[str], total: CorpusScore, file: IO[str]
+        self,
+        args: argparse.Namespace,
+        names: list[str],
+        total: CorpusScore,
+        file: IO[str],
+        symbols: list[str],
     ) -> None:
         self.level, self.format, self.file = args.level, args.format, file
         self.live = args.split is None
@@ -181,29 +221,40 @@ class _Writer:
         self.unit = math.log(BASES[args.base])
         self.columns = [f"{name}_logprob" for name in names]
         self.details = ["entropy", "rank"] if args.entropy else []
+        self.all: Callable[[SentenceScore], Iterator[np.ndarray]] | None = None
+        self.words = symbols if args.full else []
         if self.format == "tsv" and self.level == "sentence":
             self._line("sentence_id", "words", "unknown", "logprob", *self.columns, "perplexity")
         if self.format == "tsv" and self.level == "word":
             self._line(
                 "sentence_id", "token_id", "token", "logprob", "surprisal", *self.columns,
-                *self.details, "unknown",
+                *self.details, "unknown", *self.words,
             )  # fmt: skip
+
+    def write_all(self, model: LanguageModel, contexts: Iterator[str]) -> None:
+        """Has the log-probabilities of all words written too."""
+
+        def at_each_place(score: SentenceScore) -> Iterator[np.ndarray]:
+            return model.log_probs(" ".join(score.tokens[:-1]), context=next(contexts))
+
+        self.all = at_each_place
 
     def sentence(self, number: int, score: SentenceScore) -> None:
         """Writes what was asked for of a sentence."""
         if self.level == "corpus":
             return
-        words = list(self._words(score)) if self.level == "word" else None
+        words = self._words(score) if self.level == "word" else None
         record = {"sentence_id": number, **self._sentence(score)}
         if self.format == "json":
             if words is not None:
-                record["tokens"] = words
+                record["tokens"] = list(words)
             print(_json(record), file=self.file)
         elif words is None:
             self._line(*record.values())
         else:
             for word in words:
-                self._line(number, *word.values())
+                every = word.pop("all_logprobs", ())
+                self._line(number, *word.values(), *every)
         if self.live:
             self.file.flush()
 
@@ -220,6 +271,7 @@ class _Writer:
         }
 
     def _words(self, score: SentenceScore) -> Iterator[dict[str, Any]]:
+        every = None if self.all is None else self.all(score)
         for index, (token, word) in enumerate(zip(score.tokens, score.ids.tolist(), strict=True)):
             if word == self.total.eos and not self.total.count_eos:
                 continue
@@ -232,6 +284,8 @@ class _Writer:
                 record["entropy"] = float(score.entropy[index]) / self.unit
                 record["rank"] = int(score.rank[index])
             record["unknown"] = word == self.total.unk
+            if every is not None:
+                record["all_logprobs"] = (next(every) / self.unit).tolist()
             yield record
 
     def _line(self, *values: Any) -> None:

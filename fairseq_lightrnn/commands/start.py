@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from fairseq_lightrnn.errors import UsageError
 
-__all__ = ["flags", "reallocate", "rescore", "score"]
+__all__ = ["export", "extend", "flags", "reallocate", "rescore", "score"]
 
 
 def _starter(name: str) -> Callable[[], int]:
@@ -24,6 +24,8 @@ def _starter(name: str) -> Callable[[], int]:
     return start
 
 
+export = _starter("export")
+extend = _starter("extend")
 flags = _starter("flags")
 reallocate = _starter("reallocate")
 rescore = _starter("rescore")

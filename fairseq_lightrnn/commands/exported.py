@@ -1,0 +1,175 @@
+"""``lightrnn-run``: asks an exported language model, with numpy and onnxruntime alone."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fairseq_lightrnn.commands.run import command
+from fairseq_lightrnn.files import STANDARD, text_chunks
+from fairseq_lightrnn.runtime.model import ExportedModel
+from fairseq_lightrnn.signature import signature
+
+__all__ = ["main"]
+
+_ACTIONS = ("score", "next", "complete", "sample")
+_ONLY = {
+    "level": "score", "carry_hidden_state": "score", "temperature": "sample", "top_k": "sample",
+    "top_p": "sample", "max_words": "sample", "seed": "sample",
+}  # fmt: skip
+_NO_SPACE = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="lightrnn-run",
+        description="Ask a language model that lightrnn-export wrote; needs numpy and onnxruntime, "
+        "neither fairseq nor torch.",
+    )
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="that lightrnn-export wrote")
+    add("action", choices=_ACTIONS, help="score text; the most probable next words of each line; "
+        "the most probable completions of the last, half-typed word of each line; or continue each "
+        "line at random")  # fmt: skip
+    add("text", nargs="*", help="text files, plain or .gz; - is the standard input (default), of "
+        "which each line is answered as soon as it comes")  # fmt: skip
+    add("--threads", type=int, default=1, metavar="N", help="of the processor (default: 1)")
+    add("-k", type=int, default=10, metavar="K", help="next, complete: how many words (default: "
+        "10)")  # fmt: skip
+    add("--level", choices=("corpus", "sentence", "word"), help="score: one summary (default), a "
+        "line a sentence, or a line a word; logarithms are natural ones")  # fmt: skip
+    add("--carry-hidden-state", action=argparse.BooleanOptionalAction, help="score: predict each "
+        "sentence from all before it, or start each afresh (default: as the model was trained)"
+        )  # fmt: skip
+    add("--max-words", type=int, metavar="N", help="sample: at most (default: 50)")
+    add("--temperature", type=float, metavar="T", help="sample: of the probabilities (default: 1)")
+    add("--top-k", type=int, metavar="K", help="sample: from this many most probable words")
+    add("--top-p", type=float, metavar="P", help="sample: from the fewest most probable words with "
+        "this much probability")  # fmt: skip
+    add("--seed", type=int, metavar="N", help="sample: of the random numbers")
+    return parser.parse_intermixed_args(arguments)
+
+
+@command("lightrnn-run", _parse)
+def main(args: argparse.Namespace) -> None:
+    """Does what the flags ask for."""
+    _check(args)
+    model = ExportedModel.load(args.folder, args.threads)
+    {"score": _score, "next": _suggest, "complete": _suggest, "sample": _sample}[args.action](
+        model, args
+    )
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, action in _ONLY.items():
+        if getattr(args, name) is not None and args.action != action:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is for {action}, not for {args.action}")
+    for name in ("threads", "k", "max_words"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            flag = "-k" if name == "k" else f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {value}: must be at least 1")
+    for path in args.text:
+        if path != STANDARD and not Path(path).exists():
+            raise ValueError(f"{path}: no such text file")
+
+
+def _chunks(args: argparse.Namespace) -> Iterator[list[str]]:
+    for path in args.text or [STANDARD]:
+        yield from text_chunks(path)
+
+
+def _score(model: ExportedModel, args: argparse.Namespace) -> None:
+    carried = args.carry_hidden_state
+    carried = model.carry_hidden_state if carried is None else carried
+    level = args.level or "corpus"
+
+    def lines() -> Iterator[str | None]:
+        for chunk in _chunks(args):
+            yield from chunk
+            if level != "corpus":
+                yield None
+
+    if level != "corpus":
+        columns = {
+            "sentence": ("sentence_id", "words", "unknown", "logprob", "perplexity"),
+            "word": ("sentence_id", "token_id", "token", "logprob", "unknown"),
+        }
+        _line(*columns[level])
+    sentences = words = unknown = 0
+    total = 0.0
+    for score in model.score_lines(lines(), carry_hidden_state=carried):
+        sentences += 1
+        strange = score.ids == model.unknown
+        words += len(score.ids)
+        unknown += int(strange.sum())
+        total += score.log_prob
+        if level == "sentence":
+            perplexity = score.perplexity
+            _line(sentences, len(score.ids), int(strange.sum()), score.log_prob, perplexity)
+        if level == "word":
+            values = zip(score.tokens, score.log_probs.tolist(), strange.tolist(), strict=True)
+            for number, (token, log_prob, missing) in enumerate(values, 1):
+                _line(sentences, number, token, log_prob, int(missing))
+    fields = {
+        **model.description["signature"],
+        "words": model.description["model"]["words"],
+        "quantize": model.description["quantize"],
+        "unk": "scored",
+        "state": "carried" if carried else "reset",
+    }
+    summary = {
+        "sentences": sentences, "words": words, "unknown": unknown, "logprob": total,
+        "perplexity": math.exp(-total / words) if words else "NA", "signature": signature(fields),
+    }  # fmt: skip
+    for key, value in summary.items():
+        _line(key, value, error=level != "corpus")
+
+
+def _suggest(model: ExportedModel, args: argparse.Namespace) -> None:
+    _line("text_id", "word", "probability")
+    number = 0
+    for chunk in _chunks(args):
+        if args.action == "complete":
+            found = [model.complete(line, args.k) for line in chunk]
+        else:
+            found = model.next_words(chunk, args.k)
+        for pairs in found:
+            number += 1
+            for word, probability in pairs:
+                _line(number, word, probability)
+        sys.stdout.flush()
+
+
+def _sample(model: ExportedModel, args: argparse.Namespace) -> None:
+    options = {
+        "temperature": 1.0 if args.temperature is None else args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+    }
+    seed = args.seed
+    for chunk in _chunks(args):
+        texts = [line.split() for line in chunk]
+        alone = len(chunk) == 1
+        if alone:
+            print(*texts[0], end="", flush=True)
+        for number, word in model.text(chunk).draws(args.max_words or 50, seed=seed, **options):
+            texts[number].append(word)
+            if alone:
+                print(" " * (len(texts[0]) > 1) + word, end="", flush=True)
+        print("" if alone else "\n".join(" ".join(text) for text in texts), flush=True)
+        seed = None if seed is None else seed + 1
+
+
+def _line(*values: object, error: bool = False) -> None:
+    texts = (f"{value:.6f}" if isinstance(value, float) else str(value) for value in values)
+    print("\t".join(text.translate(_NO_SPACE) for text in texts),
+          file=sys.stderr if error else sys.stdout)  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

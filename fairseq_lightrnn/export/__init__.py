@@ -1,0 +1,1 @@
+"""Writes trained language models as folders that run without fairseq."""

@@ -1,0 +1,327 @@
+"""The graphs of an exported model, put together: reads words, predicts the next one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+__all__ = ["Context", "Graphs", "Network", "OnnxGraphs", "Position", "Seating"]
+
+_IMPOSSIBLE = np.float32(-np.inf)
+
+
+class Graphs(Protocol):
+    """Runs graphs by their names."""
+
+    def has(self, name: str) -> bool:
+        """Tells whether there is such a graph."""
+
+    def run(self, name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns a graph's outputs by their names."""
+
+
+class OnnxGraphs:
+    """Graphs of ``.onnx`` files, run by onnxruntime.
+
+    Args:
+        files: their contents by name.
+        threads: of the processor.
+
+    Raises:
+        ValueError: if onnxruntime cannot run one of them.
+    """
+
+    suffix = ".onnx"
+
+    def __init__(self, files: Mapping[str, bytes], threads: int) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        self._sessions: dict[str, Any] = {}
+        self._outputs: dict[str, list[str]] = {}
+        for name, content in files.items():
+            if not name.endswith(self.suffix):
+                continue
+            try:
+                session = onnxruntime.InferenceSession(
+                    content, options, providers=["CPUExecutionProvider"]
+                )
+            except Exception as error:  # onnxruntime has a class of its own for each
+                reason = " ".join(str(error).split())
+                raise ValueError(
+                    f"{name}: onnxruntime {onnxruntime.__version__} cannot run it ({reason})"
+                ) from None
+            graph = name.removesuffix(self.suffix)
+            self._sessions[graph] = session
+            self._outputs[graph] = [output.name for output in session.get_outputs()]
+
+    def has(self, name: str) -> bool:
+        """See :meth:`Graphs.has`."""
+        return name in self._sessions
+
+    def run(self, name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See :meth:`Graphs.run`."""
+        values = self._sessions[name].run(None, dict(inputs))
+        return dict(zip(self._outputs[name], values, strict=True))
+
+
+class Seating:
+    """Where V words sit, for reading them and for predicting them.
+
+    Args:
+        shape: the k sizes of each table.
+        cells: of the words in the table that they are predicted by, integers of shape (V,).
+        input_cells: in the table that they are read by; by default the same.
+        further_cells: in further tables, integers of shape (M, V).
+
+    Attributes:
+        coordinates: of the words in the table that they are predicted by, int32 (V, k).
+        words: the word of each cell, int32 of shape (prefixes, R_k), -1 where there is none.
+        seats: where words' vectors of further tables are, int32 (V, M·k).
+        places: where the vectors are that words are read by, int32 (V, k).
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        cells: np.ndarray,
+        input_cells: np.ndarray | None = None,
+        further_cells: np.ndarray | None = None,
+    ) -> None:
+        self.shape = tuple(shape)
+        self.coordinates = self._coordinates(cells)
+        words = np.full(math.prod(self.shape), -1, dtype=np.int32)
+        words[cells] = np.arange(len(cells), dtype=np.int32)
+        self.words = words.reshape(-1, self.shape[-1])
+        starts = np.cumsum([0, *self.shape], dtype=np.int32)
+        read_by = self.coordinates if input_cells is None else self._coordinates(input_cells)
+        self.places = read_by + starts[:-1]
+        further = np.zeros((0, len(cells)), np.int32) if further_cells is None else further_cells
+        tables = [
+            self._coordinates(of_table) + starts[:-1] + number * starts[-1]
+            for number, of_table in enumerate(further)
+        ]
+        nothing = np.zeros((len(cells), 0), dtype=np.int32)
+        self.seats: np.ndarray = np.concatenate([nothing, *tables], axis=1)
+
+    def _coordinates(self, cells: np.ndarray) -> np.ndarray:
+        return np.stack(np.unravel_index(cells, self.shape), axis=1).astype(np.int32)
+
+    def number(self, prefix: np.ndarray) -> np.ndarray:
+        """Numbers prefixes (N, i) in row-major order: (N,)."""
+        number = np.zeros(len(prefix), dtype=np.int64)
+        for component in range(prefix.shape[1]):
+            number = number * self.shape[component] + prefix[:, component]
+        return number
+
+
+class Position(NamedTuple):
+    """Where N texts are after some words: all that the words so far have left behind.
+
+    Attributes:
+        output: of the network after the last word, (N, d).
+        hidden: state of the network, (N, layers, d).
+        cell: likewise.
+    """
+
+    output: np.ndarray
+    hidden: np.ndarray
+    cell: np.ndarray
+
+    def select(self, index: Any) -> Position:
+        """Picks, repeats or reorders the texts."""
+        return Position(*(part[index] for part in self))
+
+
+class Context(NamedTuple):
+    """What is known of the next component of N texts' next words.
+
+    Attributes:
+        log_probs: of its values, in nats, (N, R_i); -inf where one leads to no word.
+        carried: what components after it are predicted with, each (N, …).
+    """
+
+    log_probs: np.ndarray
+    carried: dict[str, np.ndarray]
+
+
+class Network:
+    """Reads words and predicts the next ones, component by component.
+
+    Args:
+        graphs: of :mod:`fairseq_lightrnn.export.graphs`.
+        seating: of the words.
+        composition: ``recurrent`` or ``gated``.
+        layers: of the recurrent network.
+        dim: d, its width.
+    """
+
+    def __init__(
+        self, graphs: Graphs, seating: Seating, composition: str, layers: int, dim: int
+    ) -> None:
+        self.graphs = graphs
+        self.seating = seating
+        self.recurrent = composition == "recurrent"
+        self.layers = layers
+        self.dim = dim
+        self.components = len(seating.shape)
+        self.steps = self.components if self.recurrent else 1
+        every = np.arange(len(seating.coordinates), dtype=np.int32)
+        self.bias = graphs.run("bias", {"words": every})["bias"] if graphs.has("bias") else None
+        # Behind all vectors that words are read by stands one of zeros.
+        further = seating.seats.shape[1] // self.components
+        self._nothing = sum(seating.shape) * (1 + further)
+        self._places = self._input_places()
+        # Where some values lead to no word: 0 or -inf, (prefixes, R_i).
+        self._added = [self._masks(component) for component in range(self.components)]
+
+    def _input_places(self) -> np.ndarray:
+        """Returns where to read the vectors of each step of each word: (V, steps, P)."""
+        seating = self.seating
+        own, others = seating.places, seating.seats + sum(seating.shape)
+        if not self.recurrent:
+            return np.concatenate([own, others], axis=1)[:, None]
+        shape = len(own), self.components, 1 + others.shape[1]
+        places: np.ndarray = np.full(shape, self._nothing, dtype=np.int32)
+        places[:, :, 0] = own
+        places[:, -1, 1:] = others
+        return places
+
+    def _masks(self, component: int) -> np.ndarray | None:
+        if component + 1 == self.components:
+            return None  # known by its words
+        prefixes = math.prod(self.seating.shape[:component])
+        words = self.seating.words.reshape(prefixes, self.seating.shape[component], -1)
+        return np.where((words >= 0).any(axis=2), np.float32(0), _IMPOSSIBLE)
+
+    def begin(self, texts: int) -> Position:
+        """Returns where texts are before any word, even before those that all texts begin with."""
+        state = np.zeros((texts, self.layers, self.dim), dtype=np.float32)
+        return Position(np.zeros((texts, self.dim), dtype=np.float32), state, state)
+
+    def read(self, position: Position, words: np.ndarray) -> tuple[Position, np.ndarray]:
+        """Reads words (N, T).
+
+        Returns:
+            The position after them; and the outputs of the network that predict each component of
+            each of them, (N, T, steps, d): those after the last word are in the position.
+        """
+        texts, length = words.shape
+        places = self._places[words]  # (N, T, steps, P)
+        inputs = {
+            "places": places.reshape(texts, length * self.steps, -1),
+            "hidden": position.hidden,
+            "cell": position.cell,
+        }
+        if self.graphs.has("numbers"):
+            numbers = self._numbers(words)
+            of_steps = np.zeros((texts, length, self.steps, numbers.shape[-1]), dtype=np.float32)
+            of_steps[:, :, -1] = numbers
+            inputs["numbers"] = of_steps.reshape(texts, length * self.steps, -1)
+        found = self.graphs.run("read", inputs)
+        outputs = found["outputs"]
+        after = Position(outputs[:, -1], found["next_hidden"], found["next_cell"])
+        before = np.concatenate([position.output[:, None], outputs[:, :-1]], axis=1)
+        return after, before.reshape(texts, length, self.steps, -1)
+
+    def _numbers(self, words: np.ndarray) -> np.ndarray:
+        flat = self.graphs.run("numbers", {"words": words.reshape(-1).astype(np.int32)})["numbers"]
+        return flat.reshape(*words.shape, -1)
+
+    def first(self, position: Position) -> Context:
+        """Predicts the first components of the next words."""
+        context = self._first(position.output)
+        if self.recurrent:
+            context.carried.update(hidden=position.hidden, cell=position.cell)
+        return context
+
+    def _first(self, outputs: np.ndarray) -> Context:
+        added = self._added_logits(0, np.zeros((len(outputs), 0), dtype=np.int32))
+        found = self.graphs.run("first", {"outputs": outputs, "added": added})
+        return Context(found.pop("log_probs"), found)
+
+    def extend(
+        self, carried: Mapping[str, np.ndarray], texts: np.ndarray, prefix: np.ndarray
+    ) -> Context:
+        """Predicts the component after prefixes.
+
+        Args:
+            carried: of a context that predicts the last component of the prefixes.
+            texts: which of its texts each prefix continues, integers of shape (N,).
+            prefix: integers of shape (N, i), i > 0.
+        """
+        component = prefix.shape[1]
+        chosen = {name: value[texts] for name, value in carried.items()}
+        if not self.recurrent:
+            hidden = chosen["projections"][:, component - 1]
+            return Context(self._later(component, hidden, prefix, chosen), chosen)
+        starts = np.cumsum([0, *self.seating.shape])
+        shape = len(prefix), 1, self._places.shape[-1]
+        places: np.ndarray = np.full(shape, self._nothing, dtype=np.int32)
+        places[:, 0, 0] = starts[component - 1] + prefix[:, -1]
+        inputs = {"places": places, "hidden": chosen["hidden"], "cell": chosen["cell"]}
+        if self.graphs.has("numbers"):
+            size = chosen["query"].shape[1]
+            inputs["numbers"] = np.zeros((len(prefix), 1, size), dtype=np.float32)
+        found = self.graphs.run("read", inputs)
+        chosen.update(hidden=found["next_hidden"], cell=found["next_cell"])
+        hidden = found["outputs"][:, 0]
+        return Context(self._later(component, hidden, prefix, chosen), chosen)
+
+    def _later(
+        self,
+        component: int,
+        hidden: np.ndarray,
+        prefix: np.ndarray,
+        carried: Mapping[str, np.ndarray],
+    ) -> np.ndarray:
+        inputs = {"hidden": hidden, "added": self._added_logits(component, prefix)}
+        if not self.recurrent:
+            inputs["prefix"] = prefix.astype(np.int32)
+        if component + 1 == self.components:
+            words = self.seating.words[self.seating.number(prefix)].clip(min=0)  # (N, C)
+            if "query" in carried:
+                inputs |= {"query": carried["query"], "numbers": self._numbers(words)}
+            if "scores" in carried:
+                inputs |= {"scores": carried["scores"], "seats": self.seating.seats[words]}
+        return self.graphs.run(f"expand{component}", inputs)["log_probs"]
+
+    def _added_logits(self, component: int, prefix: np.ndarray) -> np.ndarray:
+        """Returns what is added to the logits of a component after prefixes (N, i)."""
+        group = self.seating.number(prefix)
+        mask = self._added[component]
+        if mask is not None:
+            return mask[group]
+        words = self.seating.words[group]
+        bias = np.float32(0) if self.bias is None else self.bias[words]
+        return np.where(words >= 0, bias, _IMPOSSIBLE)
+
+    def score(self, outputs: np.ndarray, words: np.ndarray) -> np.ndarray:
+        """Scores words by the outputs that predict their components.
+
+        Args:
+            outputs: of :meth:`read`, (N, steps, d).
+            words: integers of shape (N,).
+
+        Returns:
+            Log-probabilities of each component given those before it, in nats, float64 (N, k).
+        """
+        coordinates = self.seating.coordinates[words]
+        every = np.arange(len(words))
+        context = self._first(outputs[:, 0])
+        scores = [context.log_probs[every, coordinates[:, 0]]]
+        for component in range(1, self.components):
+            if self.recurrent:
+                hidden = outputs[:, component]
+            else:
+                hidden = context.carried["projections"][:, component - 1]
+            prefix = coordinates[:, :component]
+            log_probs = self._later(component, hidden, prefix, context.carried)
+            scores.append(log_probs[every, coordinates[:, component]])
+        return np.stack(scores, axis=1).astype(np.float64)

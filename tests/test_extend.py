@@ -1,0 +1,222 @@
+"""``lightrnn-extend``: what new words get, and that old words lose no more than that."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fairseq_run import train
+
+from fairseq_lightrnn.commands import extend
+from fairseq_lightrnn.core.features import WordBias
+from fairseq_lightrnn.core.table import WordTable
+from fairseq_lightrnn.language_model import LanguageModel
+from fairseq_lightrnn.resizing import grown_shape
+
+KINDS: dict[str, dict[str, Any]] = {
+    "paper": {"arch": "lightrnn_lm"},
+    "own numbers": {"arch": "lightrnn_lm_gated", "word_dim": 3},
+    "further tables": {"arch": "lightrnn_lm_gated", "further_tables": "2"},
+    "three components": {"arch": "lightrnn_lm", "table_shape": "5x5x4"},
+    "input table": {"arch": "lightrnn_lm_gated", "table_shape": "10x6"},
+    "softmax": {"arch": "lightrnn_lm", "table_shape": "1d"},
+}  # fmt: skip
+NEW = ("5", "9", "13", "17")
+
+
+def lines_with_new_words(data: Path) -> list[str]:
+    """Sentences of the corpus in which some words have names that the model does not know.
+
+    Each ends with the first of these, so that little is predicted after one was read.
+    """
+    lines = []
+    for line in (data.parent / "valid.txt").read_text().splitlines() * 2:
+        words = [f"new{w[1:]}" if w[1:] in NEW else w for w in line.split()]
+        end = next((place for place, word in enumerate(words, 1) if "new" in word), len(words))
+        lines.append(" ".join(words[:end]))
+    assert sum("new" in line for line in lines) > 10
+    return lines
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def checkpoint(
+    request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    more = ["--keep-input-table"] if request.param == "input table" else []
+    train(data, folder, *more, max_epoch=4, **KINDS[request.param])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def extended(
+    checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[LanguageModel, LanguageModel, list[str]]:
+    """A model, the one with new words, and the text that these come from."""
+    folder = tmp_path_factory.mktemp("extended")
+    lines = lines_with_new_words(data)
+    (folder / "new.txt").write_text("\n".join(lines) + "\n")
+    extend.main([str(checkpoint), str(folder / "new.txt"), "-o", str(folder / "new")])
+    old, new = (LanguageModel.from_pretrained(one) for one in (checkpoint, folder / "new"))
+    return old, new, lines
+
+
+def probabilities(model: LanguageModel, prefix: str) -> dict[str, float]:
+    return dict(model.next_words(prefix, len(model.dictionary)))
+
+
+def by_prefix(model: LanguageModel) -> dict[tuple[int, ...], list[str]]:
+    """The words that share all coordinates but the last."""
+    groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for word, coordinates in enumerate(model.table.table().coordinates.tolist()):
+        groups[tuple(coordinates[:-1])].append(model.dictionary[word])
+    return groups
+
+
+def check_ratios(old: LanguageModel, new: LanguageModel, prefix: str) -> None:
+    """Rows keep their probabilities, and old words of a row their ratios to each other."""
+    before, after = probabilities(old, prefix), probabilities(new, prefix)
+    assert sum(after.values()) == pytest.approx(1, abs=1e-5)
+    for group, words in by_prefix(new).items():
+        known = [word for word in words if word in before]
+        if not known:
+            continue
+        ratios = np.array([after[word] / before[word] for word in known])
+        np.testing.assert_allclose(ratios, ratios[0], rtol=1e-3)
+        if group:
+            total = sum(before[w] for w in by_prefix(old)[group])
+            assert sum(after[word] for word in words) == pytest.approx(total, rel=1e-3)
+
+
+def test_new_words_get_cells_and_old_ones_keep_their_probabilities(extended: Any) -> None:
+    old, new, lines = extended
+    counts = Counter(word for line in lines for word in line.split() if "new" in word)
+    assert new.dictionary.symbols[: len(old.dictionary)] == old.dictionary.symbols
+    assert new.dictionary.symbols[len(old.dictionary) :] == [w for w, _ in counts.most_common()]
+    assert new.dictionary.count[-1] == min(counts.values())
+    for prefix in ("", "w1", "w1 w8 w3"):
+        check_ratios(old, new, prefix)
+
+
+def test_new_words_are_as_frequent_as_in_their_text(extended: Any) -> None:
+    _, new, lines = extended
+    if not any(isinstance(one, WordBias) for one in new.decoder.head.softmax.features):
+        pytest.skip("words of this model have no bias")
+    texts = [" ".join(line.split()[:end]) for line in lines for end in range(len(line.split()) + 1)]
+    mass = sum(
+        sum(p for word, p in pairs if word.startswith("new"))
+        for pairs in new.next_words(texts, len(new.dictionary))
+    )
+    # That several of a row share its probability, the choice of a bias knows of earlier ones only.
+    assert mass == pytest.approx(sum("new" in line for line in lines), rel=0.3)
+
+
+def test_new_words_sit_better_than_at_random(extended: Any) -> None:
+    _, new, lines = extended
+    table = new.table.table()
+
+    def loss() -> float:
+        scores = new.score(lines)
+        return -sum(
+            score.log_probs[: -1 if "new" in line else None].sum()
+            for line, score in zip(lines, scores, strict=True)
+        )
+
+    found, others = loss(), []
+    count = len({word for line in lines for word in line.split() if "new" in word})
+    for seed in range(10):
+        cells = table.cells.copy()
+        free = np.append(np.flatnonzero(table.words < 0), cells[-count:])
+        cells[-count:] = np.random.default_rng(seed).permutation(free)[:count]
+        new.table.seat(WordTable.from_cells(cells, table.shape))
+        others.append(loss())
+    new.table.seat(table)
+    assert found <= np.mean(others) + 1e-3
+
+
+def test_losses_are_those_of_the_new_model(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a word was seated no other empty cell would have made the text more probable."""
+    train(data, tmp_path / "trained", max_epoch=2, arch="lightrnn_lm_gated", table_shape="8x7",
+          word_dim=0)  # fmt: skip
+    line = "w1 w8 unheard w3"
+    one = tmp_path / "one.txt"
+    one.write_text(f"{line}\n" * 40)
+    monkeypatch.setattr("fairseq_lightrnn.new_words._POSITIONS", 10**6)
+    extend.main([str(tmp_path / "trained"), str(one), "-o", str(tmp_path / "new")])
+    new = LanguageModel.from_pretrained(tmp_path / "new")
+    table, word = new.table.table(), new.dictionary.index("unheard")
+    found = new.score(line).log_prob
+    best = -np.inf
+    for cell in np.flatnonzero(table.words < 0):
+        cells = table.cells.copy()
+        cells[word] = cell
+        new.table.seat(WordTable.from_cells(cells, table.shape))
+        # Reading the word changes what follows it; its own place is chosen by what precedes it.
+        best = max(best, new.score(line).log_probs[:3].sum())
+    new.table.seat(table)
+    assert new.score(line).log_probs[:3].sum() > best - 0.05
+    assert new.score(line).log_prob == pytest.approx(found)
+
+
+def test_words_are_dropped(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "drop.txt").write_text("w1\nw8\n")
+    extend.main([
+        str(checkpoint), "--drop", str(tmp_path / "drop.txt"), "-o", str(tmp_path / "new"),
+    ])  # fmt: skip
+    old, new = (
+        LanguageModel.from_pretrained(checkpoint),
+        LanguageModel.from_pretrained(tmp_path / "new"),
+    )
+    assert len(new.dictionary) == len(old.dictionary) - 2
+    assert "w1" not in new.dictionary.indices
+    after, before = probabilities(new, "w3"), probabilities(old, "w3")
+    assert sum(after.values()) == pytest.approx(1, abs=1e-5)
+    for words in by_prefix(new).values():
+        ratios = np.array([after[word] / before[word] for word in words])
+        np.testing.assert_allclose(ratios, ratios[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "nothing to do"),
+        (["known.txt"], "holds no word that the model does not know"),
+        (["--drop", "unknown.txt"], "'unheard' is not in the dictionary"),
+        (["--drop", "special.txt"], "'<unk>' cannot be dropped"),
+        (["unknown.txt", "--min-count", "0"], "--min-count 0: must be at least 1"),
+        (["no-such.txt"], "no-such.txt: no such text file"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(data, tmp_path / "trained", max_epoch=1)
+    for name, words in (("known", "w1"), ("unknown", "unheard"), ("special", "<unk>")):
+        (tmp_path / f"{name}.txt").write_text(words + "\n")
+    with pytest.raises(SystemExit, match=f"lightrnn-extend: .*{message}"):
+        extend.main(["trained", *arguments, "-o", "new"])
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_other_folder_is_written_into(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="exists already"):
+        extend.main(["nowhere", "text", "-o", str(tmp_path)])
+
+
+def test_tables_grow_by_columns() -> None:
+    assert grown_shape((3, 4), 12) == (3, 4)
+    assert grown_shape((3, 4), 13) == (3, 5)
+    assert grown_shape((2, 3, 4), 40) == (2, 3, 7)
+    assert grown_shape((5,), 9) == (9,)
