@@ -11,7 +11,7 @@ import pytest
 from fairseq_run import train
 
 from fairseq_lightrnn.commands import extend
-from fairseq_lightrnn.core.features import WordBias
+from fairseq_lightrnn.core.features import FurtherTables, WordBias
 from fairseq_lightrnn.core.table import WordTable
 from fairseq_lightrnn.language_model import LanguageModel
 from fairseq_lightrnn.resizing import grown_shape
@@ -117,6 +117,8 @@ def test_new_words_are_as_frequent_as_in_their_text(extended: Any) -> None:
 def test_new_words_sit_better_than_at_random(extended: Any) -> None:
     _, new, lines = extended
     table = new.table.table()
+    if any(isinstance(one, FurtherTables) for one in new.decoder.head.softmax.features):
+        pytest.skip("cells of further tables are chosen by a word's own score alone: no promise")
 
     def loss() -> float:
         scores = new.score(lines)
