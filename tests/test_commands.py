@@ -395,6 +395,6 @@ def test_a_missing_fairseq_is_named(name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_every_command_of_the_package_starts() -> None:
     text = (Path(__file__).parent.parent / "setup.py").read_text()
     found = re.findall(r'"(lightrnn-[a-z]+) = ([a-z_.]+):([a-z]+)"', text)
-    assert len(found) == 5
+    assert len(found) == 8
     for _, module, function in found:
         assert callable(getattr(importlib.import_module(module), function))

@@ -46,8 +46,9 @@ def trained(
     """A folder of three epochs with a reallocation after the first."""
     save_dir = tmp_path_factory.mktemp("trained")
     train_translation(
-        pairs, save_dir, arch=request.param, reallocate_epochs=1, save_interval_updates=4
-    )
+        pairs, save_dir, arch=request.param, reallocate_epochs=1, save_interval_updates=4,
+        initial_table="random",
+    )  # fmt: skip
     (save_dir / "arch.txt").write_text(request.param)
     return save_dir
 
