@@ -113,20 +113,19 @@ class Market:
         self.words = losses.words.cpu().numpy()
         n, count, columns = losses.losses.shape
         self.cells = np.empty((n, count * columns), np.int32)
-        self.costs = np.empty((n, count * columns), np.float32)  # less that of the present cell
+        self.costs = _presence(losses, neighbours).flatten(1).numpy()
         self._prices: np.ndarray | None = None
         taken = np.zeros(table.num_cells, bool)
         taken[table.cells[self.words]] = True
         mine = torch.from_numpy(taken)
         for some in torch.arange(n).split(_BLOCK):
             costs = _own_costs(losses, some, counts[self.words[some]])
+            costs += torch.from_numpy(self.costs[some]).view_as(costs)
             candidates = losses.candidates[some].cpu()
-            if neighbours is not None:
-                _add_neighbours(costs, losses.words[some].cpu(), candidates, neighbours)
             cells = candidates[:, :, None] * columns + torch.arange(columns)
             known = mine[cells.clamp(min=0)] & (candidates >= 0)[:, :, None]
             now = torch.from_numpy(table.coordinates[self.words[some], -1])[:, None]
-            costs = costs.flatten(1) - costs[:, 0].gather(1, now)
+            costs = costs.flatten(1) - costs[:, 0].gather(1, now)  # less the present one
             known = known.flatten(1) & torch.isfinite(costs)
             self.cells[some] = cells.flatten(1).int().masked_fill(~known, -1).numpy()
             self.costs[some] = costs.float().numpy()
@@ -170,13 +169,16 @@ def _own_costs(losses: CellLosses, some: Tensor, counts: np.ndarray) -> Tensor:
     return losses.losses[some].cpu().double() * scale[:, None, None]
 
 
-def _add_neighbours(
-    costs: Tensor, words: Tensor, candidates: Tensor, neighbours: Neighbours
-) -> None:
-    """Adds the third part to costs (n, K, R_k)."""
+def _presence(losses: CellLosses, neighbours: Neighbours | None) -> Tensor:
+    """Returns the third part of costs, (n, K, R_k) in float32 nats."""
+    costs = torch.zeros(losses.losses.shape)
+    if neighbours is None:
+        return costs
+    words, candidates = losses.words.cpu(), losses.candidates.cpu()
     order = candidates.flatten().argsort(stable=True)
     numbers, sizes = torch.unique_consecutive(candidates.flatten()[order], return_counts=True)
     flat = costs.flatten(0, 1)
     for number, index in zip(numbers.tolist(), order.split(sizes.tolist()), strict=True):
         if number >= 0:
-            flat[index] += neighbours.costs(number, words[index // candidates.size(1)])
+            flat[index] = neighbours.costs(number, words[index // candidates.size(1)]).float()
+    return costs
