@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from fairseq import checkpoint_utils, utils
 from fairseq.data import Dictionary
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from fairseq_lightrnn.core.table import WordTable
 from fairseq_lightrnn.errors import value_errors
+from fairseq_lightrnn.files import whole_file
 
 __all__ = [
     "build_model",
@@ -24,6 +27,7 @@ __all__ = [
     "find_dictionary",
     "language_model_tables",
     "load_state",
+    "save_state",
 ]
 
 logger = logging.getLogger(__name__)
@@ -53,6 +57,13 @@ def find_checkpoint(path: str | Path) -> Path:
     if path.is_dir():
         raise ValueError(f"{path}: this folder has none of {', '.join(_CHECKPOINT_NAMES)}")
     raise ValueError(f"{path}: no such checkpoint")
+
+
+def save_state(state: dict[str, Any], checkpoint: str | Path) -> None:
+    """Writes what fairseq saves of a training, whole or not at all."""
+    flags = OmegaConf.to_container(state["cfg"], resolve=True, enum_to_str=True)
+    with whole_file(checkpoint, binary=True) as file:
+        torch.save({**state, "cfg": flags}, file)
 
 
 def load_state(checkpoint: str | Path) -> dict[str, Any]:

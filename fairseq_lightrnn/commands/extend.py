@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from fairseq.data import Dictionary
-from omegaconf import OmegaConf, open_dict
+from omegaconf import open_dict
 
-from fairseq_lightrnn.checkpoint import find_checkpoint, load_state
+from fairseq_lightrnn.checkpoint import find_checkpoint, load_state, save_state
 from fairseq_lightrnn.commands.run import command
 from fairseq_lightrnn.commands.text import read_texts
 from fairseq_lightrnn.core.decoder import Decoder
 from fairseq_lightrnn.core.features import FurtherTables, WordBias
 from fairseq_lightrnn.core.seats import Seats
-from fairseq_lightrnn.files import whole_file
 from fairseq_lightrnn.language_model import LanguageModel
 from fairseq_lightrnn.new_words import Seated, count_new_words, seat_new_words
 from fairseq_lightrnn.resizing import grown_shape, resize
@@ -83,9 +82,7 @@ def main(args: argparse.Namespace) -> None:
     state["last_optimizer_state"] = None  # its moments belong to other words
     folder.mkdir(parents=True, exist_ok=True)
     dictionary.save(str(folder / "dict.txt"))
-    flags = OmegaConf.to_container(state["cfg"], resolve=True, enum_to_str=True)
-    with whole_file(folder / "checkpoint_best.pt", binary=True) as file:
-        torch.save({**state, "cfg": flags}, file)
+    save_state(state, folder / "checkpoint_best.pt")
     _report(model, LanguageModel.from_pretrained(folder), lines, len(words), old.shape, shape)
 
 

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 
 from fairseq_lightrnn import register  # noqa: F401
 from fairseq_lightrnn.allocation.gathering import Gathered, statistics_storage
-from fairseq_lightrnn.checkpoint import build_model, load_state
+from fairseq_lightrnn.checkpoint import build_model, load_state, save_state
 from fairseq_lightrnn.commands.run import command
 from fairseq_lightrnn.core.conditioning import Recurrent
 from fairseq_lightrnn.core.table import WordTable
@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
         else:
             model, report = _reshape(args, state, task, model, shape)
     state["model"] = model.state_dict()
-    _save(state, args.output)
+    save_state(state, args.output)
     logger.info(f"wrote {args.output}: {model.decoder.words.table.table()}")
     if args.report:
         with whole_file(args.report) as file:
@@ -341,13 +341,6 @@ def _exporter(args: argparse.Namespace, words: WordHead) -> Export | None:
         )
 
     return export
-
-
-def _save(state: dict[str, Any], path: str) -> None:
-    """Writes a checkpoint with what fairseq writes into it."""
-    flags = OmegaConf.to_container(state["cfg"], resolve=True, enum_to_str=True)
-    with whole_file(path, binary=True) as file:
-        torch.save({**state, "cfg": flags}, file)
 
 
 if __name__ == "__main__":
