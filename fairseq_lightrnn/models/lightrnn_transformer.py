@@ -194,11 +194,8 @@ class TransformerText:
         return outputs
 
 
-@register_model("lightrnn_transformer_lm", dataclass=TransformerLMConfig)
-class LightRNNTransformerLanguageModel(TableModel, FairseqLanguageModel):
-    """fairseq's transformer language model with a word table."""
-
-    own_numbers = 64
+class TransformerTableModel(TableModel):
+    """What fairseq sees of transformers with a word table."""
 
     @classmethod
     def width(cls, cfg: Any) -> int:
@@ -209,6 +206,13 @@ class LightRNNTransformerLanguageModel(TableModel, FairseqLanguageModel):
     def can_keep_input_table(cls, cfg: Any) -> bool:
         """See :meth:`TableModel.can_keep_input_table`."""
         return not transformer_config(cfg).share_decoder_input_output_embed
+
+
+@register_model("lightrnn_transformer_lm", dataclass=TransformerLMConfig)
+class LightRNNTransformerLanguageModel(TransformerTableModel, FairseqLanguageModel):
+    """fairseq's transformer language model with a word table."""
+
+    own_numbers = 64
 
     @classmethod
     def build_model(cls, cfg: TransformerLMConfig, task: Any) -> "LightRNNTransformerLanguageModel":
@@ -225,20 +229,12 @@ class LightRNNTransformerLanguageModel(TableModel, FairseqLanguageModel):
 
 
 @register_model("lightrnn_transformer", dataclass=TransformerMTConfig)
-class LightRNNTransformerModel(TranslationForward, TableModel, FairseqEncoderDecoderModel):
+class LightRNNTransformerModel(
+    TranslationForward, TransformerTableModel, FairseqEncoderDecoderModel
+):
     """fairseq's transformer with a word table on the target side."""
 
     own_numbers = 36
-
-    @classmethod
-    def width(cls, cfg: Any) -> int:
-        """Returns the width of the hidden states that predict words."""
-        return transformer_config(cfg).decoder.output_dim
-
-    @classmethod
-    def can_keep_input_table(cls, cfg: Any) -> bool:
-        """See :meth:`TableModel.can_keep_input_table`."""
-        return not transformer_config(cfg).share_decoder_input_output_embed
 
     @classmethod
     def build_model(cls, cfg: TransformerMTConfig, task: Any) -> "LightRNNTransformerModel":
