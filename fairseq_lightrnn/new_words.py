@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fairseq_lightrnn.core.conditioning import Context
-from fairseq_lightrnn.core.features import FurtherTables, WordBias
+from fairseq_lightrnn.core.features import FurtherTables, WordBias, find_feature
 from fairseq_lightrnn.core.head import ComponentHead
 from fairseq_lightrnn.core.search import component_log_probs
 from fairseq_lightrnn.language_model import LanguageModel
@@ -190,10 +190,12 @@ class _Search:
             widened(biases, (len(biases),), columns),
         )
         self.old_columns = len(vectors)
-        self.has_bias = any(isinstance(one, WordBias) for one in softmax.features)
-        self.further = next(
-            (one for one in softmax.features if isinstance(one, FurtherTables)), None
-        )
+        self.has_bias = find_feature(softmax.features, WordBias) is not None
+        self.further = find_feature(softmax.features, FurtherTables)
+        if self.further is not None:
+            self.further_place = list(softmax.features).index(self.further)
+            old = (*self.shape[:-1], self.old_columns)
+            self.further_vectors = widened(self.further.output_vectors, old, columns)
         # The new words of a row so far: their columns, biases, and cells in further tables.
         self.seated: dict[tuple[int, ...], list[tuple[int, float, Sequence[int]]]] = {}
         self._rows: dict[tuple[int, ...], _Row] = {}
@@ -222,10 +224,11 @@ class _Search:
             log_prob = log_prob + scores[:, value]
             context = self.head.extend(context, component, coordinates[:, component])
         logits = self.head.softmax.logits(len(prefix), context.output, coordinates, context.queries)
+        of_further = self._further_scores(context)
         others = [
             context.output @ self.vectors[column]
             + (self.column_bias[column] + bias)
-            + self._of_further(context, further)
+            + self._of_further(of_further, further)
             for column, bias, further in self.seated.get(prefix, ())
             if column != without
         ]
@@ -267,7 +270,7 @@ class _Search:
 
     def further_cell(self, context: Context, table: int, free: np.ndarray) -> int:
         """Returns the empty cell of a further table whose vectors say the most for a word."""
-        tables = len(cast(FurtherTables, self.further).tables)
+        tables = len(self.further.tables)
         scores = self._further_scores(context).sum(dim=0).split([*self.shape] * tables)
         start = table * len(self.shape)
         total = torch.zeros(())
@@ -278,32 +281,27 @@ class _Search:
 
     def _further_scores(self, context: Context) -> Tensor:
         """Returns the scores of all rows and columns of the grown further tables, (N, M·ΣR)."""
-        further = cast(FurtherTables, self.further)
-        columns = self.shape[-1] - self.old_columns
-        query = cast(Tensor, context.queries[self._place()])
-        old = (*self.shape[:-1], self.old_columns)
-        return F.linear(query, widened(further.output_vectors, old, columns))
-
-    def _place(self) -> int:
-        features = self.head.softmax.features
-        return next(i for i, one in enumerate(features) if isinstance(one, FurtherTables))
-
-    def _of_further(self, context: Context, cells: Sequence[int]) -> Tensor:
-        """Returns what a word's cells in further tables add to its logit: (N,)."""
-        total = torch.zeros(len(context.output))
         if self.further is None:
-            return total
-        parts = self._further_scores(context).split([*self.shape] * len(cells), dim=1)
-        for table, cell in enumerate(cells):
-            for component, value in enumerate(np.unravel_index(cell, self.shape)):
-                total = total + parts[table * len(self.shape) + component][:, int(value)]
+            return context.output[:, :0]
+        query = cast(Tensor, context.queries[self.further_place])
+        return F.linear(query, self.further_vectors)
+
+    def _of_further(self, scores: Tensor, cells: Sequence[int]) -> Tensor:
+        """Returns what a word's cells in further tables add to its logit: (N,)."""
+        total = torch.zeros(len(scores))
+        start = 0
+        for cell in cells:
+            for value, size in zip(np.unravel_index(cell, self.shape), self.shape, strict=True):
+                total = total + scores[:, start + int(value)]
+                start += size
         return total
 
     def cell(
         self, context: Context, count: int, free: np.ndarray, further: Sequence[int]
     ) -> tuple[int, float]:
         """Returns the empty cell of least loss for a word, and its bias there."""
-        ours, theirs = self._of_further(context, further), self._of_further(self.positions, further)
+        ours = self._of_further(self._further_scores(context), further)
+        theirs = self._of_further(self._further_scores(self.positions), further)
         best: tuple[float, tuple[int, ...], int, float] = (math.inf, (), 0, 0.0)
         weight = count / len(context.output)
         empty = free.reshape(-1, self.shape[-1])

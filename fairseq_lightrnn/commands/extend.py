@@ -19,7 +19,7 @@ from fairseq_lightrnn.checkpoint import find_checkpoint, load_state, save_state
 from fairseq_lightrnn.commands.run import command
 from fairseq_lightrnn.commands.text import read_texts
 from fairseq_lightrnn.core.decoder import Decoder
-from fairseq_lightrnn.core.features import FurtherTables, WordBias
+from fairseq_lightrnn.core.features import FurtherTables, WordBias, find_feature
 from fairseq_lightrnn.core.seats import Seats
 from fairseq_lightrnn.language_model import LanguageModel
 from fairseq_lightrnn.new_words import Seated, count_new_words, seat_new_words
@@ -119,7 +119,7 @@ def _resized(
 ) -> dict[str, torch.Tensor]:
     """Returns the parameters of the new model, its words seated."""
     decoder = model.decoder
-    further = next((f for f in decoder.reader.features if isinstance(f, FurtherTables)), None)
+    further = find_feature(decoder.reader.features, FurtherTables)
     tables: list[Seats] = [] if further is None else [*further.tables]  # type: ignore[list-item]
     taken = [_cells(table, kept, shape) for table in (decoder.head.table, *tables)]
     seated = seat_new_words(model, words, lines, shape, taken[0], taken[1:]) if words else Seated(

@@ -7,9 +7,9 @@ by, and to the logits of its last component. So probabilities sum to 1 as ever.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ __all__ = [
     "OwnNumbers",
     "WordBias",
     "WordFeature",
+    "find_feature",
     "look_up",
     "query_layer",
     "uniform_vectors",
@@ -119,6 +120,11 @@ class WordFeature(nn.Module):
     def score_words(self, query: Tensor | None, words: Tensor) -> Tensor:
         """Scores some words (W,) alike for all queries: (N, W), or (1, W) without a query."""
         raise NotImplementedError
+
+
+def find_feature(features: Iterable[WordFeature], kind: type[Any]) -> Any:
+    """Returns the feature of a kind that words have, or None."""
+    return next((feature for feature in features if isinstance(feature, kind)), None)
 
 
 class WordBias(WordFeature):

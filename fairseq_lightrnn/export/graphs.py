@@ -23,10 +23,10 @@ from torch import _VF, Tensor, nn
 
 from fairseq_lightrnn.core.conditioning import Gated
 from fairseq_lightrnn.core.decoder import Decoder
-from fairseq_lightrnn.core.features import FurtherTables, OwnNumbers, WordBias, WordFeature
+from fairseq_lightrnn.core.features import FurtherTables, OwnNumbers, WordBias, find_feature
 from fairseq_lightrnn.core.network import FeedForward
 
-__all__ = ["Graph", "decoder_graphs", "find_feature"]
+__all__ = ["Graph", "decoder_graphs"]
 
 
 class Graph(NamedTuple):
@@ -44,11 +44,6 @@ class Graph(NamedTuple):
     inputs: Mapping[str, Tensor]
     outputs: Sequence[str]
     free: Mapping[str, Mapping[int, str]]
-
-
-def find_feature(features: Sequence[WordFeature], kind: type[Any]) -> Any:
-    """Returns the feature of a kind that words have, or None."""
-    return next((feature for feature in features if isinstance(feature, kind)), None)
 
 
 def decoder_graphs(decoder: Decoder, order: Tensor, half: bool = False) -> dict[str, Graph]:

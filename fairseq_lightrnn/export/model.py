@@ -12,9 +12,9 @@ import torch
 
 from fairseq_lightrnn.core.conditioning import Recurrent
 from fairseq_lightrnn.core.decoder import Decoder
-from fairseq_lightrnn.core.features import FurtherTables
+from fairseq_lightrnn.core.features import FurtherTables, find_feature
 from fairseq_lightrnn.export.formats import check_format, graph_files
-from fairseq_lightrnn.export.graphs import decoder_graphs, find_feature
+from fairseq_lightrnn.export.graphs import decoder_graphs
 from fairseq_lightrnn.export.page import page_files
 from fairseq_lightrnn.language_model import LanguageModel
 from fairseq_lightrnn.runtime.folder import WORDS, pack, write_folder
