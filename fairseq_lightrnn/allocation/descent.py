@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fairseq_lightrnn.allocation.assignment import SolverOptions
 from fairseq_lightrnn.allocation.cell_costs import CellLosses, occurrence_shares
 from fairseq_lightrnn.allocation.gathering import Gathered, gather_cell_losses, measure_losses
 from fairseq_lightrnn.allocation.neighbours import Neighbours
@@ -35,7 +36,6 @@ _HALVINGS = 4
 # next to nothing and unsettle what was learnt of reading.
 _LEAST_SHARE = 0.25
 _FRACTIONS = 1024  # in which workers tell each other a gain in nats
-_MEMORY = 8 << 30
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,9 @@ def lower_loss(
     """
     clock = _Clock()
     old = head.table.table()
-    before = float(gathered.losses.sum())
+    before = after = float(gathered.losses.sum())
     with clock.timed("costs"):
-        market = _market(head, gathered, text, memory or _MEMORY)
+        market = _market(head, gathered, text, memory or SolverOptions.memory)
     step: Step | None = None
 
     def propose() -> Tensor:
@@ -111,7 +111,7 @@ def lower_loss(
         gain = torch.tensor([round(step.gain * _FRACTIONS)])
         return torch.cat([torch.from_numpy(np.array(step.table.cells)), gain])
 
-    for halving in range(_HALVINGS + 1):
+    for halving in range(_HALVINGS + 1):  # noqa: B007 (told afterwards)
         with clock.timed("solve"):
             found = numbers_of_first_worker(propose, (old.num_words + 1,), text.device)
         new = WordTable.from_cells(found[:-1].numpy(), old.shape)
@@ -123,11 +123,11 @@ def lower_loss(
             after = float(measure_losses(text.outputs(), len(old.shape), text.device).sum())
         logger.debug(f"{moved} words moved: loss {before:.6g} -> {after:.6g}")
         if before - after > _LEAST_SHARE * predicted:
-            gap = 0.0 if step is None else step.gap
-            return Descent(moved, before, after, predicted, gap, halving, clock.seconds)
+            break
         head.table.seat(old)
+        moved, after, predicted = 0, before, 0.0
     gap = 0.0 if step is None else step.gap
-    return Descent(0, before, before, 0.0, gap, halving, clock.seconds)
+    return Descent(moved, before, after, predicted, gap, halving, clock.seconds)
 
 
 def _market(head: ComponentHead, gathered: Gathered, text: Text, memory: int) -> Market | None:

@@ -100,12 +100,7 @@ def gather_statistics(
     )
     losses = torch.zeros(num_components, dtype=torch.float64, device=device)
 
-    def measured() -> Iterator[tuple[Tensor, Tensor]]:
-        for words, hidden, log_probs in outputs:
-            losses.sub_(log_probs.sum(0, dtype=torch.float64))
-            yield words, hidden
-
-    for words, hidden in _exchange(measured(), (num_components, dim), device):
+    for words, hidden in _exchange(_measured(outputs, losses), (num_components, dim), device):
         if kept != own:  # the first worker holds all words, but adds up its own
             mine = words < own[1]
             words, hidden = words[mine], hidden[mine]
@@ -114,6 +109,15 @@ def gather_statistics(
         torch.distributed.all_reduce(losses)
         _collect(statistics, device)
     return Gathered(statistics, losses)
+
+
+def _measured(
+    outputs: Iterable[tuple[Tensor, Tensor, Tensor]], losses: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Passes words and hidden outputs on, and adds their losses up."""
+    for words, hidden, log_probs in outputs:
+        losses.sub_(log_probs.sum(0, dtype=torch.float64))
+        yield words, hidden
 
 
 @torch.no_grad()
@@ -128,8 +132,8 @@ def measure_losses(
     calls losses.
     """
     losses = torch.zeros(num_components, dtype=torch.float64, device=device)
-    for _, _, log_probs in outputs:
-        losses.sub_(log_probs.sum(0, dtype=torch.float64))
+    for _ in _measured(outputs, losses):
+        pass
     if world_size() > 1:
         torch.distributed.all_reduce(losses)
     return losses
