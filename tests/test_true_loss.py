@@ -90,6 +90,29 @@ class Sample:
         return losses, neighbours, counts
 
 
+@pytest.mark.parametrize(("kind", "words", "shape"), KEPT)
+@pytest.mark.parametrize("memory", [math.inf, 2_000, 0])
+def test_a_remembered_text_is_the_same_and_read_once(kind, words, shape, memory):
+    sample = Sample(kind, words, shape, extras=True)
+    reads = []
+
+    def contexts():
+        reads.append(1)
+        return sample.contexts()
+
+    text = Text(sample.outputs, contexts, "cpu").remembered(sample.head, memory)
+    for _ in range(2):
+        for found, expected in zip(text.outputs(), sample.outputs(), strict=True):
+            torch.testing.assert_close(found, expected)
+    for found, expected in zip(text.contexts(), sample.contexts(), strict=True):
+        torch.testing.assert_close(found[2].output, expected[2].output)
+    assert len(reads) == (1 if memory == math.inf else 3)
+    other = np.random.default_rng(0).permutation(np.array(sample.head.table.table().cells))
+    sample.head.table.seat(WordTable.from_cells(other, shape))
+    for found, expected in zip(text.outputs(), sample.outputs(), strict=True):
+        torch.testing.assert_close(found, expected)  # of the table in force
+
+
 def swapped(table: WordTable, one: int, two: int) -> WordTable:
     cells = np.array(table.cells)
     cells[[one, two]] = cells[[two, one]]

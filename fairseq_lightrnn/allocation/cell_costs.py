@@ -132,6 +132,7 @@ class CellLosses:
         words, index = words[chosen], index[chosen]
         context = self.head.to_extend(context).select(chosen)
         first = component_log_probs(self.head, context, words.new_empty(len(words), 0))
+        context = context._replace(queries=self.head.softmax.project(context.queries))
         own = None
         for slot, prefixes in enumerate(self.candidates[index].unbind(1)):
             some = (prefixes >= 0).nonzero().squeeze(1)
@@ -157,7 +158,7 @@ class CellLosses:
 
         Args:
             words: (N,).
-            context: of the texts before them.
+            context: of the texts before them, with projected queries.
             prefixes: (N,); without ``own`` these are the present ones.
             first: log-probabilities of first components, (N, R_1).
             own: (N,) what features add to the words' logits.
@@ -171,7 +172,7 @@ class CellLosses:
         base = vector_logits(head, context.output, prefix)
         if not len(head.softmax.features):
             return _rounded(torch.log_softmax(base, dim=1).neg_(), of_prefix), None
-        featured = at_least_float32(head.softmax.feature_logits(context.queries, prefix))
+        featured = at_least_float32(head.softmax.projected_logits(context.queries, prefix))
         logits = base + featured
         norm = torch.logsumexp(logits, dim=1)  # log Z⁻
         if own is None:

@@ -52,6 +52,52 @@ class Text:
     contexts: Callable[[], Iterable[tuple[int, Tensor, Context]]]
     device: torch.device | str
 
+    def remembered(self, head: ComponentHead, memory: float) -> Text:
+        """Returns the same text, of which the network reads as little as possible twice.
+
+        Args:
+            head: predicts words, which are read by another table than the one that moves.
+            memory: bytes that contexts may take; a text of more is read again each time.
+        """
+        contexts = _Remembered(head, self.contexts, memory)
+        return Text(contexts.outputs, contexts.read, self.device)
+
+
+class _Remembered:
+    """Contexts that are kept once they have been read, unless they take too much memory."""
+
+    def __init__(
+        self,
+        head: ComponentHead,
+        contexts: Callable[[], Iterable[tuple[int, Tensor, Context]]],
+        memory: float,
+    ) -> None:
+        self.head = head
+        self._contexts = contexts
+        self._memory = memory
+        self._kept: list[tuple[int, Tensor, Context]] | None = None
+
+    def read(self) -> Iterator[tuple[int, Tensor, Context]]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept, left = [], self._memory
+        for number, words, context in self._contexts():
+            context = self.head.to_extend(context)
+            left -= context.num_bytes
+            if left >= 0:
+                kept.append((number, words, context))
+            else:
+                kept.clear()
+            yield number, words, context
+        if left >= 0:
+            self._kept = kept
+
+    def outputs(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for _, words, context in self.read():
+            hidden = self.head.hidden_of(context, words)
+            yield words, hidden, self.head.softmax(hidden, words)
+
 
 @dataclass
 class Descent:
@@ -79,7 +125,11 @@ class Descent:
 
 @torch.no_grad()
 def lower_loss(
-    head: ComponentHead, gathered: Gathered, text: Text, memory: int | None = None
+    head: ComponentHead,
+    gathered: Gathered,
+    text: Text,
+    memory: int = SolverOptions.memory,
+    seed: int = 0,
 ) -> Descent:
     """Moves words so that the loss over a text falls, or leaves them where they are.
 
@@ -91,7 +141,8 @@ def lower_loss(
         head: predicts words, in evaluation mode. Its table is changed.
         gathered: statistics and losses of the text with the table in force.
         text: is read once or a few times for the costs of cells, and once for each measurement.
-        memory: bytes that losses, samples and costs may take; 8 GiB by default.
+        memory: bytes that losses, samples and costs may take.
+        seed: of the cells that words may get by chance; each step should have another.
 
     Returns:
         What was done, alike on all workers but for the gap, which the first one knows.
@@ -100,7 +151,7 @@ def lower_loss(
     old = head.table.table()
     before = after = float(gathered.losses.sum())
     with clock.timed("costs"):
-        market = _market(head, gathered, text, memory or SolverOptions.memory)
+        market = _market(head, gathered, text, memory, seed)
     step: Step | None = None
 
     def propose() -> Tensor:
@@ -130,14 +181,16 @@ def lower_loss(
     return Descent(moved, before, after, predicted, gap, halving, clock.seconds)
 
 
-def _market(head: ComponentHead, gathered: Gathered, text: Text, memory: int) -> Market | None:
+def _market(
+    head: ComponentHead, gathered: Gathered, text: Text, memory: int, seed: int
+) -> Market | None:
     """Measures what cells cost words, and returns that on the first worker."""
     table, statistics = head.table, gathered.statistics
     prefixes = table.number(table.coordinates[:, :-1].long())
     count = min(CANDIDATES, len(prefixes.unique()))
 
     def choose() -> Tensor:
-        found = candidate_prefixes(statistics, head.softmax, count)
+        found = candidate_prefixes(statistics, head.softmax, count, seed)
         return torch.cat([statistics.counts.round().long().cpu()[:, None], found], dim=1)
 
     known = numbers_of_first_worker(choose, (table.num_words, count + 1), text.device)

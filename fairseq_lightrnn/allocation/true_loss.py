@@ -33,17 +33,22 @@ _WORTH_A_MOVE = 0.5
 
 @torch.no_grad()
 def candidate_prefixes(
-    statistics: AllocationStatistics, softmax: ComponentSoftmax, count: int = CANDIDATES
+    statistics: AllocationStatistics,
+    softmax: ComponentSoftmax,
+    count: int = CANDIDATES,
+    seed: int = 0,
 ) -> Tensor:
-    """Chooses the prefixes that words may get: the present one, and those that cost least.
+    """Chooses the prefixes that words may get.
 
-    Prefixes are ranked by the costs that arXiv 1610.09893 assigns by, which for two components
-    are the true ones of rows.
+    The present one, of the others half those that cost least by the costs that arXiv 1610.09893
+    assigns by, which for two components are the true ones of rows, and half by chance: it is in
+    its last component that a word may gain most, and repeated steps come to all.
 
     Args:
         statistics: of the text, with the words where they sit now.
         softmax: predicts words.
         count: K, at most.
+        seed: of chance.
 
     Returns:
         Numbers of prefixes, int32 of shape (V, K), the present one first; -1 for none. Words that
@@ -64,13 +69,17 @@ def candidate_prefixes(
     found[:, 0] = present.int()
     if count == 1:
         return found
+    best = (count - 1) // 2
+    generator = torch.Generator().manual_seed(seed)
     for some in torch.arange(table.num_words).split(_BLOCK):
         costs = sources[0].block(some.to(device))
         for source in sources[1:]:
             costs = (costs[:, :, None] + source.block(some.to(device))[:, None]).flatten(1)
-        costs = costs.masked_fill(~taken.to(device), math.inf)
-        costs.scatter_(1, present[some].to(device)[:, None], math.inf)
-        found[some, 1:] = costs.topk(count - 1, dim=1, largest=False).indices.int().cpu()
+        costs = costs.masked_fill(~taken.to(device), math.inf).cpu()
+        costs.scatter_(1, present[some].cpu()[:, None], math.inf)
+        order = torch.rand(costs.shape, generator=generator).masked_fill_(costs.isinf(), 1.0)
+        order.scatter_(1, costs.topk(best, dim=1, largest=False).indices, -1.0)
+        found[some, 1:] = order.topk(count - 1, dim=1, largest=False).indices.int()
     found[(statistics.counts == 0).cpu(), 1:] = -1
     return found
 

@@ -43,6 +43,12 @@ class Context(NamedTuple):
     source: Tensor | None = None
     history: Tensor | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """The memory that its tensors take."""
+        tensors = [*self[:1], *self.queries, *(self.state or ()), *self[3:]]
+        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+
     def select(self, index: Tensor) -> Context:
         """Picks, repeats or reorders the texts of the batch by an index of shape (N,)."""
 
@@ -323,7 +329,8 @@ class Gated(Conditioner):
 
     def _gate(self, projection: Tensor, prefix: Tensor) -> Tensor:
         """Returns what predicts the component after a prefix (…, i): (…, d)."""
-        gates = self.gates[prefix.size(-1) - 1](prefix).sum(dim=-2)
+        gates = self.gates[prefix.size(-1) - 1](prefix)
+        gates = gates.squeeze(-2) if prefix.size(-1) == 1 else gates.sum(dim=-2)
         gate, shift = gates.chunk(2, dim=-1)
         return cast(
             Tensor, self.dropout(torch.tanh(projection * (2 * torch.sigmoid(gate)) + shift))

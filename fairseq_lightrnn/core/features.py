@@ -100,11 +100,15 @@ class WordFeature(nn.Module):
         """
         return None
 
-    def score_rows(self, query: Tensor | None, rows: Tensor, members: Tensor) -> Tensor:
+    def project(self, query: Tensor | None) -> Tensor | None:
+        """Returns all of a query (N, e) that any row is scored with, so that it is done once."""
+        return query
+
+    def score_rows(self, projected: Tensor | None, rows: Tensor, members: Tensor) -> Tensor:
         """Scores the words of one row for each query.
 
         Args:
-            query: of shape (N, e), or None.
+            projected: what :meth:`project` returned.
             rows: the row of each, integers of shape (N,).
             members: the words of all rows, integers of shape (rows, C).
 
@@ -138,9 +142,11 @@ class WordBias(WordFeature):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(num_words))
 
-    def score_rows(self, query: Tensor | None, rows: Tensor, members: Tensor) -> Tensor:
+    def score_rows(self, projected: Tensor | None, rows: Tensor, members: Tensor) -> Tensor:
         """See :meth:`WordFeature.score_rows`."""
-        return self.bias[members[rows]]
+        if rows.numel() < len(members):
+            return self.bias[members[rows]]
+        return F.embedding(rows, self.bias[members])  # each row is put together once
 
     def score_all(self, query: Tensor | None) -> Tensor:
         """See :meth:`WordFeature.score_all`."""
@@ -175,9 +181,9 @@ class OwnNumbers(WordFeature):
             return None
         return self.projection(look_up(self.numbers, words, dropout))
 
-    def score_rows(self, query: Tensor | None, rows: Tensor, members: Tensor) -> Tensor:
+    def score_rows(self, projected: Tensor | None, rows: Tensor, members: Tensor) -> Tensor:
         """See :meth:`WordFeature.score_rows`."""
-        return grouped_product(cast(Tensor, query), rows, members, self.numbers)
+        return grouped_product(cast(Tensor, projected), rows, members, self.numbers)
 
     def score_all(self, query: Tensor | None) -> Tensor:
         """See :meth:`WordFeature.score_all`."""
@@ -234,6 +240,7 @@ class FurtherTables(WordFeature):
             else nn.Parameter(torch.zeros(sum(self._sizes), output_dim))
         )
         self.query = query_layer(output_dim, output_dim)
+        self._looked_up: tuple[list[tuple[Tensor, int]], list[Tensor]] | None = None
 
     def read(self, words: Tensor, dropout: float = 0.0) -> Tensor:
         """See :meth:`WordFeature.read`."""
@@ -243,16 +250,40 @@ class FurtherTables(WordFeature):
         # (..., M·k, input_dim) -> (..., input_dim)
         return look_up(self.input_vectors, index, dropout).sum(dim=-2)
 
-    def score_rows(self, query: Tensor | None, rows: Tensor, members: Tensor) -> Tensor:
+    def project(self, query: Tensor | None) -> Tensor:
+        """See :meth:`WordFeature.project`: returns the products with all vectors, (N, M·ΣR_i)."""
+        return F.linear(cast(Tensor, query), self.output_vectors)
+
+    def score_rows(self, projected: Tensor | None, rows: Tensor, members: Tensor) -> Tensor:
         """See :meth:`WordFeature.score_rows`."""
-        return self._sum_scores(query, members[rows])
+        places = (known[rows].long() for known in self._coordinates_of(members))
+        return self._sum_scores(cast(Tensor, projected), places)
 
     def score_all(self, query: Tensor | None) -> Tensor:
         """See :meth:`WordFeature.score_all`."""
         first = cast(Seats, self.tables[0])
-        return self._sum_scores(
-            query, torch.arange(first.num_words, device=first.coordinates.device)
-        )
+        words = torch.arange(first.num_words, device=first.coordinates.device)
+        return self._sum_scores(self.project(query), self._coordinates(words))
+
+    def _coordinates_of(self, members: Tensor) -> list[Tensor]:
+        """Returns what :meth:`_coordinates` yields of the words of all rows, int32 of (rows, C).
+
+        To look them up for every query takes longer than to score them, so they are kept until a
+        table changes: its tensor is then another one, or was written to.
+        """
+        sources = [members, *(cast(Seats, table).coordinates for table in self.tables)]
+        now = [(source, 0 if source.is_inference() else source._version) for source in sources]
+        if self._looked_up is not None:
+            before, places = self._looked_up
+            # Tensors that are kept cannot give their memory to others.
+            if all(
+                old.data_ptr() == new.data_ptr() and version == other and old.device == new.device
+                for (old, version), (new, other) in zip(before, now, strict=True)
+            ):
+                return places
+        places = [one.int() for one in self._coordinates(members)]
+        self._looked_up = now, places
+        return places
 
     def score_words(self, query: Tensor | None, words: Tensor) -> Tensor:
         """See :meth:`WordFeature.score_words`."""
@@ -267,20 +298,20 @@ class FurtherTables(WordFeature):
         for table in self.tables:
             yield from table(words).unbind(-1)
 
-    def _sum_scores(self, query: Tensor | None, words: Tensor) -> Tensor:
+    def _sum_scores(self, scores: Tensor, places: Iterable[Tensor]) -> Tensor:
         """Sums the scores of each word's rows and columns.
 
         Args:
-            query: of shape (N, d).
-            words: integers of shape (N, C), or of shape (C,) for the same in each of the N.
+            scores: of all vectors, (N, M·ΣR_i).
+            places: what :meth:`_coordinates` yields of words of shape (N, C), or (C,) for the same
+                in each of the N.
 
         Returns:
             Shape (N, C).
         """
-        scores = F.linear(cast(Tensor, query), self.output_vectors)
         # A gather's gradient is as large as what it gathers from: of each component its own scores.
         total: Tensor | None = None
-        parts = zip(scores.split(self._sizes, dim=1), self._coordinates(words), strict=True)
+        parts = zip(scores.split(self._sizes, dim=1), places, strict=True)
         for part, index in parts:
             one = part.gather(1, index) if index.dim() > 1 else part.index_select(1, index)
             total = one if total is None else total + one

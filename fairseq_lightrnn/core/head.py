@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from fairseq_lightrnn.core.conditioning import Conditioner, Context
@@ -48,6 +49,22 @@ class ComponentHead(nn.Module):
         """Returns what is known of the next word; see :meth:`Conditioner.start`."""
         context = self.conditioner.start(output, state, source)
         return context._replace(queries=self.softmax.ask(context.output))
+
+    def hidden_of(self, context: Context, upcoming: Tensor) -> Tensor:
+        """Conditions contexts on the words that are to be predicted from them.
+
+        Args:
+            context: of N texts, before any component is known.
+            upcoming: the words, integers of shape (N,).
+
+        Returns:
+            Hidden states that predict each of their components, shape (N, k, d).
+        """
+        hidden = [context.output]
+        for component, value in enumerate(self.table(upcoming)[:, :-1].unbind(1)):
+            context = self.extend(context, component, value)
+            hidden.append(context.output)
+        return torch.stack(hidden, dim=1)
 
     def extend(self, context: Context, component: int, value: Tensor) -> Context:
         """See :meth:`Conditioner.extend`."""

@@ -99,7 +99,8 @@ class PredictedTable(Seats):
 
     def __init__(self, num_words: int, shape: Sequence[int]) -> None:
         super().__init__(num_words, shape)
-        for name in ("cells", "words", *(f"_counts{i}" for i in range(len(shape)))):
+        derived = [f"{name}{i}" for i in range(len(shape)) for name in ("_counts", "_occupied")]
+        for name in ("cells", "words", *derived):
             self.register_buffer(name, torch.empty(0, dtype=torch.int64), persistent=False)
         self._derive(self.table())
 
@@ -112,6 +113,7 @@ class PredictedTable(Seats):
         # Integers, since a model in half precision would round shares of words.
         for component in range(table.num_components):
             put(f"_counts{component}", table.counts(component).astype(np.int32))
+            put(f"_occupied{component}", table.occupied(component))
         self._full = [bool(table.occupied(i).all()) for i in range(table.num_components)]
 
     def number(self, prefix: Tensor) -> Tensor:
@@ -133,7 +135,10 @@ class PredictedTable(Seats):
         Returns:
             Booleans of shape (N, R_i), or None where all are true.
         """
-        return None if self._full[component] else self._counts(component, prefix) > 0
+        if self._full[component]:
+            return None
+        occupied: Tensor = getattr(self, f"_occupied{component}")
+        return occupied[self.number(prefix)]
 
     def shares(self, component: int, prefix: Tensor) -> Tensor:
         """Tells how the words that share a prefix are spread over the values of a component.
@@ -145,9 +150,6 @@ class PredictedTable(Seats):
         Returns:
             The share of these words that each value leads to, float32 of shape (N, R_i).
         """
-        counts = self._counts(component, prefix).float()
+        known: Tensor = getattr(self, f"_counts{component}")
+        counts = known[self.number(prefix)].float()
         return counts / counts.sum(1, keepdim=True).clamp(min=1)
-
-    def _counts(self, component: int, prefix: Tensor) -> Tensor:
-        counts: Tensor = getattr(self, f"_counts{component}")
-        return counts[self.number(prefix)]

@@ -15,6 +15,8 @@ from fairseq.logging import progress_bar
 from fairseq.utils import resolve_max_positions
 from torch import Tensor, nn
 
+from fairseq_lightrnn.allocation.assignment import SolverOptions
+from fairseq_lightrnn.allocation.descent import Text, lower_loss
 from fairseq_lightrnn.allocation.gathering import (
     Gathered,
     gather_statistics,
@@ -73,13 +75,15 @@ class Reallocator:
             return None
         logger.info(f"{title}: gathering statistics")
         started = time.monotonic()
-        with self.gathered(model, folder) as (gathered, memory):
+        text, kept = self._text(model)
+        with self.gathered(model, folder, text) as (gathered, memory):
             if export is not None:
                 export(gathered)
             begun = time.monotonic()
             if self.args.reallocation_objective == "true-loss":
                 logger.info(f"{title}: what cells cost")
-                report = self._lower_loss(model, gathered)
+                left = memory.get("memory", self._memory) - kept
+                report = self._lower_loss(words, gathered, text, left)
             else:
                 logger.info(f"{title}: solving")
                 report = self._move_as_measured(words, gathered, memory)
@@ -109,13 +113,17 @@ class Reallocator:
         return report
 
     @contextmanager
-    def gathered(self, model: nn.Module, folder: str) -> Iterator[tuple[Gathered, dict[str, int]]]:
+    def gathered(
+        self, model: nn.Module, folder: str, text: Text | None = None
+    ) -> Iterator[tuple[Gathered, dict[str, int]]]:
         """Yields the statistics of the training split, and the memory left to a solver.
 
         Args:
-            model: predicts the text, in evaluation mode.
+            model: predicts the text, in evaluation mode meanwhile.
             folder: where statistics that do not fit into memory may go, while they are needed.
+            text: the split, as the model reads it.
         """
+        text = text or self._text(model)[0]
         words: WordHead = model.decoder.words  # type: ignore[assignment,union-attr]
         size = words.table.num_words, words.table.num_components, words.head.softmax.vectors.dim
         memory = self.args.reallocation_memory
@@ -125,28 +133,35 @@ class Reallocator:
             training = model.training
             model.eval()
             try:
-                outputs = (_outputs(model, sample) for _, sample in self.batches(model))
-                yield (
-                    gather_statistics(
-                        outputs, *size, words.table.coordinates.device, storage.arguments
-                    ),
-                    storage.solver_memory,
-                )
+                gathered = gather_statistics(text.outputs(), *size, text.device, storage.arguments)
+                yield gathered, storage.solver_memory
             finally:
                 model.train(training)
 
-    def _lower_loss(self, model: nn.Module, gathered: Gathered) -> dict[str, Any] | None:
-        """Takes a step that lowers the loss over the training split, and reports it."""
-        from fairseq_lightrnn.allocation.descent import Text, lower_loss
+    @property
+    def _memory(self) -> int:
+        """Bytes that a reallocation may take."""
+        memory = self.args.reallocation_memory
+        return SolverOptions.memory if memory is None else int(memory * (1 << 30))
 
+    def _text(self, model: nn.Module) -> tuple[Text, int]:
+        """Returns the training split, as the model reads it, and the bytes that it may take."""
         words: WordHead = model.decoder.words  # type: ignore[assignment,union-attr]
-        device, memory = words.table.coordinates.device, self.args.reallocation_memory
         text = Text(
             lambda: (_outputs(model, sample) for _, sample in self.batches(model)),
             lambda: (_contexts(model, *numbered) for numbered in self.batches(model)),
-            device,
+            words.table.coordinates.device,
         )
-        done = lower_loss(words.head, gathered, text, memory and int(memory * (1 << 30)))
+        if words.input_table is None:
+            return text, 0
+        share = self._memory // 4
+        return text.remembered(words.head, share), share
+
+    def _lower_loss(
+        self, words: WordHead, gathered: Gathered, text: Text, memory: int
+    ) -> dict[str, Any] | None:
+        """Takes a step that lowers the loss over the training split, and reports it."""
+        done = lower_loss(words.head, gathered, text, memory, int(words.round))
         if rank() > 0:
             return None
         tokens = gathered.tokens
@@ -166,7 +181,6 @@ class Reallocator:
 
     def _solve(self, words: WordHead, gathered: Gathered, memory: dict[str, int]) -> Reallocation:
         """Finds the words' new cells, as the flags ask for."""
-        from fairseq_lightrnn.allocation.assignment import SolverOptions
         from fairseq_lightrnn.allocation.paper import reallocate
 
         components = range(words.table.num_components)
