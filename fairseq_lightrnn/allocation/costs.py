@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ __all__ = [
     "CostSource",
     "DenseCosts",
     "LowRankCosts",
+    "Rows",
     "as_costs",
     "require_finite",
     "word_name",
@@ -74,6 +76,18 @@ class DenseCosts:
         return self.matrix.gather(1, places[:, None]).squeeze(1).to(torch.float64)
 
 
+class Rows(Protocol):
+    """A matrix of which rows can be had, such as a tensor, or one that is never stored whole."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __getitem__(self, rows: slice | Tensor, /) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class LowRankCosts:
     """Costs ``-(sums @ vectors.T + counts[:, None] * biases)``, never stored whole.
@@ -84,13 +98,14 @@ class LowRankCosts:
     that all coordinates share.
 
     Attributes:
-      sums: (n, d) summed hidden states; may be backed by a memory-mapped file.
+      sums: (n, d) summed hidden states; may be backed by a memory-mapped file or formed when asked
+        for.
       vectors: (m, d) output vectors of the places.
       counts: (n,) occurrences.
       biases: (m,) output biases of the places.
     """
 
-    sums: Tensor
+    sums: Rows
     vectors: Tensor
     counts: Tensor
     biases: Tensor
