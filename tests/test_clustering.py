@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from fairseq_lightrnn.allocation import clustering
-from fairseq_lightrnn.allocation.clustering import table_of_vectors, unexplained
+from fairseq_lightrnn.allocation.clustering import table_of_vectors
+from fairseq_lightrnn.allocation.sums import Sums, unexplained
 from fairseq_lightrnn.core.table import WordTable, balanced_cells
 
 
@@ -190,12 +191,12 @@ def test_a_further_table_of_what_is_left_explains_more():
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_costs_and_means_of_sums_are_those_of_their_words(monkeypatch, dense: bool):
+def test_costs_and_means_of_sums_are_those_of_their_words(dense: bool):
     """They are found without looking at words; against each word's own vector."""
     random = np.random.default_rng(3)
     vectors, weights = random.normal(size=(60, 3)), random.uniform(1, 3, 60)
     sizes = (4, 5, 3) if dense else (20, 30, 40)  # places that share more or less of their words
-    sums = clustering._Sums(vectors, weights)
+    sums = Sums(vectors, weights)
     for size in sizes:
         sums.add(random.integers(size, size=60), size)
     sums.fit()

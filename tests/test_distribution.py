@@ -231,6 +231,21 @@ def test_predictions_that_are_no_numbers(texts: list[int]) -> None:
         top_words(model.head, context, 5)
 
 
+@pytest.mark.parametrize("shape", [(10, 10), (100,)])
+@pytest.mark.parametrize("texts", [[0], [0, 1, 2]])
+def test_a_model_of_no_numbers_is_not_certain_of_every_word(
+    shape: tuple[int, ...], texts: list[int]
+) -> None:
+    """No word is more probable than one of probability NaN."""
+    model = build(Gated, 100, shape)
+    context = contexts(model, 3)
+    context.output[texts] = torch.nan
+    with pytest.raises(FloatingPointError, match="parameters are nan or infinite"):
+        next_word_entropy(model.head, context)
+    with pytest.raises(FloatingPointError, match="parameters are nan or infinite"):
+        next_word_entropy_and_rank(model.head, context, torch.tensor([4, 5, 6]))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -81,6 +82,38 @@ def test_scores_are_summed_for_each_word(further: FurtherTables) -> None:
     every = further.score_all(query)
     assert every.shape == (3, WORDS)
     torch.testing.assert_close(every.gather(1, words), found)
+
+
+def test_rows_are_scored_by_the_tables_in_force(further: FurtherTables) -> None:
+    """What is kept of tables must not outlive them."""
+    randomised(further)
+    table, row = table_in_force(), torch.tensor([0, 2, 1])
+    query = further.ask(torch.randn(3, DIM).double())
+    seen = []
+
+    def check() -> None:
+        expected = further.score_all(query).gather(1, table.members[row])
+        found = further.score_rows(query, row, table.members)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(further.score_rows(query, row, table.members), found)
+        assert all(not torch.allclose(found, before) for before in seen)
+        seen.append(found)
+
+    check()
+    further.tables[1].seat(seated(7))
+    check()
+    table.seat(seated(8))
+    check()
+    state = {name: value.clone() for name, value in further.state_dict().items()}
+    state["tables.0.coordinates"] = torch.from_numpy(seated(9).coordinates.astype(np.int32))
+    further.load_state_dict(state)
+    check()
+    with torch.inference_mode():
+        further.score_rows(query, row, table.members)
+    copied = copy.deepcopy(further)
+    copied.tables[0].seat(seated(10))
+    expected = copied.score_all(query).gather(1, table.members[row])
+    torch.testing.assert_close(copied.score_rows(query, row, table.members), expected)
 
 
 def features_of_every_kind() -> list[Any]:

@@ -19,13 +19,14 @@ from fairseq_run import (
 )
 from torch import Tensor
 
-from fairseq_lightrnn.allocation.clustering import table_of_vectors, unexplained
+from fairseq_lightrnn.allocation.clustering import table_of_vectors
 from fairseq_lightrnn.allocation.cooccurrence import CoOccurrence
 from fairseq_lightrnn.allocation.initial_table import (
     TableMaker,
     cooccurrence_vectors,
     initial_table,
 )
+from fairseq_lightrnn.allocation.sums import unexplained
 from fairseq_lightrnn.commands.reallocate import main as reallocate
 from fairseq_lightrnn.core.table import WordTable
 from fairseq_lightrnn.language_model import LanguageModel

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fairseq_lightrnn.core import grouped_product as grouped_product_module
 from fairseq_lightrnn.core.grouped_product import grouped_product
 
 
@@ -41,6 +42,22 @@ def test_values_and_gradients_are_those_of_one_by_one(groups, size, dim, seed):
         return
     for fast, slow in zip(run(grouped_product), run(one_by_one), strict=True):
         torch.testing.assert_close(fast, slow)
+
+
+@given(groups=st.lists(st.integers(0, 4), min_size=1, max_size=120))
+def test_blocks_to_spare_change_nothing(groups):
+    """As on a GPU, which is not asked how many blocks there are."""
+    groups = torch.tensor(groups)
+    sizes = torch.bincount(groups, minlength=5)
+    blocks = (sizes + 15) // 16
+    most = grouped_product_module._count(blocks.to("meta"), len(groups))
+    assert int(blocks.sum()) <= most
+    queries, vectors = torch.randn(len(groups), 3), torch.randn(7, 3)
+    members = torch.randint(7, (5, 4))
+    expected = grouped_product(queries, groups, members, vectors)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouped_product_module, "_count", lambda *arguments: most)
+        assert torch.equal(grouped_product(queries, groups, members, vectors), expected)
 
 
 @pytest.mark.parametrize("count", [15, 16, 17, 33])

@@ -198,7 +198,7 @@ def _first_prices(problem: Problem, options: SolverOptions, warm: np.ndarray | N
     """Solves a sample of a problem that memory does not hold."""
     # Too few words for each place would give prices that are worse than none.
     entries = max(_SAMPLE_ENTRIES, _SAMPLE_WORDS * len(problem.capacities) ** 2)
-    entries = min(entries, options.memory // 8)
+    entries = min(entries, options.memory // 16)  # in double precision, and selected from a matrix
     wanted = max(entries // len(problem.capacities), 8 * len(problem.capacities))
     step = max(1, len(problem.active) // wanted)
     sample = problem.active[::step]

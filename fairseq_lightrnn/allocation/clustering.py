@@ -13,15 +13,15 @@ from concurrent.futures import Executor
 
 import numpy as np
 import torch
-from scipy import sparse
 from torch import Tensor
 
 from fairseq_lightrnn.allocation.assignment import SolverOptions, assign, scaled_down
 from fairseq_lightrnn.allocation.costs import LowRankCosts
+from fairseq_lightrnn.allocation.sums import FITS, Rest, Sums, moments, squares, sums_of_tables
 from fairseq_lightrnn.allocation.threads import thread_pool
 from fairseq_lightrnn.core.table import WordTable, balanced_cells
 
-__all__ = ["table_of_vectors", "unexplained"]
+__all__ = ["table_of_vectors"]
 
 # k-means: rounds at most, and the share of the cost that another one must save.
 _ROUNDS = 16
@@ -39,9 +39,6 @@ _FINE_ENTRIES = 1 << 17
 _JOINT_ROUNDS = 16
 _JOINT_ENTRIES = 1 << 31
 _JOINT_TOLERANCE = 2e-3
-_PIECE = 1 << 14  # words
-# Passes of alternating means over tables that are there.
-_FITS = 4
 # Words of a group are assigned in parts of so many costs, or words for each cluster if that is
 # more: every so manieth word, so that each part is like the whole.
 _PART_ENTRIES = 1 << 24
@@ -81,7 +78,7 @@ def table_of_vectors(
     filled = WordTable.from_cells(balanced_cells(num_words, shape), shape)
     random = np.random.default_rng(seed)
     groups = np.zeros(num_words, np.int64)
-    sums = _sums_of_tables(vectors, weights, before)
+    sums = sums_of_tables(vectors, weights, before)
     rounds = min(_JOINT_ROUNDS, _JOINT_ENTRIES // max(1, num_words * sum(shape)))
     rounds = rounds if len(shape) > 1 else 0
     with thread_pool(num_threads) as executor:
@@ -96,62 +93,12 @@ def table_of_vectors(
     return WordTable(np.stack(sums.places[-len(shape) :], axis=1), shape)
 
 
-def unexplained(
-    vectors: np.ndarray, weights: np.ndarray, tables: Sequence[WordTable]
-) -> np.ndarray:
-    """Returns what tables do not say of words: vectors less the sums of coordinates' centroids.
-
-    Args:
-      vectors: (V, d) word vectors.
-      weights: (V,) weight of each word.
-      tables: of the words, of any shapes.
-
-    Returns:
-      (V, d), of the sums that are nearest to the vectors, which alternating means approach.
-    """
-    rest = _sums_of_tables(vectors, weights, tables).rest()
-    return np.concatenate([rest[words] for words in _slices(len(vectors))])
-
-
-def _sums_of_tables(vectors: np.ndarray, weights: np.ndarray, tables: Sequence[WordTable]) -> _Sums:
-    sums = _Sums(vectors, weights)
-    for table in tables:
-        for component, size in enumerate(table.shape):
-            sums.add(np.ascontiguousarray(table.coordinates[:, component]), size)
-    sums.fit(_FITS)
-    return sums
-
-
-class _Rest:
-    """What sums of centroids lack of words' vectors, formed only for the words that are asked for.
-
-    Attributes:
-      vectors: (V, d) word vectors.
-      explained: the place of each word, (V,), and the places' centroids, for each of some
-        groupings.
-    """
-
-    def __init__(
-        self, vectors: np.ndarray, explained: Sequence[tuple[np.ndarray, np.ndarray]]
-    ) -> None:
-        self.vectors = vectors
-        self.explained = [
-            (places, centroids.astype(vectors.dtype)) for places, centroids in explained
-        ]
-
-    def __getitem__(self, words: slice | np.ndarray) -> np.ndarray:
-        rest = np.array(self.vectors[words])
-        for places, centroids in self.explained:
-            rest -= centroids[places[words]]
-        return rest
-
-
 class _WeightedRest:
     """Twice the weight of each word times its rest: `LowRankCosts.sums`, formed when asked for."""
 
     device = torch.device("cpu")
 
-    def __init__(self, rest: _Rest, weights: np.ndarray, words: np.ndarray) -> None:
+    def __init__(self, rest: Rest, weights: np.ndarray, words: np.ndarray) -> None:
         self.rest, self.weights, self.words = rest, weights, words
         self.shape = len(words), rest.vectors.shape[1]
 
@@ -162,96 +109,7 @@ class _WeightedRest:
         return torch.from_numpy(found)
 
 
-class _Sums:
-    """Centroids whose sums approach vectors: one of each word's place in each of some groupings.
-
-    The means of what all other groupings lack are found from the weight that two places share and
-    from the sums of the vectors of each place, without looking at words again.
-
-    Attributes:
-      vectors: (V, d) word vectors.
-      weights: (V,) weight of each word.
-      places: of the words in each grouping, (V,) each.
-      centroids: of the places of each grouping, (R, d) each.
-    """
-
-    def __init__(self, vectors: np.ndarray, weights: np.ndarray) -> None:
-        self.vectors, self.weights = vectors, weights
-        self.places: list[np.ndarray] = []
-        self.centroids: list[np.ndarray] = []
-        self._totals: list[np.ndarray] = []  # weight of each place
-        self._moments: list[np.ndarray] = []  # weighted sum of each place's vectors
-        self._shared: dict[tuple[int, int], np.ndarray | sparse.csr_array] = {}
-        self._squares = _squares(_Rest(vectors, []), weights, np.arange(len(vectors)))
-
-    def add(self, places: np.ndarray, size: int) -> None:
-        """Adds a grouping, whose centroids explain what those before it lack."""
-        self.places.append(places)
-        for parts in (self._moments, self.centroids):
-            parts.append(np.zeros((size, self.vectors.shape[1])))
-        self._totals.append(np.zeros(size))
-        self.move(len(self.places) - 1, places)
-        self._fit_one(len(self.places) - 1)
-
-    def move(self, number: int, places: np.ndarray) -> None:
-        """Groups words otherwise; centroids stay where they are."""
-        self.places[number] = places
-        size = len(self.centroids[number])
-        self._totals[number], self._moments[number] = _moments(
-            _Rest(self.vectors, []), self.weights, np.arange(len(places)), places, size
-        )
-        for other, others in enumerate(self.places):
-            if other != number:
-                shape = size, len(self.centroids[other])
-                shared = sparse.coo_array((self.weights, (places, others)), shape=shape).tocsr()
-                # Far faster to multiply with, if not much larger.
-                dense = shape[0] * shape[1] <= 2 * len(places)
-                self._shared[number, other] = shared.toarray() if dense else shared
-                self._shared[other, number] = self._shared[number, other].T
-
-    def _others(self, number: int) -> np.ndarray:
-        """Returns the weighted sums, for each place, of what all other groupings say of words."""
-        total = np.zeros_like(self.centroids[number])
-        for other, centroids in enumerate(self.centroids):
-            if other != number:
-                total += self._shared[number, other] @ centroids
-        return total
-
-    def _fit_one(self, number: int) -> None:
-        """Moves centroids to the means of what all others lack; those without weight stay."""
-        weights = self._totals[number][:, None]
-        means = (self._moments[number] - self._others(number)) / np.where(weights > 0, weights, 1)
-        self.centroids[number] = np.where(weights > 0, means, self.centroids[number])
-
-    def fit(self, passes: int = 1) -> None:
-        """Fits the centroids of each grouping in turn."""
-        for _ in range(passes):
-            for number in range(len(self.places)):
-                self._fit_one(number)
-
-    def cost(self) -> float:
-        """Returns the weighted sum of squared distances between vectors and sums."""
-        cost = self._squares
-        for number, centroids in enumerate(self.centroids):
-            own = self._totals[number][:, None] * centroids + self._others(number)
-            cost += float((centroids * (own - 2.0 * self._moments[number])).sum())
-        return cost
-
-    def rest(self, left_out: int | None = None, dims: slice = slice(None)) -> _Rest:  # noqa: B008
-        """Returns what the sums lack in some dimensions, that of one grouping left out."""
-        return _Rest(
-            self.vectors[:, dims],
-            [
-                (places, centroids[:, dims])
-                for number, (places, centroids) in enumerate(
-                    zip(self.places, self.centroids, strict=True)
-                )
-                if number != left_out
-            ],
-        )
-
-
-def _settle(sums: _Sums, filled: WordTable, rounds: int, executor: Executor) -> None:
+def _settle(sums: Sums, filled: WordTable, rounds: int, executor: Executor) -> None:
     """Chooses each coordinate again by what all others do not explain, until that saves nothing.
 
     Args:
@@ -262,7 +120,7 @@ def _settle(sums: _Sums, filled: WordTable, rounds: int, executor: Executor) -> 
     """
     shape = filled.shape
     stages = range(len(sums.places) - len(shape), len(sums.places))
-    sums.fit(_FITS)
+    sums.fit(FITS)
     best, kept = sums.cost(), list(sums.places)
     for _ in range(rounds):
         groups = np.zeros(len(sums.weights), np.int64)
@@ -325,7 +183,7 @@ class _Split:
 
     def __init__(
         self,
-        sums: _Sums,
+        sums: Sums,
         dims: slice,
         groups: np.ndarray,
         capacities: np.ndarray,
@@ -344,7 +202,7 @@ class _Split:
             for group, room in enumerate(capacities)
             for part in _parts(order[starts[group] : starts[group + 1]], room)
         ]
-        self.constant = _squares(self.rest, self.weights, self.words)
+        self.constant = squares(self.rest, self.weights, self.words)
         self.prices: list[np.ndarray | None] = [None] * len(self.parts)
         self._arguments = sums, dims, groups, left_out
 
@@ -384,7 +242,7 @@ class _Split:
 
     def means(self, clusters: np.ndarray, previous: np.ndarray) -> np.ndarray:
         """Returns the weighted mean of each cluster; one without weight keeps its centroid."""
-        total, sums = _moments(self.rest, self.weights, self.words, clusters, len(previous))
+        total, sums = moments(self.rest, self.weights, self.words, clusters, len(previous))
         some = total[:, None] > 0
         return np.where(some, sums / np.where(some, total[:, None], 1.0), previous)
 
@@ -399,31 +257,3 @@ def _parts(words: np.ndarray, capacities: np.ndarray) -> Iterator[tuple[np.ndarr
         room = scaled_down(left, int(left.sum()) * len(some) // waiting)
         yield some, room
         left, waiting = left - room, waiting - len(some)
-
-
-def _moments(
-    rest: _Rest, weights: np.ndarray, words: np.ndarray, places: np.ndarray, size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the weight of the words in each place, (R,), and their weighted sum, (R, d)."""
-    total = np.bincount(places[words], weights[words], minlength=size)
-    sums = np.zeros((size, rest.vectors.shape[1]))
-    for piece in _slices(len(words)):
-        some = words[piece]
-        entries = weights[some], places[some], np.arange(len(some) + 1)
-        sums += sparse.csr_array(entries, shape=(len(some), size)).T @ rest[some]
-    return total, sums
-
-
-def _squares(rest: _Rest, weights: np.ndarray, words: np.ndarray) -> float:
-    """Returns the weighted sum of the vectors' squared lengths."""
-    total = 0.0
-    for piece in _slices(len(words)):
-        some = rest[words[piece]].astype(np.float64)
-        total += float(weights[words[piece]] @ np.einsum("ij,ij->i", some, some))
-    return total
-
-
-def _slices(num_words: int) -> Iterator[slice]:
-    """Yields all words in pieces, so that temporaries stay small beside the vectors."""
-    for start in range(0, num_words, _PIECE):
-        yield slice(start, start + _PIECE)

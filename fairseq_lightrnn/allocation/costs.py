@@ -38,13 +38,16 @@ class DenseCosts:
 
     Attributes:
       matrix: (n, m) costs of n words at m places.
+      places: those that there are, if not all; the matrix is not copied.
     """
 
     matrix: Tensor
+    places: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.matrix.shape[0], self.matrix.shape[1]
+        width = self.matrix.shape[1] if self.places is None else len(self.places)
+        return self.matrix.shape[0], width
 
     @property
     def device(self) -> torch.device:
@@ -57,23 +60,28 @@ class DenseCosts:
 
     def block(self, rows: slice | Tensor) -> Tensor:
         """Returns the costs of the words in ``rows``, (b, m) in float64."""
-        return self.matrix[rows].to(torch.float64)
+        found = self.matrix[rows]
+        found = found if self.places is None else found[:, self.places]
+        return found.to(torch.float64)
 
     def select(self, rows: Tensor) -> DenseCosts:
         """Returns the costs of some of the words."""
-        return DenseCosts(self.matrix[rows])
+        return DenseCosts(self.matrix[rows], self.places)
 
     def restrict(self, places: Tensor) -> DenseCosts:
         """Returns the costs of some of the places."""
-        return DenseCosts(self.matrix[:, places])
+        return DenseCosts(self.matrix, places if self.places is None else self.places[places])
 
     def indifferent(self) -> Tensor:
         """Returns which words pay the same everywhere, (n,) booleans."""
-        return (self.matrix == self.matrix[:, :1]).all(dim=1)
+        pieces = torch.arange(len(self.matrix), device=self.device).split(_CHOSEN_BLOCK)
+        blocks = (self.block(some) for some in pieces)
+        return torch.cat([(block == block[:, :1]).all(dim=1) for block in blocks])
 
     def chosen(self, places: Tensor) -> Tensor:
         """Returns what each word pays at its place, (n,) in float64."""
-        return self.matrix.gather(1, places[:, None]).squeeze(1).to(torch.float64)
+        columns = places if self.places is None else self.places[places]
+        return self.matrix.gather(1, columns[:, None]).squeeze(1).to(torch.float64)
 
 
 class Rows(Protocol):

@@ -51,7 +51,7 @@ def command(
             except BrokenPipeError:
                 _close_output()
                 return _BROKEN_PIPE
-            except (OSError, ValueError, MemoryError) as error:
+            except (OSError, ValueError, MemoryError, FloatingPointError) as error:
                 _close_output_if_full()
                 raise UsageError(f"{name}: {_sentence(error)}") from error
             except RuntimeError as error:

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from fairseq_lightrnn.core.conditioning import Context
 from fairseq_lightrnn.core.head import ComponentHead
-from fairseq_lightrnn.core.search import EXPANSIONS, TopWords, component_log_probs, top_words
+from fairseq_lightrnn.core.search import (
+    EXPANSIONS,
+    TopWords,
+    component_log_probs,
+    require_numbers,
+    top_words,
+)
 from fairseq_lightrnn.core.softmax import at_least_float32
 
 __all__ = [
@@ -102,6 +108,7 @@ def _lengthen(head: ComponentHead, known: _Prefixes, scores: Tensor) -> Iterator
         known: N prefixes.
         scores: log-probabilities of the longer ones, shape (N, R), -inf where there is no word.
     """
+    require_numbers(scores)
     context, _, prefix, text = known
     component, size = prefix.size(1), scores.size(1)
     parents, values = torch.isfinite(scores).nonzero(as_tuple=True)
@@ -159,10 +166,15 @@ def coordinate_log_probs(head: ComponentHead, context: Context, words: Tensor) -
 
 
 def next_word_entropy(head: ComponentHead, context: Context) -> Tensor:
-    """Computes the entropy of the next word, in nats, float64 of shape (B,)."""
+    """Computes the entropy of the next word, in nats, float64 of shape (B,).
+
+    Raises:
+        FloatingPointError: if a prediction is not a number.
+    """
     entropy = context.output.new_zeros(len(context.output), dtype=torch.float64)
     for block in _blocks(head, context):
         entropy.index_add_(0, block.text, _entropy_terms(block.log_probs))
+    require_numbers(entropy)
     return entropy
 
 
@@ -184,6 +196,9 @@ def next_word_entropy_and_rank(
     Returns:
         Entropies in nats, float64 of shape (B,); ranks, integers of shape (B,): 1 plus the number
         of words that are more probable than the given one.
+
+    Raises:
+        FloatingPointError: if a prediction is not a number.
     """
     own = coordinate_log_probs(head, context, words).sum(1)
     cells = head.table.cells[words]
@@ -196,6 +211,7 @@ def next_word_entropy_and_rank(
         other = block.group[:, None] * len(columns) + columns != cells[block.text, None]
         better = (block.log_probs > own[block.text, None]) & other
         rank.index_add_(0, block.text, better.sum(1))
+    require_numbers(entropy)
     return entropy, rank
 
 

@@ -7,7 +7,7 @@ by, and to the logits of its last component. So probabilities sum to 1 as ever.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import cast
 
@@ -216,6 +216,7 @@ class FurtherTables(WordFeature):
             else nn.Parameter(torch.zeros(sum(self._sizes), output_dim))
         )
         self.query = query_layer(output_dim, output_dim)
+        self._looked_up: tuple[list[tuple[Tensor, int]], list[Tensor]] | None = None
 
     def read(self, words: Tensor, dropout: float = 0.0) -> Tensor:
         """See :meth:`WordFeature.read`."""
@@ -227,26 +228,47 @@ class FurtherTables(WordFeature):
 
     def score_rows(self, query: Tensor | None, rows: Tensor, members: Tensor) -> Tensor:
         """See :meth:`WordFeature.score_rows`."""
-        return self._sum_scores(query, members[rows])
+        places = (known[rows].long() for known in self._coordinates_of(members))
+        return self._sum_scores(query, places)
 
     def score_all(self, query: Tensor | None) -> Tensor:
         """See :meth:`WordFeature.score_all`."""
         first = cast(Seats, self.tables[0])
-        return self._sum_scores(
-            query, torch.arange(first.num_words, device=first.coordinates.device)
-        )
+        words = torch.arange(first.num_words, device=first.coordinates.device)
+        return self._sum_scores(query, self._coordinates(words))
+
+    def _coordinates_of(self, members: Tensor) -> list[Tensor]:
+        """Returns what :meth:`_coordinates` yields of the words of all rows, int32 of (rows, C).
+
+        To look them up for every query takes longer than to score them, so they are kept until a
+        table changes: its tensor is then another one, or was written to.
+        """
+        sources = [members, *(table.coordinates for table in self.tables)]
+        now = [(source, 0 if source.is_inference() else source._version) for source in sources]
+        if self._looked_up is not None:
+            before, places = self._looked_up
+            # Tensors that are kept cannot give their memory to others.
+            if all(
+                old.data_ptr() == new.data_ptr() and version == other and old.device == new.device
+                for (old, version), (new, other) in zip(before, now, strict=True)
+            ):
+                return places
+        places = [one.int() for one in self._coordinates(members)]
+        self._looked_up = now, places
+        return places
 
     def _coordinates(self, words: Tensor) -> Iterator[Tensor]:
         """Yields words' coordinates, table by table and component by component."""
         for table in self.tables:
             yield from table(words).unbind(-1)
 
-    def _sum_scores(self, query: Tensor | None, words: Tensor) -> Tensor:
+    def _sum_scores(self, query: Tensor | None, places: Iterable[Tensor]) -> Tensor:
         """Sums the scores of each word's rows and columns.
 
         Args:
             query: of shape (N, d).
-            words: integers of shape (N, C), or of shape (C,) for the same in each of the N.
+            places: what :meth:`_coordinates` yields of words of shape (N, C), or (C,) for the same
+                in each of the N.
 
         Returns:
             Shape (N, C).
@@ -254,7 +276,7 @@ class FurtherTables(WordFeature):
         scores = F.linear(cast(Tensor, query), self.output_vectors)
         # A gather's gradient is as large as what it gathers from: of each component its own scores.
         total: Tensor | None = None
-        parts = zip(scores.split(self._sizes, dim=1), self._coordinates(words), strict=True)
+        parts = zip(scores.split(self._sizes, dim=1), places, strict=True)
         for part, index in parts:
             one = part.gather(1, index) if index.dim() > 1 else part.index_select(1, index)
             total = one if total is None else total + one

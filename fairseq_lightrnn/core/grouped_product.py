@@ -30,18 +30,28 @@ def grouped_product(queries: Tensor, groups: Tensor, members: Tensor, vectors: T
     """
     order = groups.argsort(stable=True)
     sorted_groups = groups[order]
-    sizes = torch.bincount(groups, minlength=len(members))
+    sizes = groups.new_zeros(len(members)).index_add_(0, groups, torch.ones_like(groups))
     blocks = (sizes + _BLOCK - 1) // _BLOCK
     # Where each query goes: those of a group fill its blocks one after the other.
     rank = torch.arange(len(groups), device=groups.device) - _before(sizes)[sorted_groups]
     slot = torch.empty_like(order)
     slot[order] = _before(blocks)[sorted_groups] * _BLOCK + rank
-    block_groups = torch.repeat_interleave(blocks)
+    numbers = torch.arange(_count(blocks, len(groups)), device=groups.device)
+    block_groups = torch.searchsorted(blocks.cumsum(0), numbers, right=True)
+    block_groups = block_groups.clamp(max=len(members) - 1)  # where there are blocks to spare
     in_blocks = queries.new_zeros(len(block_groups) * _BLOCK, queries.size(1))
     in_blocks = in_blocks.index_copy(0, slot, queries).unflatten(0, (-1, _BLOCK))
     # (blocks, 16, e) × (blocks, e, S) -> (blocks · 16, S)
     products = torch.bmm(in_blocks, F.embedding(members[block_groups], vectors).transpose(1, 2))
     return products.flatten(0, 1).index_select(0, slot)
+
+
+def _count(blocks: Tensor, queries: int) -> int:
+    """Returns how many blocks there are; on a GPU, which it would keep waiting, at most may be."""
+    if blocks.device.type == "cpu":
+        return int(blocks.sum())
+    # Every group that has a query may have one block that is not full.
+    return (queries + (_BLOCK - 1) * min(queries, len(blocks))) // _BLOCK
 
 
 def _before(counts: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from fairseq_lightrnn.core.conditioning import Context
 from fairseq_lightrnn.core.decoder import Decoded
 from fairseq_lightrnn.core.distribution import next_word_entropy_and_rank
 from fairseq_lightrnn.core.head import ComponentHead
+from fairseq_lightrnn.core.search import require_numbers
 
 __all__ = ["DEFAULT_BATCH_WORDS", "CorpusScore", "Scorer", "TextDecoder", "WordScores"]
 
@@ -191,6 +192,7 @@ class _Reader:
         hidden, self.state, *_ = self.scorer.decoder(words, self.state)
         softmax = self.scorer.decoder.head.softmax
         scores: Tensor = softmax(hidden.flatten(0, 1), words[:, 1:].flatten())
+        require_numbers(scores)
         return scores.reshape(*hidden.shape[:2], -1).double()
 
     def _details(self, words: Tensor, left: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from fairseq_lightrnn.core.head import ComponentHead
 from fairseq_lightrnn.core.seats import PredictedTable
 from fairseq_lightrnn.core.softmax import at_least_float32
 
-__all__ = ["EXPANSIONS", "TopWords", "component_log_probs", "top_words"]
+__all__ = ["EXPANSIONS", "TopWords", "component_log_probs", "require_numbers", "top_words"]
 
 # Prefixes of a text expanded in the first round; each round takes twice as many as that before.
 _FIRST_ROUND = 4
@@ -26,6 +26,7 @@ _LAST_ROUND = 256
 # Prefixes of all texts expanded at once; bounds the memory of their contexts and words.
 EXPANSIONS = 4096
 _IMPOSSIBLE = float("-inf")
+_NO_NUMBERS = "the model's predictions are no numbers: its parameters are nan or infinite"
 
 
 class TopWords(NamedTuple):
@@ -159,10 +160,21 @@ class _Best:
             FloatingPointError: if some are not to be found.
         """
         if len(self._word) != len(self.worst) * self.count:
-            raise FloatingPointError(
-                "the model's predictions are no numbers: its parameters are nan or infinite"
-            )
+            raise FloatingPointError(_NO_NUMBERS)
         return self._word.view(-1, self.count), self._score.view(-1, self.count)
+
+
+def require_numbers(predictions: Tensor) -> None:
+    """Refuses predictions of a model whose parameters are NaN or infinite.
+
+    No word is more probable than one of probability NaN, and none is expanded: such a model would
+    look certain of every word.
+
+    Raises:
+        FloatingPointError: if one of them is NaN.
+    """
+    if predictions.isnan().any():
+        raise FloatingPointError(_NO_NUMBERS)
 
 
 def _rank(text: Tensor, score: Tensor, batch: int) -> tuple[Tensor, Tensor]:
