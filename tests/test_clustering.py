@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from fairseq_lightrnn.allocation import clustering
-from fairseq_lightrnn.allocation.clustering import table_of_vectors, unexplained
+from fairseq_lightrnn.allocation.clustering import table_of_vectors
+from fairseq_lightrnn.allocation.sums import Sums, unexplained
 from fairseq_lightrnn.core.table import WordTable, balanced_cells
 
 
@@ -36,7 +37,7 @@ def test_rounds_go_on_until_rows_settle(monkeypatch, sampled):
     """Rows about words drawn at random are far wider."""
     together_or_apart(monkeypatch, False)
     if sampled:  # rounds of the heaviest 64 words, all words in the end
-        monkeypatch.setattr(clustering, "_ROUND_ENTRIES", 64)
+        monkeypatch.setattr(clustering, "_ROUND_WORDS", 8)
 
     def widths(rounds: int) -> list[float]:
         monkeypatch.setattr(clustering, "_ROUNDS", rounds)
@@ -65,7 +66,8 @@ def test_columns_are_chosen_by_vectors_of_their_own(monkeypatch, joint: bool):
     # A row's mean is not told from a column by vectors that have both: it is taken off.
     mixed = groups + 10 * classes
     for columns in (groups, mixed):
-        table = table_of_vectors(classes, np.ones(36), columns, shape=(6, 6))
+        both = np.hstack([classes, columns])
+        table = table_of_vectors(both, np.ones(36), row_dims=6, shape=(6, 6))
         by_class, by_group = table.coordinates.T
         for number in range(6):
             assert len(set(by_class[6 * number : 6 * number + 6])) == 1
@@ -145,8 +147,9 @@ def test_words_settle_where_both_of_their_vectors_are_nearer(monkeypatch):
         weights = random.pareto(1.5, 120) + 0.1
         for joint, found in ((False, apart), (True, together)):
             together_or_apart(monkeypatch, joint)
-            table = table_of_vectors(vectors, weights, columns, shape=(12, 10), seed=seed)
-            found.append(distance(table, np.hstack([vectors, columns]), weights))
+            both = np.hstack([vectors, columns])
+            table = table_of_vectors(both, weights, row_dims=4, shape=(12, 10), seed=seed)
+            found.append(distance(table, both, weights))
     assert all(near < far for near, far in zip(together, apart, strict=True))
     assert sum(together) < 0.95 * sum(apart)
 
@@ -177,9 +180,81 @@ def test_a_further_table_of_what_is_left_explains_more():
     first = table_of_vectors(vectors, weights, shape=(10, 10), seed=1)
     left = unexplained(vectors, weights, [first])
     alike = table_of_vectors(vectors, weights, shape=(10, 10), seed=2)
-    other = table_of_vectors(left, weights, shape=(10, 10), seed=2)
+    other = table_of_vectors(vectors, weights, shape=(10, 10), before=[first], seed=2)
+    same = table_of_vectors(left, weights, shape=(10, 10), seed=2)
 
     def lacking(second: WordTable) -> float:
         return weighted_squares(unexplained(vectors, weights, [first, second]), weights)
 
     assert lacking(other) < 0.9 * lacking(alike)
+    assert lacking(other) == pytest.approx(lacking(same), rel=0.1)  # they settle elsewhere
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_costs_and_means_of_sums_are_those_of_their_words(dense: bool):
+    """They are found without looking at words; against each word's own vector."""
+    random = np.random.default_rng(3)
+    vectors, weights = random.normal(size=(60, 3)), random.uniform(1, 3, 60)
+    sizes = (4, 5, 3) if dense else (20, 30, 40)  # places that share more or less of their words
+    sums = Sums(vectors, weights)
+    for size in sizes:
+        sums.add(random.integers(size, size=60), size)
+    sums.fit()
+    sums.move(1, random.integers(sizes[1], size=60))
+    said = sum(sums.centroids[i][sums.places[i]] for i in range(3))
+    assert sums.cost() == pytest.approx(weighted_squares(vectors - said, weights))
+    sums._fit_one(1)
+    left = vectors - sums.centroids[0][sums.places[0]] - sums.centroids[2][sums.places[2]]
+    for place in range(sizes[1]):
+        own = sums.places[1] == place
+        if own.any():
+            mean = np.average(left[own], axis=0, weights=weights[own])
+            assert sums.centroids[1][place] == pytest.approx(mean)
+
+
+def test_words_that_are_assigned_in_parts_are_hardly_farther(monkeypatch):
+    whole, apart = [], []
+    for seed in range(6):
+        random = np.random.default_rng(seed)
+        vectors, weights = random.normal(size=(395, 4)), random.uniform(1, 3, 395)
+        tables = [table_of_vectors(vectors, weights, shape=(8, 50), seed=seed)]
+        with monkeypatch.context() as patch:
+            patch.setattr(clustering, "_PART_ENTRIES", 1)
+            patch.setattr(clustering, "_PART_WORDS", 25)  # parts of 198 words
+            for threads in (1, 3):
+                again = table_of_vectors(
+                    vectors, weights, shape=(8, 50), seed=seed, num_threads=threads
+                )
+                tables.append(again)
+        assert tables[1] == tables[2] != tables[0]
+        assert sorted(tables[1].cells) == balanced_cells(395, (8, 50)).tolist()
+        whole.append(distance(tables[0], vectors, weights))
+        apart.append(distance(tables[1], vectors, weights))
+    assert sum(apart) < 1.05 * sum(whole)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 9), st.data())
+def test_parts_take_every_word_and_no_more_than_there_is(capacities, limit: int, data):
+    room = np.array(capacities)
+    words = np.arange(data.draw(st.integers(0, int(room.sum()))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clustering, "_PART_ENTRIES", limit * len(room))
+        patch.setattr(clustering, "_PART_WORDS", 0)
+        parts = list(clustering._parts(words, room))
+    if len(words):
+        assert sorted(np.concatenate([some for some, _ in parts])) == words.tolist()
+        assert (sum(share for _, share in parts) == room).all()
+        for some, share in parts:
+            assert len(some) <= min(limit, share.sum()) and (share >= 0).all()
+
+
+def test_single_precision_makes_much_the_same_table():
+    random = np.random.default_rng(4)
+    vectors, weights = random.normal(size=(120, 4)), random.uniform(1, 3, 120)
+    tables = [
+        table_of_vectors(vectors.astype(kind), weights, shape=(12, 10))
+        for kind in (np.float32, np.float64)
+    ]
+    near, far = (distance(table, vectors, weights) for table in tables)
+    assert near == pytest.approx(far, rel=0.05)

@@ -19,13 +19,14 @@ from fairseq_run import (
 )
 from torch import Tensor
 
-from fairseq_lightrnn.allocation.clustering import table_of_vectors, unexplained
+from fairseq_lightrnn.allocation.clustering import table_of_vectors
 from fairseq_lightrnn.allocation.cooccurrence import CoOccurrence
 from fairseq_lightrnn.allocation.initial_table import (
     TableMaker,
     cooccurrence_vectors,
     initial_table,
 )
+from fairseq_lightrnn.allocation.sums import unexplained
 from fairseq_lightrnn.commands.reallocate import main as reallocate
 from fairseq_lightrnn.core.table import WordTable
 from fairseq_lightrnn.language_model import LanguageModel
@@ -210,14 +211,13 @@ def test_further_tables_are_made_from_what_those_before_do_not_say() -> None:
     first = maker.make("cooccurrence", (8, 8))
     second = maker.make("cooccurrence", (8, 8), [first])
     third = maker.make("cooccurrence", (8, 8), [first, second])
-    vectors, weights, columns = cooccurrence_vectors(text, 60, CoOccurrence(), 3)
-    both = np.hstack([vectors, columns])
+    vectors, weights, row_dims = cooccurrence_vectors(text, 60, CoOccurrence(), 3)
 
     def lacking(*tables: WordTable) -> float:
-        left = unexplained(both, weights, tables)
+        left = unexplained(vectors, weights, tables)
         return float((weights * (left**2).sum(axis=1)).sum())
 
     assert lacking(first) > lacking(first, second) > lacking(first, second, third)
     for seed in range(5):  # tables of the same vectors say much the same
-        alike = table_of_vectors(vectors, weights, columns, shape=(8, 8), seed=seed)
+        alike = table_of_vectors(vectors, weights, row_dims=row_dims, shape=(8, 8), seed=seed)
         assert lacking(first, second) < lacking(first, alike)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
+from scipy import sparse
 
+from fairseq_lightrnn.allocation import cooccurrence
 from fairseq_lightrnn.allocation.cooccurrence import (
     CoOccurrence,
+    Occurrences,
     neighbour_counts,
     positive_information,
     word_vectors,
@@ -18,6 +23,7 @@ from fairseq_lightrnn.allocation.initial_table import (
 )
 from fairseq_lightrnn.core.table import balanced_cells
 
+ONE = ThreadPoolExecutor(1)
 SHAPES = [(20, (5, 4)), (18, (5, 4)), (12, (12,)), (23, (3, 3, 3)), (7, (1, 7)), (7, (7, 1))]
 
 
@@ -25,6 +31,16 @@ def grammar(classes: int, members: int, length: int, seed: int) -> np.ndarray:
     """Text in which class follows class in order and each member of a class is equally likely."""
     random = np.random.default_rng(seed)
     return (np.arange(length) % classes) * members + random.integers(members, size=length)
+
+
+def counts_of(
+    pieces: list[np.ndarray], num_words: int, num_contexts: int, window: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns neighbour counts, (V, 2 M), and the occurrences of the words, (V,)."""
+    words = Occurrences.of(pieces, num_words, window)
+    blocks = neighbour_counts(words, num_contexts, window, ONE)
+    assert all(block.has_sorted_indices for block in blocks)
+    return sparse.vstack(blocks).toarray(), words.counts
 
 
 @pytest.mark.parametrize(("num_words", "shape"), SHAPES)
@@ -67,11 +83,10 @@ def test_words_without_occurrences_fill_what_is_left():
 
 
 def test_neighbour_counts_by_hand():
-    counts, occurrences = neighbour_counts([np.array([0, 1, 0, 2]), np.array([1, 1])], 4, 3)
-    dense = counts.toarray()
+    counts, occurrences = counts_of([np.array([0, 1, 0, 2]), np.array([1, 1])], 4, 3)
     right = np.array([[0, 1, 1], [1, 1, 0], [0, 0, 0], [0, 0, 0]])
     left = np.array([[0, 1, 0], [1, 1, 0], [1, 0, 0], [0, 0, 0]])
-    assert np.array_equal(dense, np.hstack([right, left]))
+    assert np.array_equal(counts, np.hstack([right, left]))
     assert occurrences.tolist() == [2, 3, 1, 0]
 
 
@@ -86,27 +101,28 @@ def test_far_neighbours_count_less():
                     expected[word, piece[here + distance]] += 1 / distance
                 if here >= distance:
                     expected[word, 4 + piece[here - distance]] += 1 / distance
-    counts, _ = neighbour_counts([text, others], 4, 4, window=3)
-    assert counts.toarray() == pytest.approx(expected)
+    counts, _ = counts_of([text, others], 4, 4, window=3)
+    assert counts == pytest.approx(expected)
 
 
-def test_wide_windows_see_a_sample_of_frequent_words(monkeypatch):
+@pytest.mark.parametrize("window", [1, 3])
+def test_of_long_texts_a_sample_of_frequent_words_is_counted(monkeypatch, window: int):
     """Its counts are right on average, those of rare words exactly."""
     random = np.random.default_rng(5)
     text = random.choice(40, size=60_000, p=np.r_[[0.03] * 32, [0.005] * 8])
-    whole, occurrences = neighbour_counts([text], 40, 40, window=3)
-    monkeypatch.setattr("fairseq_lightrnn.allocation.cooccurrence._WIDE_OCCURRENCES", 20_000)
-    sampled, same = neighbour_counts([text], 40, 40, window=3)
-    again, _ = neighbour_counts([text], 40, 40, window=3)
-    assert np.array_equal(same, occurrences) and (sampled != again).nnz == 0
-    whole, sampled = whole.toarray(), sampled.toarray()
+    whole, occurrences = counts_of([text], 40, 40, window)
+    assert whole.sum() == pytest.approx(
+        2 * sum((len(text) - n) / n for n in range(1, window + 1)), rel=1e-6
+    )
+    monkeypatch.setattr(cooccurrence, "_OCCURRENCES", 20_000)
+    sampled, same = counts_of([text], 40, 40, window)
+    again, _ = counts_of([text], 40, 40, window)
+    assert np.array_equal(same, occurrences) and np.array_equal(sampled, again)
     rare = occurrences < 400
     assert rare.sum() == 8
-    assert sampled[rare] == pytest.approx(whole[rare])
-    assert not np.allclose(sampled[~rare], whole[~rare])
+    assert sampled[rare] == pytest.approx(whole[rare], rel=1e-6)
+    assert not np.allclose(sampled[~rare], whole[~rare], rtol=1e-3)
     assert sampled.sum(axis=1) == pytest.approx(whole.sum(axis=1), rel=0.1)
-    nearest, _ = neighbour_counts([text], 40, 40, window=1)  # not sampled
-    assert nearest.sum() == 2 * (len(text) - 1)
 
 
 def test_what_a_cooccurrence_table_counts_makes_a_difference():
@@ -126,9 +142,10 @@ def test_the_same_window_makes_the_same_vectors():
     text = [grammar(6, 6, 3000, 0)]
     for how in (CoOccurrence(column_window=1), CoOccurrence(window=3, column_window=3)):
         words = cooccurrence_vectors(text, 36, how)
-        assert words.columns is words.vectors
-    far = cooccurrence_vectors(iter(text), 36, CoOccurrence(column_window=3))
-    assert np.array_equal(far.columns, words.vectors)
+        assert words.row_dims is None and words.vectors.shape == (36, 100)
+    both = cooccurrence_vectors(iter(text), 36, CoOccurrence(column_window=3))
+    assert both.row_dims == 100 and both.vectors.shape == (36, 200)
+    assert np.array_equal(both.vectors[:, 100:], words.vectors)
 
 
 @pytest.mark.parametrize(
@@ -148,28 +165,59 @@ def test_ways_to_count_that_have_no_meaning_are_refused(arguments, message):
 
 
 @pytest.mark.parametrize("window", [1, 3])
-def test_pieces_cut_anywhere_inside_the_counter_give_the_same_counts(monkeypatch, window: int):
+def test_blocks_cut_anywhere_give_the_same_counts(monkeypatch, window: int):
     text = np.random.default_rng(1).integers(5, size=300)
-    whole, _ = neighbour_counts([text], 5, 5, window)
-    monkeypatch.setattr("fairseq_lightrnn.allocation.cooccurrence._CHUNK", 7)
-    cut, _ = neighbour_counts([text], 5, 5, window)
-    assert cut.toarray() == pytest.approx(whole.toarray())
-    if window == 1:  # whole numbers add up exactly in any order
-        assert np.array_equal(whole.toarray(), cut.toarray())
+    whole, _ = counts_of([text], 5, 5, window)
+    monkeypatch.setattr(cooccurrence, "_TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr(cooccurrence, "_PAIRS_AT_ONCE", 130)
+    cut, _ = counts_of([text], 5, 5, window)
+    assert np.array_equal(cut, whole)
+
+
+def test_vectors_do_not_depend_on_threads(monkeypatch):
+    monkeypatch.setattr(cooccurrence, "_PAIRS_AT_ONCE", 2000)
+    text = [grammar(9, 20, 20_000, 0)]
+    one, three = (
+        cooccurrence_vectors(text, 180, CoOccurrence(), num_threads=threads).vectors
+        for threads in (1, 3)
+    )
+    assert np.array_equal(one, three)
 
 
 def test_only_the_most_frequent_words_are_contexts():
-    counts, _ = neighbour_counts([np.array([0, 1, 0, 2, 0, 1])], 3, 2)
+    counts, _ = counts_of([np.array([0, 1, 0, 2, 0, 1])], 3, 2)
     assert counts.shape == (3, 4)
 
 
-def test_vectors_of_a_small_matrix_are_its_singular_vectors():
-    counts, _ = neighbour_counts([np.random.default_rng(2).integers(12, size=500)], 12, 12)
-    information = positive_information(counts)
-    assert (information.data > 0).all()
-    left, values, _ = np.linalg.svd(information.toarray())
-    vectors = word_vectors(information, 4, seed=0)
-    assert np.abs(vectors) == pytest.approx(np.abs(left[:, :4] * values[:4]), abs=1e-8)
+def information_of(text: np.ndarray, num_words: int) -> list[sparse.csr_array]:
+    words = Occurrences.of([text], num_words, 2)
+    return positive_information(neighbour_counts(words, num_words, 2, ONE), ONE)
+
+
+def test_information_by_its_definition():
+    text = np.random.default_rng(6).integers(9, size=400)
+    counts, _ = counts_of([text], 9, 9, window=2)
+    contexts = counts.sum(axis=0) ** 0.75
+    expected = counts.sum(axis=1)[:, None] * contexts / contexts.sum()
+    with np.errstate(divide="ignore"):
+        information = np.log(counts / expected)
+    found = sparse.vstack(information_of(text, 9)).toarray()
+    assert found == pytest.approx(np.maximum(information, 0.0), abs=1e-5)
+
+
+@pytest.mark.parametrize("dim", [4, 100])
+def test_vectors_of_a_small_matrix_are_its_singular_vectors(monkeypatch, dim: int):
+    monkeypatch.setattr(cooccurrence, "_PAIRS_AT_ONCE", 1000)
+    information = information_of(np.random.default_rng(2).integers(12, size=500), 12)
+    assert len(information) > 1
+    left, values, _ = np.linalg.svd(sparse.vstack(information).toarray())
+    vectors = np.full((12, dim), np.nan, np.float32)
+    word_vectors(information, dim, 0, ONE, vectors)
+    kept = min(dim, 12)
+    assert np.abs(vectors[:, :kept]) == pytest.approx(
+        np.abs(left[:, :kept] * values[:kept]), abs=float(1e-4 * values[0])
+    )
+    assert not vectors[:, kept:].any()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from fairseq_lightrnn.allocation import kernels
 from fairseq_lightrnn.allocation.costs import CostSource, as_costs
 from fairseq_lightrnn.allocation.problem import HeldCosts, Problem
 
-__all__ = ["Certified", "Choices", "SolverOptions", "assign", "auction"]
+__all__ = ["Certified", "Choices", "SolverOptions", "assign", "auction", "scaled_down"]
 
 logger = logging.getLogger(__name__)
 
@@ -198,17 +198,17 @@ def _first_prices(problem: Problem, options: SolverOptions, warm: np.ndarray | N
     """Solves a sample of a problem that memory does not hold."""
     # Too few words for each place would give prices that are worse than none.
     entries = max(_SAMPLE_ENTRIES, _SAMPLE_WORDS * len(problem.capacities) ** 2)
-    entries = min(entries, options.memory // 8)
+    entries = min(entries, options.memory // 16)  # in double precision, and selected from a matrix
     wanted = max(entries // len(problem.capacities), 8 * len(problem.capacities))
     step = max(1, len(problem.active) // wanted)
     sample = problem.active[::step]
     part = problem.source.select(torch.from_numpy(sample).to(problem.source.device))
-    capacities = _scaled_down(problem.capacities, len(sample) + problem.spare // step)
+    capacities = scaled_down(problem.capacities, len(sample) + problem.spare // step)
     options = replace(options, gap=1e-4, time_limit=None, memory=SolverOptions.memory)
     return assign(part, capacities, options, prices=warm)
 
 
-def _scaled_down(capacities: np.ndarray, total: int) -> np.ndarray:
+def scaled_down(capacities: np.ndarray, total: int) -> np.ndarray:
     """Scales capacities down to a total, rounding where the least is lost; lower places first."""
     exact = capacities * (total / capacities.sum())
     scaled = np.floor(exact).astype(np.int64)

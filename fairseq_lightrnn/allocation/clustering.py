@@ -8,59 +8,66 @@ in which no two words may have the same code.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fairseq_lightrnn.allocation.assignment import SolverOptions, assign
+from fairseq_lightrnn.allocation.assignment import SolverOptions, assign, scaled_down
 from fairseq_lightrnn.allocation.costs import LowRankCosts
+from fairseq_lightrnn.allocation.sums import FITS, Rest, Sums, moments, squares, sums_of_tables
+from fairseq_lightrnn.allocation.threads import thread_pool
 from fairseq_lightrnn.core.table import WordTable, balanced_cells
 
-__all__ = ["table_of_vectors", "unexplained"]
+__all__ = ["table_of_vectors"]
 
 # k-means: rounds at most, and the share of the cost that another one must save.
 _ROUNDS = 16
-_TOLERANCE = 1e-3
+_TOLERANCE = 5e-3
+# Words for each centroid that a round assigns at most, the heaviest; all others sit in the end.
+_ROUND_WORDS = 64
 # Assignments of words to centroids stop at this share of what there is to gain; those of the rounds
-# may be rough, since the centroids move after each of them.
+# may be rough, since the centroids move after each of them, and so are those of many costs, where
+# rare words that are indifferent would take most of the time.
 _ROUGH_GAP = 0.05
 _GAP = 0.01
-# Costs that a round forms at most; beyond, the words of least weight sit only in the end.
-_ROUND_ENTRIES = 1 << 28
+_FINE_ENTRIES = 1 << 17
 # Coordinates are chosen anew for so many rounds at most, in which so many costs are formed in all;
 # each round must save that share of the cost.
 _JOINT_ROUNDS = 16
 _JOINT_ENTRIES = 1 << 31
-_JOINT_TOLERANCE = 2e-4
-_PIECE = 1 << 14  # words
-# Passes of alternating means over tables that are there.
-_FITS = 4
+_JOINT_TOLERANCE = 2e-3
+# Words of a group are assigned in parts of so many costs, or words for each cluster if that is
+# more: every so manieth word, so that each part is like the whole.
+_PART_ENTRIES = 1 << 24
+_PART_WORDS = 32
 
 
 def table_of_vectors(
     vectors: np.ndarray,
     weights: np.ndarray,
-    columns: np.ndarray | None = None,
     *,
     shape: Sequence[int],
+    row_dims: int | None = None,
+    before: Sequence[WordTable] = (),
     seed: int = 1,
     num_threads: int | None = None,
 ) -> WordTable:
     """Clusters the words for one coordinate after the other, on what is not explained yet.
 
-    Then coordinates are chosen again, each by what all others do not explain of both vectors, as
-    long as that brings the sums of centroids nearer. There are no more rounds than form 2^31 costs
-    of a word at a row or column: none for a square table of more than a million words.
+    Then coordinates are chosen again, each by what all others do not explain, as long as that
+    brings the sums of centroids nearer. There are no more rounds than form 2^31 costs of a word at
+    a row or column: none for a square table of more than a million words.
 
     Args:
-      vectors: (V, d) word vectors.
+      vectors: (V, d) word vectors, in single precision or double.
       weights: (V,) weight of each word.
-      columns: (V, e) other vectors for the coordinates after the first, if these are not to go on
-        with the same.
       shape: k sizes of the table, with at least V cells.
+      row_dims: the first coordinate is clustered by so many dimensions of the vectors, the others
+        by the rest; all by all of them if None.
+      before: other tables of the words: this one is for what they do not say (`unexplained`).
       seed: of the k-means.
       num_threads: threads; the table does not depend on it.
 
@@ -68,250 +75,185 @@ def table_of_vectors(
       The table; the occupied cells are those of `balanced_cells`.
     """
     num_words = len(vectors)
-    cells = balanced_cells(num_words, shape)
-    filled = WordTable.from_cells(cells, shape)
+    filled = WordTable.from_cells(balanced_cells(num_words, shape), shape)
     random = np.random.default_rng(seed)
     groups = np.zeros(num_words, np.int64)
-    coordinates = np.empty((num_words, len(shape)), np.int64)
-    parts = [vectors] if columns is None or columns is vectors else [vectors, columns]
-    with ThreadPoolExecutor(num_threads or os.cpu_count() or 1) as executor:
+    sums = sums_of_tables(vectors, weights, before)
+    rounds = min(_JOINT_ROUNDS, _JOINT_ENTRIES // max(1, num_words * sum(shape)))
+    rounds = rounds if len(shape) > 1 else 0
+    with thread_pool(num_threads) as executor:
         for stage, size in enumerate(shape):
-            capacities = filled.counts(stage)
-            clusters, centroids = _balanced_clusters(
-                vectors, weights, groups, capacities, random, executor
-            )
-            coordinates[:, stage] = clusters
-            if stage == 0 and len(parts) == 2:
-                vectors = parts[1]
-                centroids = _centroids(
-                    vectors, weights, clusters, np.zeros((size, vectors.shape[1]))
-                )
-            vectors = vectors - centroids[clusters]
+            dims = slice(row_dims) if stage == 0 else slice(row_dims, None)
+            split = _Split(sums, dims, groups, filled.counts(stage), executor)
+            clusters = _balanced_clusters(split, random)
+            sums.add(clusters, size)
             groups = groups * size + clusters
-        rounds = min(_JOINT_ROUNDS, _JOINT_ENTRIES // max(1, num_words * sum(shape)))
-        if len(shape) > 1 and rounds:
-            del vectors  # what is left of them
-            _settle(np.hstack(parts), weights, coordinates, filled, rounds, executor)
-    return WordTable(coordinates, shape)
+        if rounds:
+            _settle(sums, filled, rounds, executor)
+    return WordTable(np.stack(sums.places[-len(shape) :], axis=1), shape)
 
 
-def unexplained(
-    vectors: np.ndarray, weights: np.ndarray, tables: Sequence[WordTable]
-) -> np.ndarray:
-    """Returns what tables do not say of words: vectors less the sums of coordinates' centroids.
+class _WeightedRest:
+    """Twice the weight of each word times its rest: `LowRankCosts.sums`, formed when asked for."""
 
-    Args:
-      vectors: (V, d) word vectors.
-      weights: (V,) weight of each word.
-      tables: of the words, of any shapes.
+    device = torch.device("cpu")
 
-    Returns:
-      (V, d), of the sums that are nearest to the vectors, which alternating means approach.
-    """
-    places = [table.coordinates[:, i] for table in tables for i in range(table.num_components)]
-    sizes = [size for table in tables for size in table.shape]
-    sums = _Sums(vectors, weights, places, sizes)
-    sums.fit(_FITS)
-    return sums.rest()
+    def __init__(self, rest: Rest, weights: np.ndarray, words: np.ndarray) -> None:
+        self.rest, self.weights, self.words = rest, weights, words
+        self.shape = len(words), rest.vectors.shape[1]
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        words = self.words[rows if isinstance(rows, slice) else rows.numpy()]
+        found = self.rest[words]
+        found *= (2.0 * self.weights[words, None]).astype(found.dtype)
+        return torch.from_numpy(found)
 
 
-class _Sums:
-    """Centroids whose sums approach vectors: one of each word's place in each of some groupings.
-
-    Arguments are those of `unexplained`; ``places`` (each (V,), may be changed from outside) number
-    the groups of words, ``sizes`` of them.
-    """
-
-    def __init__(
-        self,
-        vectors: np.ndarray,
-        weights: np.ndarray,
-        places: list[np.ndarray],
-        sizes: Sequence[int],
-    ) -> None:
-        self.vectors, self.weights, self.places = vectors, weights, places
-        self.centroids = [np.zeros((size, vectors.shape[1])) for size in sizes]
-
-    def rest(self, left_out: int | None = None) -> np.ndarray:
-        """Returns what the sums lack, that of one grouping left out, (V, d)."""
-        rest = self.vectors.copy()
-        for number, (centroids, places) in enumerate(zip(self.centroids, self.places, strict=True)):
-            for words in _slices(len(rest) if number != left_out else 0):
-                rest[words] -= centroids[places[words]]
-        return rest
-
-    def cost(self) -> float:
-        """Returns the weighted sum of squared distances between vectors and sums."""
-        return _squares(self.rest(), self.weights)
-
-    def fit(self, passes: int = 1) -> None:
-        """Moves the centroids of each grouping in turn to the means of what all others lack."""
-        for _ in range(passes):
-            for number, places in enumerate(self.places):
-                self.centroids[number] = _centroids(
-                    self.rest(number), self.weights, places, self.centroids[number]
-                )
-
-
-def _settle(
-    vectors: np.ndarray,
-    weights: np.ndarray,
-    coordinates: np.ndarray,
-    filled: WordTable,
-    rounds: int,
-    executor: Executor,
-) -> None:
+def _settle(sums: Sums, filled: WordTable, rounds: int, executor: Executor) -> None:
     """Chooses each coordinate again by what all others do not explain, until that saves nothing.
 
     Args:
-      vectors: (V, d) word vectors.
-      weights: (V,) weight of each word.
-      coordinates: (V, k) of each word; changed in place.
+      sums: whose last groupings are the coordinates; others stay as they are.
       filled: any table with words in the cells that are to have one.
       rounds: at most.
       executor: runs the groups in parallel.
     """
     shape = filled.shape
-    sums = _Sums(vectors, weights, list(coordinates.T), shape)  # the places are views
-    sums.fit(_FITS)
-    best, kept = sums.cost(), coordinates.copy()
+    stages = range(len(sums.places) - len(shape), len(sums.places))
+    sums.fit(FITS)
+    best, kept = sums.cost(), list(sums.places)
     for _ in range(rounds):
-        groups = np.zeros(len(vectors), np.int64)
-        for stage, size in enumerate(shape):
-            capacities = filled.counts(stage)
-            split = _Split(sums.rest(stage), weights, groups, capacities, executor)
-            coordinates[:, stage], _ = split.assign(sums.centroids[stage], _GAP)
-            groups = groups * size + coordinates[:, stage]
+        groups = np.zeros(len(sums.weights), np.int64)
+        for component, (number, size) in enumerate(zip(stages, shape, strict=True)):
+            split = _Split(
+                sums, slice(None), groups, filled.counts(component), executor, left_out=number
+            )
+            places, _ = split.assign(sums.centroids[number], _GAP)
+            sums.move(number, places)
+            groups = groups * size + places
             sums.fit()
         cost = sums.cost()
         if cost < best:
-            kept[:] = coordinates
+            kept = list(sums.places)
         if cost >= (1 - _JOINT_TOLERANCE) * best:
             break
         best = cost
-    coordinates[:] = kept
+    sums.places = kept
 
 
-def _balanced_clusters(
-    vectors: np.ndarray,
-    weights: np.ndarray,
-    groups: np.ndarray,
-    capacities: np.ndarray,
-    random: np.random.Generator,
-    executor: Executor,
-) -> tuple[np.ndarray, np.ndarray]:
+def _balanced_clusters(split: _Split, random: np.random.Generator) -> np.ndarray:
     """Balanced k-means: splits every group of words over the same centroids, by its capacities.
 
     Args:
-      vectors: (V, d) word vectors.
-      weights: (V,) weight of each word.
-      groups: (V,) group of each word.
-      capacities: (groups, R) words of each group that each cluster takes.
+      split: of the words.
       random: picks the first centroids.
-      executor: runs the groups in parallel.
 
     Returns:
-      The cluster of each word and the (R, d) centroids.
+      The cluster of each word.
     """
-    size = capacities.shape[1]
+    weights, size = split.weights, split.capacities.shape[1]
     chance = weights + 1e-12 * max(weights.max(initial=0.0), 1.0)
-    first = random.choice(len(vectors), size, replace=len(vectors) < size, p=chance / chance.sum())
-    centroids = vectors[first].copy()
-    heavy = np.argsort(-weights, kind="stable")[: max(_ROUND_ENTRIES // size, 8 * size)]
-    split = _Split(vectors, weights, groups, capacities, executor)
-    rounds = split if len(heavy) == len(vectors) else split.of(heavy)
+    first = random.choice(len(weights), size, replace=len(weights) < size, p=chance / chance.sum())
+    centroids = split.rest[np.asarray(first)].astype(np.float64)
+    heavy = np.argsort(-weights, kind="stable")[: _ROUND_WORDS * size]
+    rounds = split if len(heavy) == len(weights) else split.of(np.sort(heavy))
     before = math.inf
     for _ in range(_ROUNDS):
         clusters, cost = rounds.assign(centroids, _ROUGH_GAP)
-        centroids = _centroids(rounds.vectors, rounds.weights, clusters, centroids)
+        centroids = rounds.means(clusters, centroids)
         # A cost of nothing is off by its rounding.
         if cost >= (1 - _TOLERANCE) * before - 1e-12 * rounds.constant:
             break
         before = cost
-    if rounds is not split:  # the others count once
-        clusters, _ = split.assign(centroids, _ROUGH_GAP)
-        centroids = _centroids(vectors, weights, clusters, centroids)
-    clusters, _ = split.assign(centroids, _GAP)
-    return clusters, _centroids(vectors, weights, clusters, centroids)
+    return split.assign(centroids, _GAP)[0]
 
 
 class _Split:
     """Words in groups, each of which is to be split over the same centroids by its capacities.
 
-    Arguments are those of `_balanced_clusters`.
+    Args:
+      sums: the words, and what is explained of them already.
+      dims: the dimensions of vectors that count.
+      groups: (V,) group of each word.
+      capacities: (groups, R) words of each group that each cluster takes.
+      executor: runs the groups in parallel.
+      left_out: a grouping that does not count as explaining something.
+      words: those that are split, in order; all if None.
     """
 
     def __init__(
         self,
-        vectors: np.ndarray,
-        weights: np.ndarray,
+        sums: Sums,
+        dims: slice,
         groups: np.ndarray,
         capacities: np.ndarray,
         executor: Executor,
+        left_out: int | None = None,
+        words: np.ndarray | None = None,
     ) -> None:
-        self.vectors, self.weights = vectors, weights
-        self.groups, self.capacities = groups, capacities
-        self.executor = executor
-        order = np.argsort(groups, kind="stable")
+        self.weights, self.rest = sums.weights, sums.rest(left_out, dims)
+        self.groups, self.capacities, self.executor = groups, capacities, executor
+        self.words = np.arange(len(groups)) if words is None else words
+        own = groups[self.words]
+        order = self.words[np.argsort(own, kind="stable")]
         starts = np.searchsorted(groups[order], np.arange(len(capacities) + 1))
-        self.members = [order[starts[g] : starts[g + 1]] for g in range(len(capacities))]
-        # weight * |x - c|^2 = weight * |x|^2 - (2 weight x . c + weight * -|c|^2)
-        self.weighted = torch.from_numpy(2.0 * weights[:, None] * vectors)
-        self.counts = torch.from_numpy(weights)
-        self.constant = _squares(vectors, weights)
-        self.prices: list[np.ndarray | None] = [None] * len(capacities)
+        self.parts = [
+            part
+            for group, room in enumerate(capacities)
+            for part in _parts(order[starts[group] : starts[group + 1]], room)
+        ]
+        self.constant = squares(self.rest, self.weights, self.words)
+        self.prices: list[np.ndarray | None] = [None] * len(self.parts)
+        self._arguments = sums, dims, groups, left_out
 
     def of(self, words: np.ndarray) -> _Split:
         """Returns some of the words, with as large a share of every capacity."""
-        groups = self.groups[words]
-        whole = np.bincount(self.groups, minlength=len(self.capacities))
-        share = np.bincount(groups, minlength=len(whole)) / np.maximum(whole, 1)
+        sums, dims, groups, left_out = self._arguments
+        whole = np.bincount(groups, minlength=len(self.capacities))
+        share = np.bincount(groups[words], minlength=len(whole)) / np.maximum(whole, 1)
         capacities = np.ceil(self.capacities * share[:, None]).astype(np.int64)
-        return _Split(self.vectors[words], self.weights[words], groups, capacities, self.executor)
+        return _Split(sums, dims, groups, capacities, self.executor, left_out, words)
 
     def assign(self, centroids: np.ndarray, gap: float) -> tuple[np.ndarray, float]:
-        """Returns the cluster of each word, (V,), and the weighted sum of squared distances."""
+        """Returns the cluster of each word, (V,), and the weighted sum of squared distances.
+
+        weight · |x - c|² = weight · |x|² - (2 · weight · x · c + weight · -|c|²)
+        """
         places = torch.from_numpy(centroids)
         biases = -(places * places).sum(dim=1)
-        clusters = np.zeros(len(self.vectors), np.int64)
+        clusters = np.zeros(len(self.groups), np.int64)
 
-        def split(group: int) -> float:
-            words = self.members[group]
-            if len(words) == 0:
-                return 0.0
-            index = torch.from_numpy(words)
-            costs = LowRankCosts(self.weighted[index], places, self.counts[index], biases)
-            found = assign(
-                costs, self.capacities[group], SolverOptions(gap), prices=self.prices[group]
+        def split(number: int) -> float:
+            words, room = self.parts[number]
+            weights = torch.from_numpy(self.weights[words])
+            weighted = _WeightedRest(self.rest, self.weights, words)
+            costs = LowRankCosts(weighted, places, weights, biases)
+            entries = len(words) * len(room)
+            options = SolverOptions(
+                gap if entries <= _FINE_ENTRIES else _ROUGH_GAP, memory=4 * entries
             )
+            found = assign(costs, room, options, prices=self.prices[number])
             clusters[words] = found.places
-            self.prices[group] = found.prices
+            self.prices[number] = found.prices
             return found.cost
 
-        cost = self.constant + sum(self.executor.map(split, range(len(self.members))))
+        cost = self.constant + sum(self.executor.map(split, range(len(self.parts))))
         return clusters, cost
 
-
-def _centroids(
-    vectors: np.ndarray, weights: np.ndarray, clusters: np.ndarray, previous: np.ndarray
-) -> np.ndarray:
-    """Returns the weighted mean of each cluster; a cluster without weight keeps its centroid."""
-    total = np.bincount(clusters, weights, minlength=len(previous))
-    sums = np.zeros_like(previous)
-    for words in _slices(len(vectors)):
-        np.add.at(sums, clusters[words], weights[words, None] * vectors[words])
-    return np.where(total[:, None] > 0, sums / np.where(total > 0, total, 1.0)[:, None], previous)
+    def means(self, clusters: np.ndarray, previous: np.ndarray) -> np.ndarray:
+        """Returns the weighted mean of each cluster; one without weight keeps its centroid."""
+        total, sums = moments(self.rest, self.weights, self.words, clusters, len(previous))
+        some = total[:, None] > 0
+        return np.where(some, sums / np.where(some, total[:, None], 1.0), previous)
 
 
-def _squares(vectors: np.ndarray, weights: np.ndarray) -> float:
-    """Returns the weighted sum of the vectors' squared lengths."""
-    return sum(
-        float((weights[words] * (vectors[words] ** 2).sum(axis=1)).sum())
-        for words in _slices(len(vectors))
-    )
-
-
-def _slices(num_words: int) -> Iterator[slice]:
-    """Yields all words in pieces, so that temporaries stay small beside the vectors."""
-    for start in range(0, num_words, _PIECE):
-        yield slice(start, start + _PIECE)
+def _parts(words: np.ndarray, capacities: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields all words in parts that can be assigned, each with a share of the capacities."""
+    clusters = len(capacities)
+    count = math.ceil(len(words) / max(_PART_ENTRIES // clusters, _PART_WORDS * clusters))
+    left, waiting = capacities, len(words)
+    for number in range(count):
+        some = words[number::count]
+        room = scaled_down(left, int(left.sum()) * len(some) // waiting)
+        yield some, room
+        left, waiting = left - room, waiting - len(some)

@@ -8,19 +8,27 @@ alike. The nearer the neighbours, the more the vectors tell of grammar, the fart
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
 
-__all__ = ["CoOccurrence", "neighbour_counts", "positive_information", "word_vectors"]
+__all__ = [
+    "CoOccurrence",
+    "Occurrences",
+    "neighbour_counts",
+    "positive_information",
+    "word_vectors",
+]
 
-_CHUNK = 1 << 22  # tokens that are counted at once
 _CONTEXT_POWER = 0.75  # flattens the context distribution, so that rare contexts do not dominate
-# Of longer texts, wide windows see a sample: of frequent words fewer occurrences, of rare ones all.
-_WIDE_OCCURRENCES = 1 << 24
-_POWER_ITERATIONS = 4
+_OCCURRENCES = 1 << 24  # that are counted of longer texts
+_PAIRS_AT_ONCE = 1 << 20  # bounds temporaries
+_BLOCKS_AT_ONCE = 4  # likewise
+_TOKENS_AT_ONCE = 1 << 22
+_POWER_ITERATIONS = 3
 _OVERSAMPLING = 16
 
 
@@ -56,62 +64,92 @@ class CoOccurrence:
             raise ValueError(f"weight_power must not be negative, got {self.weight_power}")
 
 
+@dataclass(frozen=True)
+class Occurrences:
+    """Where the words of a text stand; of a text of more than 2^24 words, of a sample.
+
+    A sample has all occurrences of rare words and some of frequent ones.
+
+    Attributes:
+      text: ids of the words, the id V around and between its pieces.
+      counts: (V,) occurrences of each word in the text.
+      share: (V,) of them that the sample has.
+      places: indices into the text of those, word by word.
+      starts: (V + 1,) where the places of each word begin.
+    """
+
+    text: np.ndarray
+    counts: np.ndarray
+    share: np.ndarray
+    places: np.ndarray
+    starts: np.ndarray
+
+    @classmethod
+    def of(cls, tokens: Iterable[np.ndarray], num_words: int, window: int) -> Occurrences:
+        """Reads a text.
+
+        Args:
+          tokens: pieces of consecutive text, 1-D arrays of word ids.
+          num_words: V, size of the dictionary.
+          window: how far neighbours of a word will be looked for.
+
+        Raises:
+          ValueError: a word id is out of range.
+        """
+        between = np.full(window, num_words, np.int32)
+        parts = [between]
+        for piece in tokens:
+            parts += [_piece(piece, num_words).astype(np.int32), between]
+        text = np.concatenate(parts)
+        del parts
+        counts = np.zeros(num_words + 1, np.int64)
+        for start in range(0, len(text), _TOKENS_AT_ONCE):
+            counts += np.bincount(text[start : start + _TOKENS_AT_ONCE], minlength=len(counts))
+        counts = counts[:-1]
+        share = _sampled_share(counts)
+        return cls(text, counts, share, *_places(text, counts, share))
+
+
 def neighbour_counts(
-    tokens: Iterable[np.ndarray], num_words: int, num_contexts: int, window: int = 1
-) -> tuple[sparse.csr_array, np.ndarray]:
+    words: Occurrences, num_contexts: int, window: int, executor: Executor
+) -> list[sparse.csr_array]:
     """Counts how often each word has each other word on its left and on its right.
 
-    Of texts beyond 2^24 words, windows wider than 1 count a sample: all occurrences of rare words,
-    some of frequent ones, each for those left out.
+    Of a word of which there is a sample, each counts for those left out.
 
     Args:
-      tokens: pieces of consecutive text, 1-D arrays of word ids; nothing is counted across pieces.
-      num_words: V, size of the dictionary.
-      num_contexts: see `CoOccurrence`, as for the others.
-      window: see there.
+      words: V of them.
+      num_contexts: see `CoOccurrence`, as for the next.
+      window: see there; at most that of ``words``.
+      executor: counts blocks of words in parallel; the counts do not depend on it.
 
     Returns:
-      Counts (V, 2 M), right neighbours first, over the M <= ``num_contexts`` most frequent
-      words; and the occurrences of each word, (V,).
-
-    Raises:
-      ValueError: a word id is out of range.
+      Blocks of the rows of a matrix (V, 2 M) of counts, right neighbours first, over the M <=
+      ``num_contexts`` most frequent words.
     """
-    pieces = [_piece(piece, num_words) for piece in tokens]
-    counts = np.zeros(num_words, np.int64)
-    for piece in pieces:
-        counts += np.bincount(piece, minlength=num_words)
-    order = np.argsort(-counts, kind="stable")[: min(num_contexts, num_words)]
+    counts, starts = words.counts, words.starts
+    order = np.argsort(-counts, kind="stable")[: min(num_contexts, len(counts))]
     order = np.sort(order[counts[order] > 0])
-    column = np.full(num_words, -1, np.int64)
+    column = np.full(len(counts) + 1, -1, np.int64)  # the last stands between pieces
     column[order] = np.arange(len(order))
-    total = sparse.csr_array((num_words, 2 * len(order)), dtype=np.float64)
-    share = _sampled_share(counts) if window > 1 else np.ones(num_words)
-    sampled, random = bool((share < 1).any()), np.random.default_rng(0)
-    for distance in range(1, window + 1):
-        for left, right in _pairs(pieces, distance):
-            for centre, neighbour, offset in ((left, right, 0), (right, left, len(order))):
-                known = column[neighbour] >= 0
-                if sampled:
-                    known &= random.random(len(centre)) < share[centre]
-                places = (centre[known], column[neighbour[known]] + offset)
-                values = 1 / (distance * share[centre[known]])
-                total = total + sparse.coo_array((values, places), shape=total.shape).tocsr()
-    return sparse.csr_array(total), counts
 
+    def count(block: slice) -> sparse.csr_array:
+        some = words.places[starts[block.start] : starts[block.stop]]
+        numbers = np.arange(block.stop - block.start)
+        centre = np.repeat(numbers, np.diff(starts[block.start : block.stop + 1]))
+        cells, distances = [], []
+        for distance in range(1, window + 1):
+            for side, offset in ((distance, 0), (-distance, len(order))):
+                neighbour = column[words.text[some + side]]
+                known = neighbour >= 0
+                cells.append(centre[known] * (2 * len(order)) + (neighbour[known] + offset))
+                distances.append(distance)
+        result = _summed(cells, distances, (len(numbers), 2 * len(order)))
+        result.data /= np.repeat(words.share[block], np.diff(result.indptr)).astype(np.float32)
+        return result
 
-def _sampled_share(counts: np.ndarray) -> np.ndarray:
-    """Returns which share of each word's occurrences a sample of bounded size takes, (V,)."""
-    low, most = 0.0, float(counts.max(initial=0))
-    if counts.sum() <= _WIDE_OCCURRENCES:
-        return np.ones(len(counts))
-    for _ in range(50):  # how many of a word at most
-        middle = (low + most) / 2
-        if np.minimum(counts, middle).sum() > _WIDE_OCCURRENCES:
-            most = middle
-        else:
-            low = middle
-    return np.minimum(1.0, low / np.maximum(counts, 1))
+    blocks = _groups(np.diff(starts), _PAIRS_AT_ONCE // (2 * window))
+    return list(executor.map(count, blocks))
 
 
 def _piece(piece: np.ndarray, num_words: int) -> np.ndarray:
@@ -124,54 +162,150 @@ def _piece(piece: np.ndarray, num_words: int) -> np.ndarray:
     return piece
 
 
-def _pairs(pieces: Iterable[np.ndarray], distance: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """Yields words at a distance from each other as two arrays, several pieces at once."""
-    left: list[np.ndarray] = []
-    right: list[np.ndarray] = []
-    held = 0
-    for piece in pieces:
-        for start in range(0, max(0, len(piece) - distance), _CHUNK):
-            part = piece[start : start + _CHUNK + distance]
-            left.append(part[:-distance])
-            right.append(part[distance:])
-            held += len(part) - distance
-            if held >= _CHUNK:
-                yield np.concatenate(left), np.concatenate(right)
-                left, right, held = [], [], 0
-    if held:
-        yield np.concatenate(left), np.concatenate(right)
+def _sampled_share(counts: np.ndarray) -> np.ndarray:
+    """Returns which share of each word's occurrences a sample of bounded size takes, (V,)."""
+    low, most = 0.0, float(counts.max(initial=0))
+    if counts.sum() <= _OCCURRENCES:
+        return np.ones(len(counts))
+    for _ in range(50):  # how many of a word at most
+        middle = (low + most) / 2
+        if np.minimum(counts, middle).sum() > _OCCURRENCES:
+            most = middle
+        else:
+            low = middle
+    return np.minimum(1.0, low / np.maximum(counts, 1))
 
 
-def positive_information(counts: sparse.csr_array) -> sparse.csr_array:
-    """Returns the positive pointwise mutual information of words and neighbours, sparse."""
-    total = counts.sum()
-    words = counts.sum(axis=1)
-    contexts = counts.sum(axis=0) ** _CONTEXT_POWER
-    contexts = contexts / max(contexts.sum(), 1e-300)
-    entries = counts.tocoo()
-    expected = words[entries.row] * contexts[entries.col]
-    values = np.log(entries.data / np.maximum(expected, 1e-300)) if total > 0 else entries.data
-    kept = values > 0
-    places = (entries.row[kept], entries.col[kept])
-    return sparse.coo_array((values[kept], places), shape=counts.shape).tocsr()
+def _places(
+    text: np.ndarray, counts: np.ndarray, share: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns where words are in the text, word by word, and where those of each begin."""
+    random = np.random.default_rng(0)
+    chance = np.append(share, 0.0)  # nothing of what stands between pieces
+    kept = np.zeros(len(chance), np.int64)
+    places, end = np.empty(min(int(counts.sum()), _OCCURRENCES * 5 // 4 + 100), np.int64), 0
+    for start in range(0, len(text), _TOKENS_AT_ONCE):
+        words = text[start : start + _TOKENS_AT_ONCE]
+        found = np.flatnonzero(random.random(len(words)) < chance[words])
+        kept += np.bincount(words[found], minlength=len(kept))
+        places[end : end + len(found)] = words[found].astype(np.int64) * len(text) + found + start
+        end += len(found)
+    places = places[:end]
+    places.sort()  # far faster than to sort indices
+    places %= len(text)
+    return places, np.concatenate([[0], kept[:-1].cumsum()])
 
 
-def word_vectors(information: sparse.csr_array, dim: int, seed: int) -> np.ndarray:
-    """Returns the left singular vectors times the singular values, (V, at most dim).
+def _groups(sizes: np.ndarray, limit: int) -> Iterator[slice]:
+    """Yields words in order, together as long as their sizes stay below a limit."""
+    before, start = np.concatenate([[0], sizes.cumsum()]), 0
+    while start < len(sizes):
+        stop = int(np.searchsorted(before, before[start] + limit, side="right")) - 1
+        yield slice(start, max(stop, start + 1))
+        start = max(stop, start + 1)
 
-    Randomised subspace iteration (Halko, Martinsson and Tropp, 2011); deterministic for a seed.
+
+def _summed(
+    cells: list[np.ndarray], distances: Sequence[int], shape: tuple[int, int]
+) -> sparse.csr_array:
+    """Returns a matrix to whose cells their places in the arrays add 1 / distance."""
+    base = max(distances) + 1
+    keys = np.concatenate(
+        [cell * base + distance for cell, distance in zip(cells, distances, strict=True)]
+    )
+    keys.sort()  # far faster than to sort indices
+    cell, distance = np.divmod(keys, base)
+    first = np.flatnonzero(np.diff(cell, prepend=-1))
+    values = np.add.reduceat(1.0 / distance, first) if len(first) else np.zeros(0)
+    rows, columns = np.divmod(cell[first], shape[1])
+    starts = np.searchsorted(rows, np.arange(shape[0] + 1))
+    parts = values.astype(np.float32), columns.astype(np.int32), starts.astype(np.int32)
+    return sparse.csr_array(parts, shape=shape)
+
+
+def positive_information(
+    counts: Sequence[sparse.csr_array], executor: Executor
+) -> list[sparse.csr_array]:
+    """Returns the positive pointwise mutual information of words and neighbours, in blocks."""
+    contexts = np.zeros(counts[0].shape[1])
+    for block in counts:
+        contexts += np.bincount(block.indices, block.data, minlength=len(contexts))
+    contexts **= _CONTEXT_POWER
+    contexts /= max(contexts.sum(), 1e-300)
+
+    def inform(block: sparse.csr_array) -> sparse.csr_array:
+        sizes = np.diff(block.indptr)
+        words = np.repeat(block.sum(axis=1, dtype=np.float64), sizes)
+        values = np.log(block.data / (words * contexts[block.indices]))
+        kept = values > 0
+        starts = np.concatenate([[0], kept.cumsum()])[block.indptr]
+        parts = values[kept].astype(np.float32), block.indices[kept], starts.astype(np.int32)
+        return sparse.csr_array(parts, shape=block.shape)
+
+    return list(executor.map(inform, counts))
+
+
+def word_vectors(
+    information: Sequence[sparse.csr_array],
+    dim: int,
+    seed: int,
+    executor: Executor,
+    vectors: np.ndarray,
+) -> None:
+    """Writes the left singular vectors times the singular values, the largest first.
+
+    Randomised subspace iteration (Halko, Martinsson and Tropp, 2011) on the side of the neighbours,
+    of which there are few, so that nothing of the size of the vectors is needed besides them;
+    deterministic for a seed.
+
+    Args:
+      information: blocks of rows of a matrix (V, N).
+      dim: of the vectors.
+      seed: of the first subspace.
+      executor: runs the blocks in parallel; the vectors do not depend on it.
+      vectors: (V, dim) single precision, written; 0 in dimensions that the matrix does not have.
     """
-    width = min(dim + _OVERSAMPLING, *information.shape)
-    if width == 0 or information.nnz == 0:
-        return np.zeros((information.shape[0], 1))
+    shape = len(vectors), information[0].shape[1]
+    width = min(dim + _OVERSAMPLING, *shape)
     random = np.random.default_rng(seed)
-    basis = information @ random.standard_normal((information.shape[1], width))
-    transposed = information.T.tocsr()
+    basis = random.standard_normal((shape[1], width), dtype=np.float32)
+
+    def total(
+        part: Callable[[sparse.csr_array, np.ndarray], np.ndarray], basis: np.ndarray
+    ) -> np.ndarray:
+        """Sums up what blocks give in their order; few at once, for each is as large as the sum."""
+        result: np.ndarray | float = 0.0
+        for start in range(0, len(information), _BLOCKS_AT_ONCE):
+            some = information[start : start + _BLOCKS_AT_ONCE]
+            for one in executor.map(part, some, [basis] * len(some)):
+                result = result + one.astype(np.float64)
+        return np.asarray(result)
+
     for _ in range(_POWER_ITERATIONS):
-        basis, _ = np.linalg.qr(basis)
-        basis, _ = np.linalg.qr(transposed @ basis)
-        basis = information @ basis
-    basis, _ = np.linalg.qr(basis)
-    left, values, _ = np.linalg.svd((transposed @ basis).T, full_matrices=False)
-    kept = min(dim, width)
-    return (basis @ left[:, :kept]) * values[:kept]
+        basis = _orthonormal(total(lambda block, basis: block.T @ (block @ basis), basis))
+    _, axes = np.linalg.eigh(total(_squares, basis))
+    basis = basis @ axes[:, ::-1][:, :dim].astype(np.float32)
+    vectors[:, basis.shape[1] :] = 0.0
+
+    def write(words: slice, block: sparse.csr_array) -> None:
+        vectors[words, : basis.shape[1]] = block @ basis
+
+    ends = np.cumsum([block.shape[0] for block in information])
+    rows = [slice(end - block.shape[0], end) for end, block in zip(ends, information, strict=True)]
+    list(executor.map(write, rows, information))
+
+
+def _squares(block: sparse.csr_array, basis: np.ndarray) -> np.ndarray:
+    found = (block @ basis).astype(np.float64)
+    return found.T @ found
+
+
+def _orthonormal(basis: np.ndarray) -> np.ndarray:
+    """Returns an orthonormal basis of the columns' space, single precision.
+
+    By the eigenvectors of their products: for such tall matrices ten times as fast as a
+    QR decomposition; directions that are lost in rounding are left out.
+    """
+    values, axes = np.linalg.eigh(basis.T @ basis)
+    kept = values > 1e-12 * values.max(initial=0.0)
+    return (basis @ (axes[:, kept] / np.sqrt(values[kept]))).astype(np.float32)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ __all__ = [
     "CostSource",
     "DenseCosts",
     "LowRankCosts",
+    "Rows",
     "as_costs",
     "require_finite",
     "word_name",
@@ -36,13 +38,16 @@ class DenseCosts:
 
     Attributes:
       matrix: (n, m) costs of n words at m places.
+      places: those that there are, if not all; the matrix is not copied.
     """
 
     matrix: Tensor
+    places: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.matrix.shape[0], self.matrix.shape[1]
+        width = self.matrix.shape[1] if self.places is None else len(self.places)
+        return self.matrix.shape[0], width
 
     @property
     def device(self) -> torch.device:
@@ -55,23 +60,40 @@ class DenseCosts:
 
     def block(self, rows: slice | Tensor) -> Tensor:
         """Returns the costs of the words in ``rows``, (b, m) in float64."""
-        return self.matrix[rows].to(torch.float64)
+        found = self.matrix[rows]
+        found = found if self.places is None else found[:, self.places]
+        return found.to(torch.float64)
 
     def select(self, rows: Tensor) -> DenseCosts:
         """Returns the costs of some of the words."""
-        return DenseCosts(self.matrix[rows])
+        return DenseCosts(self.matrix[rows], self.places)
 
     def restrict(self, places: Tensor) -> DenseCosts:
         """Returns the costs of some of the places."""
-        return DenseCosts(self.matrix[:, places])
+        return DenseCosts(self.matrix, places if self.places is None else self.places[places])
 
     def indifferent(self) -> Tensor:
         """Returns which words pay the same everywhere, (n,) booleans."""
-        return (self.matrix == self.matrix[:, :1]).all(dim=1)
+        pieces = torch.arange(len(self.matrix), device=self.device).split(_CHOSEN_BLOCK)
+        blocks = (self.block(some) for some in pieces)
+        return torch.cat([(block == block[:, :1]).all(dim=1) for block in blocks])
 
     def chosen(self, places: Tensor) -> Tensor:
         """Returns what each word pays at its place, (n,) in float64."""
-        return self.matrix.gather(1, places[:, None]).squeeze(1).to(torch.float64)
+        columns = places if self.places is None else self.places[places]
+        return self.matrix.gather(1, columns[:, None]).squeeze(1).to(torch.float64)
+
+
+class Rows(Protocol):
+    """A matrix of which rows can be had, such as a tensor, or one that is never stored whole."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __getitem__(self, rows: slice | Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -84,13 +106,14 @@ class LowRankCosts:
     that all coordinates share.
 
     Attributes:
-      sums: (n, d) summed hidden states; may be backed by a memory-mapped file.
+      sums: (n, d) summed hidden states; may be backed by a memory-mapped file or formed when asked
+        for.
       vectors: (m, d) output vectors of the places.
       counts: (n,) occurrences.
       biases: (m,) output biases of the places.
     """
 
-    sums: Tensor
+    sums: Rows
     vectors: Tensor
     counts: Tensor
     biases: Tensor

@@ -10,13 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fairseq_lightrnn.allocation.clustering import table_of_vectors, unexplained
+from fairseq_lightrnn.allocation.clustering import table_of_vectors
 from fairseq_lightrnn.allocation.cooccurrence import (
     CoOccurrence,
+    Occurrences,
     neighbour_counts,
     positive_information,
     word_vectors,
 )
+from fairseq_lightrnn.allocation.threads import thread_pool
 from fairseq_lightrnn.core.table import WordTable, balanced_cells
 
 __all__ = [
@@ -36,14 +38,15 @@ class WordVectors(NamedTuple):
     """What a table is made from.
 
     Attributes:
-      vectors: (V, d), by which words are seated in rows.
+      vectors: (V, d) in single precision.
       weights: (V,) weight of each word.
-      columns: (V, e), by which the words of a row are seated in columns.
+      row_dims: the dimensions, the first of them, by which words are seated in rows; the words of
+        a row are seated in columns by the others. All count for both if None.
     """
 
     vectors: np.ndarray
     weights: np.ndarray
-    columns: np.ndarray
+    row_dims: int | None
 
 
 def initial_table(
@@ -99,11 +102,29 @@ def initial_table(
             raise ValueError("a co-occurrence table needs the training text; give tokens")
         started = time.monotonic()
         how = how or CoOccurrence()
-        words = cooccurrence_vectors(tokens, num_words, how, seed)
-        table = table_of_vectors(*words, shape=shape, seed=seed, num_threads=num_threads)
+        words = cooccurrence_vectors(tokens, num_words, how, seed, num_threads)
+        table = _seated(words, shape, seed, num_threads)
         logger.info("co-occurrence table took %.1f s", time.monotonic() - started)
         return table
     return WordTable.from_cells(cells[order], shape)
+
+
+def _seated(
+    words: WordVectors,
+    shape: Sequence[int],
+    seed: int,
+    num_threads: int | None = None,
+    before: Sequence[WordTable] = (),
+) -> WordTable:
+    return table_of_vectors(
+        words.vectors,
+        words.weights,
+        row_dims=words.row_dims,
+        shape=shape,
+        before=before,
+        seed=seed,
+        num_threads=num_threads,
+    )
 
 
 def _occurrences(
@@ -124,7 +145,11 @@ def _occurrences(
 
 
 def cooccurrence_vectors(
-    tokens: Iterable[np.ndarray], num_words: int, how: CoOccurrence, seed: int = 1
+    tokens: Iterable[np.ndarray],
+    num_words: int,
+    how: CoOccurrence,
+    seed: int = 1,
+    num_threads: int | None = None,
 ) -> WordVectors:
     """Describes words by their neighbours in a text.
 
@@ -133,25 +158,32 @@ def cooccurrence_vectors(
       num_words: V, size of the dictionary.
       how: what is counted and weighed.
       seed: of the decomposition.
+      num_threads: threads; the vectors do not depend on it.
 
     Returns:
       What `table_of_vectors` takes. Further tables of the same words can be made from it with other
       seeds.
     """
     started = time.monotonic()
-    tokens = list(tokens)
-
-    def vectors(window: int) -> tuple[np.ndarray, np.ndarray]:
-        neighbours, counts = neighbour_counts(tokens, num_words, how.num_contexts, window)
-        found = word_vectors(positive_information(neighbours), how.dim, seed)
-        # Those of frequent words are longer otherwise.
-        found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
-        return found, counts
-
-    rows, counts = vectors(how.window)
-    columns = rows if how.column_window == how.window else vectors(how.column_window)[0]
+    windows = [how.window] if how.column_window == how.window else [how.window, how.column_window]
+    with thread_pool(num_threads) as executor:
+        words = Occurrences.of(tokens, num_words, max(windows))
+        information = []
+        for window in windows:
+            counts = neighbour_counts(words, how.num_contexts, window, executor)
+            information.append(positive_information(counts, executor))
+            del counts
+        occurrences = words.counts
+        del words
+        vectors = np.empty((num_words, how.dim * len(windows)), np.float32)
+        for part, found in enumerate(information):
+            own = vectors[:, part * how.dim : (part + 1) * how.dim]
+            word_vectors(found, how.dim, seed, executor, own)
+            # Those of frequent words are longer otherwise.
+            own /= np.maximum(np.linalg.norm(own, axis=1, keepdims=True), 1e-12)
     logger.info("word vectors of %d words took %.1f s", num_words, time.monotonic() - started)
-    return WordVectors(rows, counts.astype(np.float64) ** how.weight_power, columns)
+    weights = occurrences.astype(np.float64) ** how.weight_power
+    return WordVectors(vectors, weights, how.dim if len(windows) > 1 else None)
 
 
 class TableMaker:
@@ -191,14 +223,5 @@ class TableMaker:
         if before:  # one that nobody gives a first table, which this one would repeat
             seed = int(np.random.SeedSequence(seed).generate_state(len(before))[-1])
         if kind == "cooccurrence":
-            return table_of_vectors(*self._left(before), shape=shape, seed=seed)
+            return _seated(self._words, shape, seed, before=before)
         return initial_table(kind, self.num_words, shape, seed=seed, counts=self.counts)
-
-    def _left(self, before: Sequence[WordTable]) -> WordVectors:
-        """Returns the words' vectors, less what tables say of them."""
-        if not before:
-            return self._words
-        vectors, weights, columns = self._words
-        return WordVectors(
-            unexplained(vectors, weights, before), weights, unexplained(columns, weights, before)
-        )

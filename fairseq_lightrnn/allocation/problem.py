@@ -33,7 +33,11 @@ class Problem:
         words = torch.nonzero(idle).squeeze(1)
         self.constant = self.rounding = 0.0  # what the others pay, wherever they are
         if len(words):
-            paid = source.select(words).chosen(torch.zeros_like(words))
+            # In pieces: of a matrix that is held, those that are selected are a copy.
+            pieces = words.split(_BLOCK_WORDS)
+            paid = torch.cat(
+                [source.select(some).chosen(torch.zeros_like(some)) for some in pieces]
+            )
             require_finite(paid, "the cost", words.cpu().numpy(), symbols)
             self.constant = float(paid.sum())
             self.rounding = _UNIT * (8 + source.terms) * float(paid.abs().sum())
