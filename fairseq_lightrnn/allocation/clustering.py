@@ -38,7 +38,7 @@ _FINE_ENTRIES = 1 << 17
 # each round must save that share of the cost.
 _JOINT_ROUNDS = 16
 _JOINT_ENTRIES = 1 << 31
-_JOINT_TOLERANCE = 2e-3
+_JOINT_TOLERANCE = 1e-3
 # Words of a group are assigned in parts of so many costs, or words for each cluster if that is
 # more: every so manieth word, so that each part is like the whole.
 _PART_ENTRIES = 1 << 24

@@ -28,7 +28,7 @@ _OCCURRENCES = 1 << 24  # that are counted of longer texts
 _PAIRS_AT_ONCE = 1 << 20  # bounds temporaries
 _BLOCKS_AT_ONCE = 4  # likewise
 _TOKENS_AT_ONCE = 1 << 22
-_POWER_ITERATIONS = 3
+_POWER_ITERATIONS = 5
 _OVERSAMPLING = 16
 
 
