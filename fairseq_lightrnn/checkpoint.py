@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +24,12 @@ from fairseq_lightrnn.files import whole_file
 
 __all__ = [
     "build_model",
+    "checkpoint_damage",
     "find_checkpoint",
     "find_dictionary",
     "language_model_tables",
     "load_state",
+    "put_back_last_checkpoint",
     "save_state",
 ]
 
@@ -59,6 +62,41 @@ def find_checkpoint(path: str | Path) -> Path:
     raise ValueError(f"{path}: no such checkpoint")
 
 
+def checkpoint_damage(path: str | Path) -> str | None:
+    """Tells what is wrong with a checkpoint file, all of which is read, or None."""
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if not start:
+        return "is truncated"
+    if start != b"PK":  # written by a torch of old
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+    except zipfile.BadZipFile:
+        return "is truncated"
+    return None if part is None else f"is damaged: its part {part} does not fit its checksum"
+
+
+def put_back_last_checkpoint(last: str | Path) -> None:
+    """Puts the newest whole checkpoint of a folder in the place of a last one that is not whole.
+
+    fairseq writes one file whole or not at all, and copies it to the others: a training that is
+    killed meanwhile leaves a part of a copy.
+    """
+    last = Path(last)
+    damage = checkpoint_damage(last) if last.is_file() else None
+    if damage is None:
+        return
+    others = (path for path in last.parent.glob("checkpoint*.pt") if path != last)
+    for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
+        if checkpoint_damage(path) is None:
+            logger.warning(f"{last}: {damage}; going on from {path.name}, the newest whole one")
+            with open(path, "rb") as source, whole_file(last, binary=True) as target:
+                shutil.copyfileobj(source, target)
+            return
+
+
 def save_state(state: dict[str, Any], checkpoint: str | Path) -> None:
     """Writes what fairseq saves of a training, whole or not at all."""
     flags = OmegaConf.to_container(state["cfg"], resolve=True, enum_to_str=True)
@@ -73,10 +111,11 @@ def load_state(checkpoint: str | Path) -> dict[str, Any]:
         ValueError: if the file is no checkpoint.
     """
     try:
-        with open(checkpoint, "rb") as file:
-            file.read(1)  # a file that may not be read is not damaged
+        damage = checkpoint_damage(checkpoint)
     except OSError as error:
         raise ValueError(f"{checkpoint}: {error.strerror}") from None
+    if damage:
+        raise ValueError(f"{checkpoint}: the checkpoint {damage}")
     try:
         state: dict[str, Any] = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint))
         # What is no checkpoint has none of these.

@@ -38,10 +38,10 @@ def usage_errors(prefix: str = "") -> Iterator[None]:
 
 @contextmanager
 def value_errors() -> Iterator[None]:
-    """Turns UsageErrors of adapters into plain ValueErrors, for callers in Python."""
+    """Turns what adapters would end a command with into ValueErrors, for callers in Python."""
     try:
         yield
-    except UsageError as error:
+    except SystemExit as error:
         raise ValueError(str(error)) from error
 
 

@@ -22,6 +22,7 @@ from fairseq_lightrnn.core.decoder import Decoder
 from fairseq_lightrnn.core.features import FurtherTables, WordBias, find_feature
 from fairseq_lightrnn.core.seats import Seats
 from fairseq_lightrnn.language_model import LanguageModel
+from fairseq_lightrnn.models.vocabulary import vocabulary_digest
 from fairseq_lightrnn.new_words import Seated, count_new_words, seat_new_words
 from fairseq_lightrnn.resizing import grown_shape, resize
 
@@ -76,6 +77,11 @@ def main(args: argparse.Namespace) -> None:
     shape = grown_shape(old.shape, len(kept) + len(words))
     dictionary = _dictionary(model, kept, {word: counts[word] for word in words})
     state["model"] = _resized(model, state["model"], kept, words, lines, shape)
+    state["model"] |= {
+        name: torch.tensor(vocabulary_digest(dictionary.symbols))
+        for name in state["model"]
+        if name.endswith("vocabulary.digest")
+    }
     with open_dict(state["cfg"]):
         state["cfg"].model.table_shape = "x".join(map(str, shape))
         state["cfg"].task.data = str(folder.resolve())

@@ -27,6 +27,7 @@ from fairseq_lightrnn.models.flags import (
 )
 from fairseq_lightrnn.models.parts import build_words, feed_forward
 from fairseq_lightrnn.models.table_model import TableModel
+from fairseq_lightrnn.models.vocabulary import Vocabulary
 from fairseq_lightrnn.models.word_head import Reallocations, TableDecoder, WordHead
 
 __all__ = [
@@ -190,6 +191,7 @@ class LightRNNDecoder(LSTMDecoder):
     ) -> None:
         super().__init__(dictionary)
         self.core = build_decoder(cfg, settings, len(dictionary), conditioner)
+        self.vocabulary = Vocabulary(dictionary)
         self.reallocations = Reallocations()
         self.words = WordHead(self.core.head, self.core.reader, dictionary, self.reallocations)
         self.carried_state = CarriedState()

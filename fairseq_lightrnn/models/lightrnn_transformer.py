@@ -30,6 +30,7 @@ from fairseq_lightrnn.models.transformer_flags import (
     TransformerMTConfig,
     transformer_config,
 )
+from fairseq_lightrnn.models.vocabulary import Vocabulary
 from fairseq_lightrnn.models.word_head import Reallocations, TableDecoder, WordHead
 
 __all__ = [
@@ -88,6 +89,7 @@ class LightRNNTransformerDecoder(TableDecoder, TransformerDecoderBase):
         dropout = FairseqDropout(cfg.dropout, module_name=type(self).__name__)
         ffn = feed_forward(dim, settings.output_ffn_dim, dropout)
         self.head = ComponentHead(Gated(settings.shape, dim, nn.Identity(), ffn), softmax)
+        self.vocabulary = Vocabulary(dictionary)
         self.reallocations = Reallocations()
         self.words = WordHead(self.head, reader, dictionary, self.reallocations)
 

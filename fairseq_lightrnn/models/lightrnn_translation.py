@@ -21,6 +21,7 @@ from fairseq_lightrnn.models.source import (
     source_embedding,
 )
 from fairseq_lightrnn.models.table_model import TableModel
+from fairseq_lightrnn.models.vocabulary import Vocabulary
 from fairseq_lightrnn.models.word_head import Reallocations, WordHead
 
 __all__ = [
@@ -101,6 +102,7 @@ class LightRNNTranslationDecoder(LSTMDecoder):
         self.core = build_decoder(cfg, settings, len(dictionary), conditioner, memory_dim)
         self.first_hidden = nn.Linear(memory_dim, cfg.hidden_size)
         self.first_cell = nn.Linear(memory_dim, cfg.hidden_size)
+        self.vocabulary = Vocabulary(dictionary)
         self.reallocations = Reallocations()
         self.words = WordHead(self.core.head, self.core.reader, dictionary, self.reallocations)
 

@@ -4,7 +4,6 @@
 
 import logging
 import os
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple, Optional
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
+from fairseq_lightrnn.checkpoint import checkpoint_damage
 from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.tasks.schedule import reallocation_epochs
 
@@ -188,13 +188,11 @@ def check_needs(args: Any, model: Any) -> None:
 
 
 def check_checkpoints(*paths: str) -> None:
-    """Refuses checkpoints that were cut short, which torch reports without their name."""
+    """Refuses checkpoints that are damaged, which torch reads, or reports without their name."""
     for path in paths:
-        if os.path.isfile(path):
-            with open(path, "rb") as file:
-                is_zip = file.read(2) == b"PK"
-            if os.path.getsize(path) == 0 or (is_zip and not zipfile.is_zipfile(path)):
-                raise UsageError(
-                    f"{path}: the checkpoint is truncated; remove it, or go on from another one "
-                    "with --restore-file"
-                )
+        damage = checkpoint_damage(path) if os.path.isfile(path) else None
+        if damage:
+            raise UsageError(
+                f"{path}: the checkpoint {damage}; remove it, or go on from another one with "
+                "--restore-file"
+            )

@@ -15,9 +15,10 @@ from omegaconf import open_dict
 from torch import nn
 
 from fairseq_lightrnn.criterions import two_component_cross_entropy  # noqa: F401  (registers)
+from fairseq_lightrnn.data.binarised import check_binarised
 from fairseq_lightrnn.data.lanes import SHORTEST_BLOCK, LaneDataset, LaneIterator
 from fairseq_lightrnn.data.target_input import TargetInputDataset, consecutive_text
-from fairseq_lightrnn.errors import UsageError
+from fairseq_lightrnn.errors import UsageError, usage_errors
 from fairseq_lightrnn.tasks.flags import TableTaskConfig
 from fairseq_lightrnn.tasks.table_task import TableTask
 from fairseq_lightrnn.workers import world_size
@@ -129,6 +130,8 @@ class LightRNNLanguageModelingTask(TableTask, LanguageModelingTask):
         path = os.path.join(self._data_path(epoch), f"{split}.bin")
         if os.path.exists(path) and os.path.getsize(path) == 0:
             raise UsageError(f"{path}: the split has no text; give fairseq-preprocess some")
+        with usage_errors():
+            check_binarised(path.removesuffix(".bin"), len(self.dictionary))
         if self.args.carry_hidden_state:
             self.datasets[split] = self._lanes(split, epoch, combine)
             return

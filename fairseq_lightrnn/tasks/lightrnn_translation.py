@@ -16,8 +16,9 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from torch import nn
 
 from fairseq_lightrnn.criterions import two_component_cross_entropy  # noqa: F401  (registers)
+from fairseq_lightrnn.data.binarised import check_binarised
 from fairseq_lightrnn.data.target_input import TargetInputDataset, consecutive_text
-from fairseq_lightrnn.errors import UsageError
+from fairseq_lightrnn.errors import UsageError, usage_errors
 from fairseq_lightrnn.models.flags import further_files
 from fairseq_lightrnn.tasks.flags import INITIAL_TABLES, TableTaskConfig
 from fairseq_lightrnn.tasks.table_task import TableTask
@@ -94,8 +95,14 @@ class LightRNNTranslationTask(TableTask, TranslationTask):
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:
         """Loads a split."""
-        for language in (self.args.source_lang, self.args.target_lang):
+        sides = {
+            self.args.source_lang: self.source_dictionary,
+            self.args.target_lang: self.target_dictionary,
+        }
+        for language, dictionary in sides.items():
             for path in self._paths(split, language, epoch):
+                with usage_errors():
+                    check_binarised(path, len(dictionary))
                 if os.path.exists(f"{path}.bin") and os.path.getsize(f"{path}.bin") == 0:
                     raise UsageError(
                         f"{path}.bin: the split has no text; give fairseq-preprocess some"

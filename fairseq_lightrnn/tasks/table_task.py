@@ -14,11 +14,13 @@ from fairseq.utils import resolve_max_positions
 from omegaconf import OmegaConf
 from torch import nn
 
+from fairseq_lightrnn.checkpoint import put_back_last_checkpoint
 from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.models.flags import settle
 from fairseq_lightrnn.models.moving_average import average_weights_alone
 from fairseq_lightrnn.models.word_head import WordHead
 from fairseq_lightrnn.tasks.flags import check_checkpoints, check_flags, check_needs
+from fairseq_lightrnn.tasks.folder_lock import lock_folder
 from fairseq_lightrnn.tasks.generator import TopWordsGenerator
 from fairseq_lightrnn.tasks.reallocator import Reallocator, log_reallocation
 from fairseq_lightrnn.tasks.schedule import reallocation_epochs
@@ -97,6 +99,8 @@ class TableTask:
             if self.args.store_ema:
                 average_weights_alone()
             # fairseq is to read it next; evaluation of another model does not.
+            if self.args.restore_file == LAST_CHECKPOINT:
+                put_back_last_checkpoint(self._restored())
             check_checkpoints(self._restored(), self.args.finetune_from_model or "")
         if not from_checkpoint and hasattr(cfg, "table_shape"):
             self.tables.read_files(cfg)
@@ -169,6 +173,8 @@ class TableTask:
         words: Any = model.decoder.words  # type: ignore[union-attr]
         if self._started is None:
             self._started = time.monotonic()
+            if not self.args.no_save and rank() == 0:
+                lock_folder(self.args.save_dir, self)
             self._check_validation(model)
             if words.round >= 0:
                 self._go_on(words)
