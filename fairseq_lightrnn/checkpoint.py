@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,17 +18,16 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from fairseq_lightrnn.core.table import WordTable
+from fairseq_lightrnn.damage import checkpoint_damage
 from fairseq_lightrnn.errors import value_errors
 from fairseq_lightrnn.files import whole_file
 
 __all__ = [
     "build_model",
-    "checkpoint_damage",
     "find_checkpoint",
     "find_dictionary",
     "language_model_tables",
     "load_state",
-    "put_back_last_checkpoint",
     "save_state",
 ]
 
@@ -60,41 +58,6 @@ def find_checkpoint(path: str | Path) -> Path:
     if path.is_dir():
         raise ValueError(f"{path}: this folder has none of {', '.join(_CHECKPOINT_NAMES)}")
     raise ValueError(f"{path}: no such checkpoint")
-
-
-def checkpoint_damage(path: str | Path) -> str | None:
-    """Tells what is wrong with a checkpoint file, all of which is read, or None."""
-    with open(path, "rb") as file:
-        start = file.read(2)
-    if not start:
-        return "is truncated"
-    if start != b"PK":  # written by a torch of old
-        return None
-    try:
-        with zipfile.ZipFile(path) as archive:
-            part = archive.testzip()
-    except zipfile.BadZipFile:
-        return "is truncated"
-    return None if part is None else f"is damaged: its part {part} does not fit its checksum"
-
-
-def put_back_last_checkpoint(last: str | Path) -> None:
-    """Puts the newest whole checkpoint of a folder in the place of a last one that is not whole.
-
-    fairseq writes one file whole or not at all, and copies it to the others: a training that is
-    killed meanwhile leaves a part of a copy.
-    """
-    last = Path(last)
-    damage = checkpoint_damage(last) if last.is_file() else None
-    if damage is None:
-        return
-    others = (path for path in last.parent.glob("checkpoint*.pt") if path != last)
-    for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
-        if checkpoint_damage(path) is None:
-            logger.warning(f"{last}: {damage}; going on from {path.name}, the newest whole one")
-            with open(path, "rb") as source, whole_file(last, binary=True) as target:
-                shutil.copyfileobj(source, target)
-            return
 
 
 def save_state(state: dict[str, Any], checkpoint: str | Path) -> None:

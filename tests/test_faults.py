@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from fairseq_run import TASK, assert_same_training, eval_lm, load, run, train, train_arguments
 
-from fairseq_lightrnn.checkpoint import checkpoint_damage
+from fairseq_lightrnn.damage import checkpoint_damage
 from fairseq_lightrnn.errors import UsageError
 
 HERE = Path(__file__).parent

@@ -15,7 +15,7 @@ ROOT = Path(fairseq_lightrnn.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
 CORE = sorted(f"{PACKAGE}.core.{path.stem}" for path in (ROOT / "core").glob("[!_]*.py"))
 # What each part of the package may import besides itself.
-BESIDE = {"errors", "files", "signature", "version", "workers"}
+BESIDE = {"damage", "errors", "files", "signature", "version", "workers"}
 BELOW = {
     "core": {"files"},
     "runtime": {"files"},

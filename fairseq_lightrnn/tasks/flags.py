@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Optional
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
-from fairseq_lightrnn.checkpoint import checkpoint_damage
+from fairseq_lightrnn.damage import checkpoint_damage
 from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.tasks.schedule import reallocation_epochs
 

@@ -15,8 +15,6 @@ from fairseq.logging import progress_bar
 from fairseq.utils import resolve_max_positions
 from torch import Tensor, nn
 
-from fairseq_lightrnn.allocation.assignment import SolverOptions
-from fairseq_lightrnn.allocation.descent import Text, lower_loss
 from fairseq_lightrnn.allocation.gathering import (
     Gathered,
     gather_statistics,
@@ -30,6 +28,7 @@ from fairseq_lightrnn.models.word_head import WordHead
 from fairseq_lightrnn.workers import rank, table_of_first_worker, world_size
 
 if TYPE_CHECKING:
+    from fairseq_lightrnn.allocation.descent import Text
     from fairseq_lightrnn.allocation.paper import Reallocation
 
 __all__ = ["Reallocator", "log_reallocation"]
@@ -141,11 +140,15 @@ class Reallocator:
     @property
     def _memory(self) -> int:
         """Bytes that a reallocation may take."""
+        from fairseq_lightrnn.allocation.assignment import SolverOptions
+
         memory = self.args.reallocation_memory
         return SolverOptions.memory if memory is None else int(memory * (1 << 30))
 
     def _text(self, model: nn.Module) -> tuple[Text, int]:
         """Returns the training split, as the model reads it, and the bytes that it may take."""
+        from fairseq_lightrnn.allocation.descent import Text
+
         words: WordHead = model.decoder.words  # type: ignore[assignment,union-attr]
         text = Text(
             lambda: (_outputs(model, sample) for _, sample in self.batches(model)),
@@ -161,6 +164,8 @@ class Reallocator:
         self, words: WordHead, gathered: Gathered, text: Text, memory: int
     ) -> dict[str, Any] | None:
         """Takes a step that lowers the loss over the training split, and reports it."""
+        from fairseq_lightrnn.allocation.descent import lower_loss
+
         done = lower_loss(words.head, gathered, text, memory, int(words.round))
         if rank() > 0:
             return None
@@ -181,6 +186,7 @@ class Reallocator:
 
     def _solve(self, words: WordHead, gathered: Gathered, memory: dict[str, int]) -> Reallocation:
         """Finds the words' new cells, as the flags ask for."""
+        from fairseq_lightrnn.allocation.assignment import SolverOptions
         from fairseq_lightrnn.allocation.paper import reallocate
 
         components = range(words.table.num_components)

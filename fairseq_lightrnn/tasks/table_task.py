@@ -14,7 +14,7 @@ from fairseq.utils import resolve_max_positions
 from omegaconf import OmegaConf
 from torch import nn
 
-from fairseq_lightrnn.checkpoint import put_back_last_checkpoint
+from fairseq_lightrnn.damage import put_back_last_checkpoint
 from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.models.flags import settle
 from fairseq_lightrnn.models.moving_average import average_weights_alone
