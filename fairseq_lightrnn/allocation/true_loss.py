@@ -24,11 +24,11 @@ from fairseq_lightrnn.core.table import WordTable
 
 __all__ = ["Market", "Step", "candidate_prefixes"]
 
-CANDIDATES = 8  # prefixes of a word, the present one among them
+CANDIDATES = 12  # prefixes of a word, the present one among them
 _BLOCK = 1 << 10  # words
 # Nats over the whole text that a move must bring. What brings less is chance: of a text of 66,000
 # words, a fifth of the moves brings nothing on other text.
-_WORTH_A_MOVE = 0.5
+_WORTH_A_MOVE = 1.0
 
 
 @torch.no_grad()
