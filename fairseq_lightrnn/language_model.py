@@ -43,6 +43,7 @@ from fairseq_lightrnn.models.lightrnn_transformer import (
     LightRNNTransformerDecoder,
     TransformerText,
 )
+from fairseq_lightrnn.models.vocabulary import vocabulary_digest
 from fairseq_lightrnn.sentence_score import SentenceScore
 from fairseq_lightrnn.tasks.lightrnn_language_modeling import LightRNNLanguageModelingTask
 
@@ -434,8 +435,7 @@ class LanguageModel:
 
     def vocabulary_digest(self) -> str:
         """Returns twelve hexadecimal digits that name the words and their order."""
-        content = "\n".join(self.dictionary.symbols)
-        return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+        return f"{vocabulary_digest(self.dictionary.symbols):012x}"
 
     def parameter_digest(self) -> str:
         """Returns twelve hexadecimal digits that name the model's parameters."""

@@ -40,7 +40,7 @@ _JOINT_ROUNDS = 16
 _JOINT_ENTRIES = 1 << 31
 _JOINT_TOLERANCE = 1e-3
 # Words of a group are assigned in parts of so many costs, or words for each cluster if that is
-# more: every so manieth word, so that each part is like the whole.
+# more: every n-th word, so that each part is like the whole.
 _PART_ENTRIES = 1 << 24
 _PART_WORDS = 32
 
@@ -74,6 +74,7 @@ def table_of_vectors(
     Returns:
       The table; the occupied cells are those of `balanced_cells`.
     """
+    vectors = np.asarray(vectors, np.result_type(vectors, np.float32))
     num_words = len(vectors)
     filled = WordTable.from_cells(balanced_cells(num_words, shape), shape)
     random = np.random.default_rng(seed)

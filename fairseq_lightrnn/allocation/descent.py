@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ class Text:
     device: torch.device | str
 
     def remembered(self, head: ComponentHead, memory: float) -> Text:
-        """Returns the same text, of which the network reads as little as possible twice.
+        """Returns the same text, which the network reads once if its contexts fit into memory.
 
         Args:
             head: predicts words, which are read by another table than the one that moves.
@@ -87,8 +88,9 @@ class _Remembered:
             left -= context.num_bytes
             if left >= 0:
                 kept.append((number, words, context))
-            else:
+            else:  # too much: the text is read again each time
                 kept.clear()
+                self._memory = left = -math.inf
             yield number, words, context
         if left >= 0:
             self._kept = kept
@@ -109,7 +111,7 @@ class Descent:
         loss_after: with the new one, measured; never above ``loss_before``.
         predicted_gain: by how much the loss was predicted to fall; 0 where nothing was moved.
         gap: no assignment to the cells that were looked at was predicted to gain more than this
-            beyond the one that was found.
+            beyond the one that was found, a nat less for each word that it moves.
         halvings: how often fewer words were moved, as the loss had not fallen.
         seconds: of the parts of the work.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ import torch
 from fairseq_lightrnn.allocation import kernels
 from fairseq_lightrnn.allocation.assignment import Certified, Choices, SolverOptions, auction
 from fairseq_lightrnn.allocation.costs import CostSource, require_finite
+from fairseq_lightrnn.allocation.threads import available_processors
 
 __all__ = ["joint_assignment"]
 
@@ -133,7 +133,7 @@ def joint_assignment(
     gap = _GAP if options.gap is None else options.gap
     cells = np.asarray(cells)
     present = None if present is None else np.asarray(present)
-    threads = options.num_threads or os.cpu_count() or 1
+    threads = options.num_threads or available_processors()
     problem = _prepare(costs, cells, tuple(shape), gap, options.memory, threads, symbols)
     n = len(cells)
     if n * n <= _DENSE_LIMIT:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from fairseq_lightrnn.allocation.assignment import Certified, SolverOptions, ass
 from fairseq_lightrnn.allocation.costs import CostSource, LowRankCosts, require_finite
 from fairseq_lightrnn.allocation.joint import joint_assignment
 from fairseq_lightrnn.allocation.statistics import AllocationStatistics
+from fairseq_lightrnn.allocation.threads import available_processors
 from fairseq_lightrnn.core.table import WordTable, prefix_number
 
 __all__ = ["OBJECTIVES", "Reallocation", "reallocate"]
@@ -202,7 +202,7 @@ def _row_first(
             coordinates[words, stage] = found.places
             return found
 
-        threads = options.num_threads or os.cpu_count() or 1
+        threads = options.num_threads or available_processors()
         solved = _each(solve, np.flatnonzero(np.diff(starts)), threads, f"component {stage}")
         bounds.append(sum(found.bound for found in solved))
     return WordTable(coordinates, table.shape), bounds[0]

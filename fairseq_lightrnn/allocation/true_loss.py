@@ -26,8 +26,8 @@ __all__ = ["Market", "Step", "candidate_prefixes"]
 
 CANDIDATES = 12  # prefixes of a word, the present one among them
 _BLOCK = 1 << 10  # words
-# Nats over the whole text that a move must bring. What brings less is chance: of a text of 66,000
-# words, a fifth of the moves brings nothing on other text.
+# Nats over the whole text that a move must bring. What brings less is chance, and brings nothing
+# on other text.
 _WORTH_A_MOVE = 1.0
 
 
@@ -92,7 +92,8 @@ class Step:
       table: the new table.
       moved: (n,) the words whose cell changed, those that gain most first.
       gain: nats over the whole text by which the loss is predicted to fall.
-      gap: no assignment to the listed cells gains more than this beyond ``gain``.
+      gap: no assignment to the listed cells gains more than this beyond ``gain``, a nat less for
+        each word that it moves.
     """
 
     table: WordTable

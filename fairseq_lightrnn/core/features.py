@@ -242,6 +242,10 @@ class FurtherTables(WordFeature):
         self.query = query_layer(output_dim, output_dim)
         self._looked_up: tuple[list[tuple[Tensor, int]], list[Tensor]] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what is kept of tables: the versions of a copy's tensors begin anew."""
+        return {**self.__dict__, "_looked_up": None}
+
     def read(self, words: Tensor, dropout: float = 0.0) -> Tensor:
         """See :meth:`WordFeature.read`."""
         starts = accumulate(self._sizes[:-1], initial=0)
@@ -269,10 +273,12 @@ class FurtherTables(WordFeature):
         """Returns what :meth:`_coordinates` yields of the words of all rows, int32 of (rows, C).
 
         To look them up for every query takes longer than to score them, so they are kept until a
-        table changes: its tensor is then another one, or was written to.
+        table changes: its tensor is then another one, or of another version.
         """
         sources = [members, *(cast(Seats, table).coordinates for table in self.tables)]
-        now = [(source, 0 if source.is_inference() else source._version) for source in sources]
+        if any(source.is_inference() for source in sources):  # these count no versions
+            return [one.int() for one in self._coordinates(members)]
+        now = [(source, source._version) for source in sources]
         if self._looked_up is not None:
             before, places = self._looked_up
             # Tensors that are kept cannot give their memory to others.

@@ -47,7 +47,7 @@ def grouped_product(queries: Tensor, groups: Tensor, members: Tensor, vectors: T
 
 
 def _count(blocks: Tensor, queries: int) -> int:
-    """Returns how many blocks there are; on a GPU, which it would keep waiting, at most may be."""
+    """Returns how many blocks there are; on a GPU a bound, since to ask would wait for it."""
     if blocks.device.type == "cpu":
         return int(blocks.sum())
     # Every group that has a query may have one block that is not full.

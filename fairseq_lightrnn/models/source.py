@@ -15,6 +15,7 @@ from fairseq_lightrnn.core.seats import Seats
 from fairseq_lightrnn.core.table import default_shape
 from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.models.flags import TableSettings
+from fairseq_lightrnn.models.vocabulary import Vocabulary
 from fairseq_lightrnn.models.word_head import check_words
 
 __all__ = ["SourceEncoder", "SourceTableConfig", "TranslationForward", "source_embedding"]
@@ -77,6 +78,10 @@ class SourceEncoder:
     """Encodes the source text alone; to be mixed into an encoder of fairseq's."""
 
     dictionary: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.vocabulary = Vocabulary(self.dictionary)
 
     def forward_torchscript(self, net_input: dict[str, Tensor]) -> Any:
         """Encodes the source of a batch, whatever else the batch has for the decoder."""

@@ -14,11 +14,14 @@ __all__ = ["Vocabulary", "vocabulary_digest"]
 
 def vocabulary_digest(symbols: Sequence[str]) -> int:
     """Returns a number of 48 bits that tells vocabularies apart, the order of their words too."""
-    return int.from_bytes(hashlib.sha256("\n".join(symbols).encode()).digest()[:6], "big")
+    content = "\n".join(symbols).encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.sha256(content).digest()[:6], "big")
 
 
 class Vocabulary(nn.Module):
     """Knows a vocabulary by its digest, and refuses the parameters of a model of another one.
+
+    Parameters that come without a digest are taken to be of this one.
 
     Args:
         dictionary: of fairseq.

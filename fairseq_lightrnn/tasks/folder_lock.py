@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import weakref
 
 from fairseq_lightrnn.errors import UsageError
 
@@ -14,22 +13,25 @@ __all__ = ["lock_folder"]
 logger = logging.getLogger(__name__)
 
 _NAME = ".lock"
+# A process has one lock of a folder, and would lose it with the first file of it that it closes.
+_open: dict[str, int] = {}
 
 
-def lock_folder(folder: str, owner: object) -> None:
-    """Keeps other processes from training in a folder while an object and this process live.
+def lock_folder(folder: str) -> None:
+    """Keeps other processes from training in a folder as long as this one lives.
 
-    Where the file system knows no locks, it does nothing.
+    Where the file system knows no locks, or the folder cannot be written to, it does nothing.
 
     Raises:
         UsageError: another training is at work there.
     """
-    os.makedirs(folder, exist_ok=True)
-    file = os.open(os.path.join(folder, _NAME), os.O_WRONLY | os.O_CREAT)
-    weakref.finalize(owner, os.close, file)
+    path = os.path.realpath(os.path.join(folder, _NAME))
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+        os.makedirs(folder, exist_ok=True)
+        if path not in _open or not os.path.exists(path):
+            _open[path] = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        fcntl.lockf(_open[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         raise UsageError(
             f"--save-dir {folder}: another training writes there; wait for it to end, or give this "
             "one a folder of its own"

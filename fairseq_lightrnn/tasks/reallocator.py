@@ -155,7 +155,7 @@ class Reallocator:
             lambda: (_contexts(model, *numbered) for numbered in self.batches(model)),
             words.table.coordinates.device,
         )
-        if words.input_table is None:
+        if words.input_table is None or self.args.reallocation_objective != "true-loss":
             return text, 0
         share = self._memory // 4
         return text.remembered(words.head, share), share

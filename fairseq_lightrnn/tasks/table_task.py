@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import torch
+import torch.distributed
 from fairseq.criterions import build_criterion
 from fairseq.utils import resolve_max_positions
 from omegaconf import OmegaConf
@@ -99,8 +101,7 @@ class TableTask:
             if self.args.store_ema:
                 average_weights_alone()
             # fairseq is to read it next; evaluation of another model does not.
-            if self.args.restore_file == LAST_CHECKPOINT:
-                put_back_last_checkpoint(self._restored())
+            self._take_folder()
             check_checkpoints(self._restored(), self.args.finetune_from_model or "")
         if not from_checkpoint and hasattr(cfg, "table_shape"):
             self.tables.read_files(cfg)
@@ -119,6 +120,15 @@ class TableTask:
                 f"--task {self.stock_task} with that model"
             )
         return model
+
+    def _take_folder(self) -> None:
+        """Makes the folder of checkpoints this training's, and its last checkpoint a whole one."""
+        if rank() == 0 and not self.args.no_save:
+            lock_folder(self.args.save_dir)
+            if self.args.restore_file == LAST_CHECKPOINT:
+                put_back_last_checkpoint(self._restored())
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
 
     def _restored(self) -> str:
         """Returns the checkpoint that a training goes on from, if there is one."""
@@ -173,8 +183,6 @@ class TableTask:
         words: Any = model.decoder.words  # type: ignore[union-attr]
         if self._started is None:
             self._started = time.monotonic()
-            if not self.args.no_save and rank() == 0:
-                lock_folder(self.args.save_dir, self)
             self._check_validation(model)
             if words.round >= 0:
                 self._go_on(words)
