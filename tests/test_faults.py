@@ -12,7 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fairseq_run import TASK, assert_same_training, eval_lm, load, run, train, train_arguments
+from fairseq_run import (
+    TASK,
+    assert_same_training,
+    eval_lm,
+    load,
+    run,
+    train,
+    train_arguments,
+    train_translation,
+)  # fmt: skip
 
 from fairseq_lightrnn.damage import checkpoint_damage
 from fairseq_lightrnn.errors import UsageError
@@ -195,6 +204,32 @@ def test_damaged_binarised_text_is_named(
     for flags in ((), ("--carry-hidden-state",)):
         with pytest.raises(UsageError, match=message):
             train(copy, tmp_path / "out", *flags, max_epoch=1)
+
+
+def test_a_damaged_part_is_named_before_its_epoch(data: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "second"
+    shutil.copytree(data, copy)
+    os.truncate(copy / "train.bin", 100)
+    with pytest.raises(UsageError, match=r"second/train\.bin: has 100 bytes"):
+        train(f"{data}:{copy}", tmp_path / "out", max_epoch=1)  # type: ignore[arg-type]
+
+
+def test_damaged_text_to_translate_is_named(pairs: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "bin"
+    shutil.copytree(pairs, copy)
+    os.truncate(copy / "train.src-tgt.src.bin", 100)
+    with pytest.raises(UsageError, match=r"train\.src-tgt\.src\.bin: has 100 bytes"):
+        train_translation(copy, tmp_path / "out", max_epoch=1)
+
+
+def test_another_dictionary_of_the_source_is_refused(pairs: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "bin"
+    shutil.copytree(pairs, copy)
+    train_translation(pairs, tmp_path / "out", max_epoch=1)
+    lines = (copy / "dict.src.txt").read_text().splitlines()
+    (copy / "dict.src.txt").write_text("\n".join([*lines[1::-1], *lines[2:]]) + "\n")
+    with pytest.raises(SystemExit, match="another order"):
+        train_translation(copy, tmp_path / "out", max_epoch=2)
 
 
 def test_another_dictionary_of_as_many_words_is_refused(

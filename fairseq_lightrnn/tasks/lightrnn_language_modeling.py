@@ -130,8 +130,12 @@ class LightRNNLanguageModelingTask(TableTask, LanguageModelingTask):
         path = os.path.join(self._data_path(epoch), f"{split}.bin")
         if os.path.exists(path) and os.path.getsize(path) == 0:
             raise UsageError(f"{path}: the split has no text; give fairseq-preprocess some")
-        with usage_errors():
-            check_binarised(path.removesuffix(".bin"), len(self.dictionary))
+        if split not in self.datasets:  # the first time: all parts, which later epochs read
+            training = split == self.args.train_subset
+            folders = utils.split_paths(self.args.data) if training else [self._data_path(epoch)]
+            for folder in folders:
+                with usage_errors():
+                    check_binarised(os.path.join(folder, split), len(self.dictionary))
         if self.args.carry_hidden_state:
             self.datasets[split] = self._lanes(split, epoch, combine)
             return

@@ -100,9 +100,12 @@ class LightRNNTranslationTask(TableTask, TranslationTask):
             self.args.target_lang: self.target_dictionary,
         }
         for language, dictionary in sides.items():
+            if split not in self.datasets:  # the first time: all parts, which later epochs read
+                for part in range(len(utils.split_paths(self.args.data))):
+                    for path in self._paths(split, language, part + 1):
+                        with usage_errors():
+                            check_binarised(path, len(dictionary))
             for path in self._paths(split, language, epoch):
-                with usage_errors():
-                    check_binarised(path, len(dictionary))
                 if os.path.exists(f"{path}.bin") and os.path.getsize(f"{path}.bin") == 0:
                     raise UsageError(
                         f"{path}.bin: the split has no text; give fairseq-preprocess some"
