@@ -67,8 +67,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--words", type=int, metavar="N",
         help="gather statistics over about this many words (default: all)")  # fmt: skip
     add("--memory", type=float, metavar="GIB",
-        help="GiB that statistics and costs may take, besides some 300 bytes a word (default: 8 "
-        "for costs, no bound for the rest)")  # fmt: skip
+        help="GiB that statistics, costs and memories of the text may take, besides some 300 bytes "
+        "a word (default: 8, and no bound for statistics)")  # fmt: skip
     add("--export", metavar="DIR", help="also write the statistics, the table and the output "
         "vectors to this new folder, for scripts/benchmark_allocation.py --instances")  # fmt: skip
     add("--max-tokens", type=int, default=8192, metavar="N",
