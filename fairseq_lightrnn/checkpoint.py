@@ -78,7 +78,8 @@ def load_state(checkpoint: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{checkpoint}: {error.strerror}") from None
     if damage:
-        raise ValueError(f"{checkpoint}: the checkpoint {damage}")
+        logger.debug("%s %s", checkpoint, damage)
+        raise ValueError(f"{checkpoint}: not a checkpoint of fairseq, or a damaged one")
     try:
         state: dict[str, Any] = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint))
         # What is no checkpoint has none of these.
