@@ -67,8 +67,8 @@ class TableTaskConfig(FairseqDataclass):
         default=None,
         metadata={
             "help": "GiB that a reallocation's statistics, costs and memories of the text may "
-            "take, besides some 300 bytes a word; statistics that do not fit go to a file in the save "
-            "directory while they are needed; a text that does not fit is read several times; "
+            "take, besides some 300 bytes a word; statistics that do not fit go to a file in the "
+            "save directory while they are needed; a text that does not fit is read several times; "
             "where the costs of cells do not fit, frequent words alone are moved (default: 8, "
             "and no bound for statistics)"
         },
