@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fairseq import checkpoint_utils
@@ -124,12 +125,18 @@ class TestTraining:
     def test_little_memory_moves_frequent_words_alone(self, data: Path, tmp_path: Path) -> None:
         flags = {"reallocate_epochs": 1, "max_epoch": 2, "initial_table": "random"}
         train(data, tmp_path / "all", **flags)
-        train(data, tmp_path / "little", reallocation_memory=2e-5, **flags)  # 12 words
-        whole, record = (
-            json.loads((tmp_path / name / "reallocations.jsonl").read_text())
-            for name in ("all", "little")
-        )
-        assert 0 < record["moved"] <= 12 < whole["moved"]
+        train(data, tmp_path / "little", reallocation_memory=4e-5, **flags)  # 16 words
+        lines = (data / "dict.txt").read_text().splitlines()
+        counts = [0] * 4 + [int(line.split()[1]) for line in lines]
+        moved = {}
+        for name in ("all", "little"):
+            before = WordTable.load(tmp_path / name / "word_table.epoch0.txt", symbols(data))
+            after = table_of(tmp_path / name / "checkpoint2.pt", (7, 7))
+            moved[name] = np.flatnonzero(before.cells != after.cells)
+        rank = np.argsort(np.argsort(-np.array(counts), kind="stable"))
+        assert len(moved["little"]) and rank[moved["little"]].max() < 20
+        assert rank[moved["all"]].max() >= 20
+        record = json.loads((tmp_path / "little" / "reallocations.jsonl").read_text())
         assert record["loss_after"] < record["loss_before"]
 
     @pytest.mark.parametrize("objective", ["row-first", "true-loss"])
@@ -268,7 +275,8 @@ class TestTraining:
         assert softmax.vectors is reader.vectors
         assert list(softmax.features) == list(reader.features)
         parameters = dict(model.named_parameters())  # each once
-        buffers = [READ, "decoder.reallocations.round", "decoder.reallocations.epoch"]
+        counted = ("reallocations.round", "reallocations.epoch", "vocabulary.digest")
+        buffers = [READ, *(f"decoder.{name}" for name in counted)]
         carried = [f"decoder.carried_state.{name}" for name in ("block", "states")]
         assert state.keys() == {*parameters, *buffers, *carried}
         for name, value in parameters.items():
