@@ -33,6 +33,10 @@ class Words:
     def pad(self) -> int:
         return 1
 
+    @property
+    def symbols(self) -> list[str]:
+        return [str(word) for word in range(self.count)]
+
 
 def config(architecture: str, **values: Any) -> LSTMConfig:
     """Returns the configuration that ``--arch`` and flags give."""
