@@ -252,9 +252,11 @@ class TestEnds:
 
     def test_interrupted(self, trained: Path) -> None:
         line = command_line("score", trained, "--level", "sentence")
+        heeded = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
         with subprocess.Popen(
-            line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process:
+            line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=heeded,  # a shell lets what it starts in the background ignore it
+        ) as process:  # fmt: skip
             assert process.stdin and process.stdout and process.stderr
             process.stdin.write("w1\n")
             process.stdin.flush()

@@ -24,7 +24,7 @@ def iterates(checkpoint: dict[str, Any]) -> list[Tensor]:
 
 def parameters(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     """Returns what an optimiser has changed, in its order."""
-    buffers = ("coordinates", "round", "epoch", "block", "states")
+    buffers = ("coordinates", "round", "epoch", "block", "states", "digest")
     return {
         name: value
         for name, value in checkpoint["model"].items()

@@ -47,7 +47,7 @@ def trained(
     save_dir = tmp_path_factory.mktemp("trained")
     train_translation(
         pairs, save_dir, arch=request.param, reallocate_epochs=1, save_interval_updates=4,
-        initial_table="random",
+        initial_table="random", lr=0.05,
     )  # fmt: skip
     (save_dir / "arch.txt").write_text(request.param)
     return save_dir
@@ -231,7 +231,7 @@ class TestTraining:
 class TestResume:
     def test_at_an_epoch_boundary(self, pairs: Path, trained: Path, tmp_path: Path) -> None:
         train_translation(
-            pairs, tmp_path, arch=arch_of(trained), reallocate_epochs=1,
+            pairs, tmp_path, arch=arch_of(trained), lr=0.05, reallocate_epochs=1,
             restore_file=trained / "checkpoint1.pt",
         )  # fmt: skip
         assert_same_training(tmp_path / "checkpoint3.pt", trained / "checkpoint3.pt")
@@ -242,7 +242,12 @@ class TestResume:
     ) -> None:
         (middle,) = trained.glob("checkpoint_2_20.pt")
         train_translation(
-            pairs, tmp_path, arch=arch_of(trained), reallocate_epochs=1, restore_file=middle
+            pairs,
+            tmp_path,
+            arch=arch_of(trained),
+            lr=0.05,
+            reallocate_epochs=1,
+            restore_file=middle,
         )
         assert_same_training(tmp_path / "checkpoint3.pt", trained / "checkpoint3.pt")
         assert not (tmp_path / "reallocations.jsonl").exists()
@@ -420,8 +425,8 @@ class TestSourceTables:
 
     @pytest.mark.parametrize("arch", ARCHITECTURES[1:])
     def test_an_input_table_can_be_kept_later(self, tmp_path: Path, arch: str) -> None:
-        data = preprocess_pairs(tmp_path / "data", "--joined-dictionary", sentences=60)
-        flags = {"arch": arch, "source_table": "shared"}
+        data = preprocess_pairs(tmp_path / "data", "--joined-dictionary", sentences=240)
+        flags = {"arch": arch, "source_table": "shared", "initial_table": "random", "lr": 0.05}
         if "transformer" not in arch:
             flags["component_vectors"] = "separate"
         train_translation(data, tmp_path / "a", max_epoch=2, **flags)
