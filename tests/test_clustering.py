@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 
 from fairseq_lightrnn.allocation import clustering
 from fairseq_lightrnn.allocation.clustering import table_of_vectors
-from fairseq_lightrnn.allocation.sums import Sums, unexplained
+from fairseq_lightrnn.allocation.sums import Sums, sums_of_tables
 from fairseq_lightrnn.core.table import WordTable, balanced_cells
 
 
@@ -165,9 +165,9 @@ def test_what_tables_do_not_say_is_left_by_least_squares():
     centroids = nearest_sums(tables, vectors, weights)
     expected = sum(found[place] for found, place in zip(centroids, places, strict=True))
     least = weighted_squares(vectors - expected, weights)
-    found = weighted_squares(unexplained(vectors, weights, tables), weights)
+    found = weighted_squares(sums_of_tables(vectors, weights, tables).rest()[:], weights)
     assert least < found < 1.02 * least < 0.8 * weighted_squares(vectors, weights)
-    alone = unexplained(vectors, weights, tables[:1])
+    alone = sums_of_tables(vectors, weights, tables[:1]).rest()[:]
     assert weighted_squares(alone, weights) > 1.2 * found
     assert weighted_squares(alone, weights) == pytest.approx(
         distance(tables[0], vectors, weights), rel=0.01
@@ -178,13 +178,15 @@ def test_a_further_table_of_what_is_left_explains_more():
     random = np.random.default_rng(2)
     vectors, weights = random.normal(size=(100, 6)), random.uniform(1, 3, 100)
     first = table_of_vectors(vectors, weights, shape=(10, 10), seed=1)
-    left = unexplained(vectors, weights, [first])
+    left = sums_of_tables(vectors, weights, [first]).rest()[:]
     alike = table_of_vectors(vectors, weights, shape=(10, 10), seed=2)
     other = table_of_vectors(vectors, weights, shape=(10, 10), before=[first], seed=2)
     same = table_of_vectors(left, weights, shape=(10, 10), seed=2)
 
     def lacking(second: WordTable) -> float:
-        return weighted_squares(unexplained(vectors, weights, [first, second]), weights)
+        return weighted_squares(
+            sums_of_tables(vectors, weights, [first, second]).rest()[:], weights
+        )
 
     assert lacking(other) < 0.9 * lacking(alike)
     assert lacking(other) == pytest.approx(lacking(same), rel=0.1)  # they settle elsewhere

@@ -26,7 +26,7 @@ from fairseq_lightrnn.allocation.initial_table import (
     cooccurrence_vectors,
     initial_table,
 )
-from fairseq_lightrnn.allocation.sums import unexplained
+from fairseq_lightrnn.allocation.sums import sums_of_tables
 from fairseq_lightrnn.commands.reallocate import main as reallocate
 from fairseq_lightrnn.core.table import WordTable
 from fairseq_lightrnn.language_model import LanguageModel
@@ -214,7 +214,7 @@ def test_further_tables_are_made_from_what_those_before_do_not_say() -> None:
     vectors, weights, row_dims = cooccurrence_vectors(text, 60, CoOccurrence(), 3)
 
     def lacking(*tables: WordTable) -> float:
-        left = unexplained(vectors, weights, tables)
+        left = sums_of_tables(vectors, weights, tables).rest()[:]
         return float((weights * (left**2).sum(axis=1)).sum())
 
     assert lacking(first) > lacking(first, second) > lacking(first, second, third)

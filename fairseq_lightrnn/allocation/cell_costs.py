@@ -38,7 +38,6 @@ __all__ = [
     "last_component",
     "occurrence_shares",
     "prefix_coordinates",
-    "vector_logits",
 ]
 
 # Losses are kept as integers, so that sums of them are the same in every order and for any number
@@ -80,14 +79,6 @@ def last_component(
             log_probs = log_probs + scores.gather(1, value[:, None]).squeeze(1)
         context = head.extend(context, component, value)
     return log_probs, context
-
-
-def vector_logits(head: ComponentHead, hidden: Tensor, prefix: Tensor) -> Tensor:
-    """Returns what vectors alone give the last component after prefixes, (N, R_k)."""
-    last = head.table.num_components - 1
-    logits = at_least_float32(F.linear(hidden, *head.softmax.component(last)))
-    occupied = head.table.occupied(last, prefix)
-    return logits if occupied is None else logits.masked_fill(~occupied, float("-inf"))
 
 
 class CellLosses:
@@ -169,7 +160,8 @@ class CellLosses:
         head = self.head
         prefix = prefix_coordinates(prefixes, head.table.shape)
         of_prefix, context = last_component(head, context, prefix, first)
-        base = vector_logits(head, context.output, prefix)
+        last = head.table.num_components - 1
+        base = at_least_float32(head.softmax.vector_logits(last, context.output, prefix))
         if not len(head.softmax.features):
             return _rounded(torch.log_softmax(base, dim=1).neg_(), of_prefix), None
         featured = at_least_float32(head.softmax.projected_logits(context.queries, prefix))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ def table_of_vectors(
       shape: k sizes of the table, with at least V cells.
       row_dims: the first coordinate is clustered by so many dimensions of the vectors, the others
         by the rest; all by all of them if None.
-      before: other tables of the words: this one is for what they do not say (`unexplained`).
+      before: other tables of the words: this one is for what they do not say.
       seed: of the k-means.
       num_threads: threads; the table does not depend on it.
 
@@ -160,7 +161,8 @@ def _balanced_clusters(split: _Split, random: np.random.Generator) -> np.ndarray
     rounds = split if len(heavy) == len(weights) else split.of(np.sort(heavy))
     before = math.inf
     for _ in range(_ROUNDS):
-        clusters, cost = rounds.assign(centroids, _ROUGH_GAP)
+        clusters, change = rounds.assign(centroids, _ROUGH_GAP)
+        cost = rounds.constant + change
         centroids = rounds.means(clusters, centroids)
         # A cost of nothing is off by its rounding.
         if cost >= (1 - _TOLERANCE) * before - 1e-12 * rounds.constant:
@@ -203,9 +205,13 @@ class _Split:
             for group, room in enumerate(capacities)
             for part in _parts(order[starts[group] : starts[group + 1]], room)
         ]
-        self.constant = squares(self.rest, self.weights, self.words)
         self.prices: list[np.ndarray | None] = [None] * len(self.parts)
         self._arguments = sums, dims, groups, left_out
+
+    @cached_property
+    def constant(self) -> float:
+        """The weighted sum of squared lengths."""
+        return squares(self.rest, self.weights, self.words)
 
     def of(self, words: np.ndarray) -> _Split:
         """Returns some of the words, with as large a share of every capacity."""
@@ -216,8 +222,9 @@ class _Split:
         return _Split(sums, dims, groups, capacities, self.executor, left_out, words)
 
     def assign(self, centroids: np.ndarray, gap: float) -> tuple[np.ndarray, float]:
-        """Returns the cluster of each word, (V,), and the weighted sum of squared distances.
+        """Returns the cluster of each word, (V,), and what distances add to :attr:`constant`.
 
+        The weighted sum of squared distances is both together, of which words choose the second:
         weight · |x - c|² = weight · |x|² - (2 · weight · x · c + weight · -|c|²)
         """
         places = torch.from_numpy(centroids)
@@ -238,8 +245,7 @@ class _Split:
             self.prices[number] = found.prices
             return found.cost
 
-        cost = self.constant + sum(self.executor.map(split, range(len(self.parts))))
-        return clusters, cost
+        return clusters, sum(self.executor.map(split, range(len(self.parts))))
 
     def means(self, clusters: np.ndarray, previous: np.ndarray) -> np.ndarray:
         """Returns the weighted mean of each cluster; one without weight keeps its centroid."""

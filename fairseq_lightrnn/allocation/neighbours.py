@@ -16,7 +16,6 @@ from torch import Tensor
 from fairseq_lightrnn.allocation.cell_costs import (
     occurrence_shares,
     prefix_coordinates,
-    vector_logits,
 )
 from fairseq_lightrnn.core.conditioning import Context
 from fairseq_lightrnn.core.head import ComponentHead
@@ -78,10 +77,8 @@ class Neighbours:
         """
         index = (draws < self._chances[words]).nonzero().squeeze(1)
         words, context = words[index], self.head.to_extend(context).select(index)
-        prefix = self.head.table(words)[:, :-1]
-        for component, value in enumerate(prefix.unbind(1)):
-            context = self.head.extend(context, component, value)
-        known = [context.output, *(query for query in context.queries if query is not None)]
+        hidden = self.head.hidden_of(context, words)[:, -1]
+        known = [hidden, *(query for query in context.queries if query is not None)]
         return words, torch.cat(known, dim=1).to(self.dtype)
 
     def set(self, words: Tensor, rows: Tensor) -> None:
@@ -112,8 +109,8 @@ class Neighbours:
         hidden, queries = self._split(self._rows[some])
         numbers = seen.new_full((len(seen),), prefix)
         coordinates = prefix_coordinates(numbers, self.head.table.shape)
-        base = vector_logits(self.head, hidden, coordinates)
-        softmax = self.head.softmax
+        softmax, last = self.head.softmax, self.head.table.num_components - 1
+        base = at_least_float32(softmax.vector_logits(last, hidden, coordinates))
         logits = base + at_least_float32(softmax.feature_logits(queries, coordinates))
         norm = torch.logsumexp(logits, dim=1, keepdim=True)
         own = at_least_float32(softmax.feature_logits_of(queries, words))

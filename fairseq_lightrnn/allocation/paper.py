@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +16,7 @@ from fairseq_lightrnn.allocation.assignment import Certified, SolverOptions, ass
 from fairseq_lightrnn.allocation.costs import CostSource, LowRankCosts, require_finite
 from fairseq_lightrnn.allocation.joint import joint_assignment
 from fairseq_lightrnn.allocation.statistics import AllocationStatistics
-from fairseq_lightrnn.allocation.threads import available_processors
+from fairseq_lightrnn.allocation.threads import thread_pool
 from fairseq_lightrnn.core.table import WordTable, prefix_number
 
 __all__ = ["OBJECTIVES", "Reallocation", "reallocate"]
@@ -202,20 +201,19 @@ def _row_first(
             coordinates[words, stage] = found.places
             return found
 
-        threads = options.num_threads or available_processors()
-        solved = _each(solve, np.flatnonzero(np.diff(starts)), threads, f"component {stage}")
+        filled = np.flatnonzero(np.diff(starts))
+        solved = _each(solve, filled, options.num_threads, f"component {stage}")
         bounds.append(sum(found.bound for found in solved))
     return WordTable(coordinates, table.shape), bounds[0]
 
 
 def _each(
-    solve: Callable[[int], Certified], groups: np.ndarray, num_threads: int, title: str
+    solve: Callable[[int], Certified], groups: np.ndarray, num_threads: int | None, title: str
 ) -> list[Certified]:
     """Solves every group, several at once where there are several."""
     begun = time.monotonic()
     solved: list[Certified] = []
-    threads = num_threads if len(groups) > 1 else 1
-    with ThreadPoolExecutor(threads) as executor:
+    with thread_pool(num_threads if len(groups) > 1 else 1) as executor:
         for found in executor.map(solve, (int(group) for group in groups)):
             solved.append(found)
             if len(solved) % max(1, len(groups) // 20) == 0:

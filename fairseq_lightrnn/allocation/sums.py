@@ -9,31 +9,21 @@ from scipy import sparse
 
 from fairseq_lightrnn.core.table import WordTable
 
-__all__ = ["FITS", "Rest", "Sums", "moments", "squares", "sums_of_tables", "unexplained"]
+__all__ = ["FITS", "Rest", "Sums", "moments", "squares", "sums_of_tables"]
 
 FITS = 4
 """Passes of alternating means over groupings that are there."""
 _PIECE = 1 << 14  # words
 
 
-def unexplained(
-    vectors: np.ndarray, weights: np.ndarray, tables: Sequence[WordTable]
-) -> np.ndarray:
-    """Returns what tables do not say of words: vectors less the sums of coordinates' centroids.
+def sums_of_tables(vectors: np.ndarray, weights: np.ndarray, tables: Sequence[WordTable]) -> Sums:
+    """Returns the sums of coordinates' centroids that are nearest to word vectors.
 
     Args:
       vectors: (V, d) word vectors.
       weights: (V,) weight of each word.
       tables: of the words, of any shapes.
-
-    Returns:
-      (V, d), of the sums that are nearest to the vectors, which alternating means approach.
     """
-    rest = sums_of_tables(vectors, weights, tables).rest()
-    return np.concatenate([rest[words] for words in _slices(len(vectors))])
-
-
-def sums_of_tables(vectors: np.ndarray, weights: np.ndarray, tables: Sequence[WordTable]) -> Sums:
     sums = Sums(vectors, weights)
     for table in tables:
         for component, size in enumerate(table.shape):

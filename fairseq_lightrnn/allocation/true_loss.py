@@ -1,8 +1,8 @@
 """Reallocation by the loss that training minimises: candidates, their costs, and the new table.
 
 :mod:`fairseq_lightrnn.allocation.cell_costs` tells what it costs to seat a word in a cell, and why.
-Here each word gets a few candidate prefixes (rows, for two components), of what their cells cost
-the cheapest are kept, and the words are assigned to these cells.
+Here each word gets a few candidate prefixes (rows, for two components), and the words are assigned
+to the cells of these.
 """
 
 from __future__ import annotations

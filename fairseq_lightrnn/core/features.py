@@ -248,9 +248,7 @@ class FurtherTables(WordFeature):
 
     def read(self, words: Tensor, dropout: float = 0.0) -> Tensor:
         """See :meth:`WordFeature.read`."""
-        starts = accumulate(self._sizes[:-1], initial=0)
-        placed = zip(starts, self._coordinates(words), strict=True)
-        index = torch.stack([start + coordinate for start, coordinate in placed], dim=-1)
+        index = torch.stack(list(self._numbers(words)), dim=-1)
         # (..., M·k, input_dim) -> (..., input_dim)
         return look_up(self.input_vectors, index, dropout).sum(dim=-2)
 
@@ -294,15 +292,19 @@ class FurtherTables(WordFeature):
     def score_words(self, query: Tensor | None, words: Tensor) -> Tensor:
         """See :meth:`WordFeature.score_words`."""
         # Many queries of few words: their vectors are summed once, not their scores for each query.
-        starts = accumulate(self._sizes[:-1], initial=0)
-        placed = zip(starts, self._coordinates(words), strict=True)
-        vectors = [F.embedding(start + index, self.output_vectors) for start, index in placed]
+        vectors = [F.embedding(index, self.output_vectors) for index in self._numbers(words)]
         return F.linear(cast(Tensor, query), sum(vectors[1:], vectors[0]))
 
     def _coordinates(self, words: Tensor) -> Iterator[Tensor]:
         """Yields words' coordinates, table by table and component by component."""
         for table in self.tables:
             yield from table(words).unbind(-1)
+
+    def _numbers(self, words: Tensor) -> Iterator[Tensor]:
+        """Yields, likewise, which of all vectors are theirs."""
+        starts = accumulate(self._sizes[:-1], initial=0)
+        for start, coordinate in zip(starts, self._coordinates(words), strict=True):
+            yield start + coordinate
 
     def _sum_scores(self, scores: Tensor, places: Iterable[Tensor]) -> Tensor:
         """Sums the scores of each word's rows and columns.

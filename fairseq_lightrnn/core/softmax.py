@@ -86,13 +86,18 @@ class ComponentSoftmax(nn.Module):
         Returns:
             Logits of shape (N, R_i), -inf where a value leads to no word.
         """
-        logits = F.linear(hidden, *self.component(component))
+        logits = self.vector_logits(component, hidden, prefix)
         if component + 1 == self.table.num_components and len(self.features):
             if featured is None:
                 featured = self.feature_logits(
                     self.ask(hidden) if queries is None and component == 0 else queries, prefix
                 )
             logits = logits + featured
+        return logits
+
+    def vector_logits(self, component: int, hidden: Tensor, prefix: Tensor) -> Tensor:
+        """Returns what vectors and biases alone make of :meth:`logits`."""
+        logits = F.linear(hidden, *self.component(component))
         occupied = self.table.occupied(component, prefix)
         return logits if occupied is None else logits.masked_fill(~occupied, float("-inf"))
 

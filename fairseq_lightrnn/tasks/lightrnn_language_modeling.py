@@ -15,10 +15,9 @@ from omegaconf import open_dict
 from torch import nn
 
 from fairseq_lightrnn.criterions import two_component_cross_entropy  # noqa: F401  (registers)
-from fairseq_lightrnn.data.binarised import check_binarised
 from fairseq_lightrnn.data.lanes import SHORTEST_BLOCK, LaneDataset, LaneIterator
 from fairseq_lightrnn.data.target_input import TargetInputDataset, consecutive_text
-from fairseq_lightrnn.errors import UsageError, usage_errors
+from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.tasks.flags import TableTaskConfig
 from fairseq_lightrnn.tasks.table_task import TableTask
 from fairseq_lightrnn.workers import world_size
@@ -130,12 +129,10 @@ class LightRNNLanguageModelingTask(TableTask, LanguageModelingTask):
         path = os.path.join(self._data_path(epoch), f"{split}.bin")
         if os.path.exists(path) and os.path.getsize(path) == 0:
             raise UsageError(f"{path}: the split has no text; give fairseq-preprocess some")
-        if split not in self.datasets:  # the first time: all parts, which later epochs read
-            training = split == self.args.train_subset
-            folders = utils.split_paths(self.args.data) if training else [self._data_path(epoch)]
-            for folder in folders:
-                with usage_errors():
-                    check_binarised(os.path.join(folder, split), len(self.dictionary))
+        training = split == self.args.train_subset
+        folders = utils.split_paths(self.args.data) if training else [self._data_path(epoch)]
+        parts = [os.path.join(folder, split) for folder in folders]
+        self.check_parts(split, parts, self.dictionary)
         if self.args.carry_hidden_state:
             self.datasets[split] = self._lanes(split, epoch, combine)
             return

@@ -16,9 +16,8 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from torch import nn
 
 from fairseq_lightrnn.criterions import two_component_cross_entropy  # noqa: F401  (registers)
-from fairseq_lightrnn.data.binarised import check_binarised
 from fairseq_lightrnn.data.target_input import TargetInputDataset, consecutive_text
-from fairseq_lightrnn.errors import UsageError, usage_errors
+from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.models.flags import further_files
 from fairseq_lightrnn.tasks.flags import INITIAL_TABLES, TableTaskConfig
 from fairseq_lightrnn.tasks.table_task import TableTask
@@ -100,11 +99,9 @@ class LightRNNTranslationTask(TableTask, TranslationTask):
             self.args.target_lang: self.target_dictionary,
         }
         for language, dictionary in sides.items():
-            if split not in self.datasets:  # the first time: all parts, which later epochs read
-                for part in range(len(utils.split_paths(self.args.data))):
-                    for path in self._paths(split, language, part + 1):
-                        with usage_errors():
-                            check_binarised(path, len(dictionary))
+            numbers = range(1, 1 + len(utils.split_paths(self.args.data)))
+            parts = chain.from_iterable(self._paths(split, language, number) for number in numbers)
+            self.check_parts(split, dict.fromkeys(parts), dictionary)
             for path in self._paths(split, language, epoch):
                 if os.path.exists(f"{path}.bin") and os.path.getsize(f"{path}.bin") == 0:
                     raise UsageError(

@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from fairseq_lightrnn.damage import put_back_last_checkpoint
-from fairseq_lightrnn.errors import UsageError
+from fairseq_lightrnn.data.binarised import check_binarised
+from fairseq_lightrnn.errors import UsageError, usage_errors
 from fairseq_lightrnn.models.flags import settle
 from fairseq_lightrnn.models.moving_average import average_weights_alone
 from fairseq_lightrnn.models.word_head import WordHead
@@ -72,6 +73,20 @@ class TableTask:
     def text(self, split: str) -> Iterable[np.ndarray]:
         """Yields the words to be predicted of a split as arrays of consecutive text."""
         raise NotImplementedError
+
+    def check_parts(self, split: str, paths: Iterable[str], dictionary: Any) -> None:
+        """Refuses damaged binarised text, when a split is first loaded.
+
+        Args:
+            split: its name.
+            paths: of all its parts, which later epochs read, without suffixes.
+            dictionary: of their words.
+        """
+        if split in self.datasets:
+            return
+        with usage_errors():
+            for path in paths:
+                check_binarised(path, len(dictionary))
 
     def table_text(self) -> Iterable[np.ndarray]:
         """Yields the text that tables are made from."""
