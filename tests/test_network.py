@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fairseq_lightrnn.core.conditioning import Recurrent
 from fairseq_lightrnn.core.decoder import Decoder
 from fairseq_lightrnn.core.network import (
+    Dropout,
     FeedForward,
     LockedDropout,
     RegularisedLSTM,
@@ -139,6 +140,38 @@ def test_parameters_and_evaluation_are_those_of_torch() -> None:
     inputs = torch.randn(3, 5, 4)
     for ours, theirs in zip(lstm.eval()(inputs)[1], plain.eval()(inputs)[1], strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, RATE, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_dropout_does_what_that_of_torch_does(rate: float, dtype: torch.dtype) -> None:
+    """As many entries are dropped, the others scaled alike, and gradients are those of the mask."""
+    inputs = (torch.rand(301, 303, dtype=torch.float64) + 1).to(dtype).requires_grad_()
+    outputs, other = Dropout(rate)(inputs), nn.Dropout(rate)(inputs)
+    kept = outputs.detach() != 0
+    spread = 5 * (2 * kept.numel() * rate * (1 - rate)) ** 0.5
+    assert abs(int(kept.sum()) - int((other != 0).sum())) <= spread
+    torch.testing.assert_close(outputs[kept], inputs[kept] / max(1 - rate, 0.1))
+    (gradient,) = torch.autograd.grad(outputs.float().sum(), inputs)
+    torch.testing.assert_close(gradient != 0, kept)
+    # No pattern: rows, columns and neighbours of dropped entries are dropped as often as others.
+    if 0 < rate < 1:
+        for mean in (kept.double().mean(0), kept.double().mean(1)):
+            assert (mean - (1 - rate)).abs().max() < 6 * (rate * (1 - rate) / 300) ** 0.5
+        both = (kept.flatten()[1:] & kept.flatten()[:-1]).double().mean()
+        assert abs(float(both) - (1 - rate) ** 2) < 0.01
+
+
+def test_masks_of_dropout_follow_the_seed() -> None:
+    dropout, inputs = Dropout(RATE), torch.ones(7, 9)
+    masks = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        masks.append([dropout(inputs), dropout(inputs)])
+    assert torch.equal(masks[0][0], masks[1][0]) and torch.equal(masks[0][1], masks[1][1])
+    assert not torch.equal(masks[0][0], masks[0][1]) and not torch.equal(masks[0][0], masks[2][0])
+    assert dropout(inputs[:0]).shape == (0, 9)
+    assert torch.equal(dropout.eval()(inputs), inputs)
 
 
 def test_locked_dropout_has_one_mask_for_a_sequence() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fairseq_lightrnn.core.attention import Attention
 from fairseq_lightrnn.core.conditioning import Conditioner, Context, Gated, Recurrent
 from fairseq_lightrnn.core.decoder import Activations, Decoder
-from fairseq_lightrnn.core.network import LockedDropout, RegularisedLSTM
+from fairseq_lightrnn.core.network import Dropout, LockedDropout, RegularisedLSTM
 from fairseq_lightrnn.core.sharing import save_shared_once
 from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.models.carried_state import CarriedState
@@ -109,7 +109,7 @@ def build_decoder(
             "row, so both need one table; use a gated architecture"
         )
     regularisation = parse_regularisation(cfg.regularise)
-    dim, dropout_type = cfg.hidden_size, LockedDropout if regularisation.locked else nn.Dropout
+    dim, dropout_type = cfg.hidden_size, LockedDropout if regularisation.locked else Dropout
     dropout = dropout_type(cfg.dropout if cfg.dropout_out is None else cfg.dropout_out)
     reader, softmax = build_words(
         settings,
