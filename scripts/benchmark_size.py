@@ -87,7 +87,7 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[str, list[Any]]]:
     yield "fairseq-eval-lm", [*python, "fairseq_cli.eval_lm", data, *ours, "--path", best, "--cpu",
                               "--gen-subset", "test", "--batch-size", 64,
                               "--tokens-per-sample", 35]  # fmt: skip
-    yield "lightrnn-score", ["lightrnn-score", best, "--data", data,
+    yield "lightrnn-score", [Path(sys.executable).with_name("lightrnn-score"), best, "--data", data,
                              out / "test.txt"]  # fmt: skip
 
 
