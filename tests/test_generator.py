@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from fairseq.search import DiverseBeamSearch, DiverseSiblingsSearch
+from fairseq.search import DiverseBeamSearch, DiverseSiblingsSearch, Sampling
 from fairseq.sequence_generator import SequenceGenerator
-from tiny_translation import DECODERS, batch, build
+from scipy.stats import chi2_contingency
+from tiny_translation import DECODERS, batch, build, log_probs
 
-from fairseq_lightrnn.models import word_head
-from fairseq_lightrnn.models.word_head import WANTED, Wanted
+from fairseq_lightrnn.models import next_words, word_head
+from fairseq_lightrnn.models.next_words import FOUND, WANTED, Wanted
 from fairseq_lightrnn.tasks.generator import TopWordsGenerator
 
 EOS, PAD, UNK = 2, 1, 3
@@ -39,7 +40,7 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.whole = self.few = 0
-        whole, few = word_head.next_word_log_probs, word_head.top_words
+        whole, few = word_head.next_word_log_probs, next_words.top_words
 
         def count_whole(*args: Any) -> Any:
             self.whole += 1
@@ -50,13 +51,13 @@ class Calls:
             return few(*args)
 
         monkeypatch.setattr(word_head, "next_word_log_probs", count_whole)
-        monkeypatch.setattr(word_head, "top_words", count_few)
+        monkeypatch.setattr(next_words, "top_words", count_few)
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Tables are so small that a search may look at all of their rows."""
-    monkeypatch.setattr(word_head, "_SEARCHED_SHARE", 2.0)
+    monkeypatch.setattr(next_words, "_SEARCHED_SHARE", 2.0)
     return Calls(monkeypatch)
 
 
@@ -185,17 +186,98 @@ def test_half_precision(decoder: str, calls: Calls) -> None:
 def test_what_is_wanted_is_exact(
     decoder: str, words: int, shape: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(word_head, "_SEARCHED_SHARE", 2.0)
+    monkeypatch.setattr(next_words, "_SEARCHED_SHARE", 2.0)
     model, past = build(decoder, words, shape), torch.tensor([[EOS, 9], [EOS, 4], [EOS, 21]])
     encoded = model.encoder.forward_torchscript(batch(3))
     every = model.get_normalized_probs(model.decoder(past, encoder_out=encoded), True)[:, 0]
-    states = {WANTED: Wanted(4, (EOS, UNK), given=1)}
+    states: dict[str, Any] = {WANTED: Wanted(4, (EOS, UNK), first=4, given=1)}
     model.decoder(past[:, :1], encoder_out=encoded, incremental_state=states)
     output = model.decoder(past, encoder_out=encoded, incremental_state=states)
-    found = model.get_normalized_probs(output, True)[:, 0]
-    torch.testing.assert_close(model.get_normalized_probs(output, False)[:, 0], found.exp())
-    assert found.shape == every.shape
+    few = model.get_normalized_probs(output, True)[:, 0]
+    torch.testing.assert_close(model.get_normalized_probs(output, False)[:, 0], few.exp())
+    assert few.shape == (3, 4 + 4)
+    assert states[FOUND].words[:, :4].tolist() == 3 * [[0, 1, 2, 3]]
+    found = torch.full_like(every, -torch.inf)
+    found.scatter_reduce_(1, states[FOUND].words, few, "amax")
     wanted = torch.zeros_like(found, dtype=torch.bool).scatter(1, every.topk(4).indices, True)
     wanted[:, [EOS, UNK]] = True
     torch.testing.assert_close(found[wanted].float(), every[wanted].float())
     assert (found[~wanted] == -torch.inf).all()
+
+
+def sample(kind: Any, model: Any, **options: Any) -> list[list[dict[str, Any]]]:
+    """Draws translations of three texts."""
+    dictionary = model.decoder.dictionary
+    top_k = options.pop("top_k", -1)
+    options = {"beam_size": 4, "max_len_b": 3, **options}
+    generator = kind(
+        [model], dictionary, search_strategy=Sampling(dictionary, sampling_topk=top_k), **options
+    )
+    found = generator.generate([model], {"net_input": batch(3)})
+    return found  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(("words", "shape"), TABLES[1:])
+@pytest.mark.parametrize("top_k", [-1, 5])
+def test_samples_have_the_distribution_and_the_scores_of_those_of_fairseq(
+    decoder: str, words: int, shape: Any, top_k: int, calls: Calls
+) -> None:
+    """First words of many draws by a test of chi squared; each word's score by the model itself."""
+    model = build(decoder, words, shape)
+    torch.manual_seed(1)
+    counts = []
+    for kind in (SequenceGenerator, TopWordsGenerator):
+        calls.whole = 0
+        found = sample(kind, model, top_k=top_k, beam_size=12, max_len_b=1)
+        first = [[text["tokens"][0] for text in texts] for texts in found]
+        for _ in range(40):
+            more = sample(kind, model, top_k=top_k, beam_size=12, max_len_b=1)
+            for texts, others in zip(first, more, strict=True):
+                texts += [text["tokens"][0] for text in others]
+        counts.append([torch.bincount(torch.stack(some), minlength=words) for some in first])
+    assert calls.whole == 0
+    for ours, theirs in zip(counts[1], counts[0], strict=True):
+        often = (ours + theirs) > 10
+        table = torch.stack([ours[often], theirs[often]]).numpy()
+        assert chi2_contingency(table).pvalue > 1e-5
+        assert ours.sum() == theirs.sum()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("top_k", [-1, 5])
+def test_scores_of_samples_are_those_of_the_model(decoder: str, top_k: int, calls: Calls) -> None:
+    model = build(decoder, 46, (7, 7))
+    source = batch(3)
+    for number, texts in enumerate(sample(TopWordsGenerator, model, top_k=top_k, min_len=2)):
+        own = {name: part[number : number + 1] for name, part in source.items()}
+        for text in texts:
+            tokens = text["tokens"]
+            assert len(tokens) in (3, 4)
+            assert tokens[-1] == EOS
+            assert not torch.isin(tokens[:-1], torch.tensor([EOS, PAD])).any()
+            expected = log_probs(model, own, tokens[None])[0]
+            torch.testing.assert_close(text["positional_scores"].double(), expected, atol=1e-4, rtol=1e-4)
+    assert calls.whole == 0
+
+
+@torch.no_grad()
+def test_what_must_not_be_chosen_is_drawn_again_and_in_the_end_ruled_out(calls: Calls) -> None:
+    """The end of the text is all but certain, and there may be none."""
+    model = build("gated", 46, (7, 7))
+    words = model.decoder.words
+    for component, value in enumerate(words.table(torch.tensor(EOS)).tolist()):
+        words.head.softmax.component(component)[1][value] += 40
+    for texts in sample(TopWordsGenerator, model, min_len=3):
+        assert all(text["tokens"].tolist().index(EOS) == 3 for text in texts)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"unk_penalty": 1.0}, {"temperature": 0.7}], ids=str)
+def test_other_samples_are_of_all_words(options: dict[str, Any], calls: Calls) -> None:
+    model = build("gated", 46, (7, 7))
+    sample(TopWordsGenerator, model, **options)
+    assert calls.few == 0
+    assert calls.whole > 0

@@ -26,6 +26,7 @@ __all__ = [
 _CONTEXT_POWER = 0.75  # flattens the context distribution, so that rare contexts do not dominate
 _OCCURRENCES = 1 << 24  # that are counted of longer texts
 _PAIRS_AT_ONCE = 1 << 20  # bounds temporaries
+_WORDS_AT_ONCE = 1 << 16  # likewise: many words may have no pairs
 _BLOCKS_AT_ONCE = 4  # likewise
 _TOKENS_AT_ONCE = 1 << 22
 _POWER_ITERATIONS = 5
@@ -197,12 +198,13 @@ def _places(
 
 
 def _groups(sizes: np.ndarray, limit: int) -> Iterator[slice]:
-    """Yields words in order, together as long as their sizes stay below a limit."""
+    """Yields words in order, not too many, together as long as their sizes stay below a limit."""
     before, start = np.concatenate([[0], sizes.cumsum()]), 0
     while start < len(sizes):
         stop = int(np.searchsorted(before, before[start] + limit, side="right")) - 1
-        yield slice(start, max(stop, start + 1))
-        start = max(stop, start + 1)
+        stop = min(max(stop, start + 1), start + _WORDS_AT_ONCE)
+        yield slice(start, stop)
+        start = stop
 
 
 def _summed(

@@ -8,7 +8,7 @@ from typing import Any, Optional
 import torch
 from fairseq.dataclass import ChoiceEnum
 from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, register_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from fairseq_lightrnn.core.attention import Attention
 from fairseq_lightrnn.core.conditioning import Conditioner, Context, Gated, Recurrent

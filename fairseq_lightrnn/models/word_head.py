@@ -2,52 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fairseq_lightrnn.core.conditioning import Context
-from fairseq_lightrnn.core.distribution import coordinate_log_probs, next_word_log_probs
+from fairseq_lightrnn.core.distribution import next_word_log_probs
 from fairseq_lightrnn.core.features import FurtherTables
 from fairseq_lightrnn.core.head import ComponentHead
 from fairseq_lightrnn.core.reader import Reader
-from fairseq_lightrnn.core.search import top_words
 from fairseq_lightrnn.core.seats import PredictedTable, Seats
 from fairseq_lightrnn.core.table import prefix_number
 from fairseq_lightrnn.errors import UsageError
+from fairseq_lightrnn.models.next_words import FOUND, WANTED, Wanted, find
 
-__all__ = ["WANTED", "Reallocations", "TableDecoder", "Wanted", "WordHead", "check_words"]
-
-WANTED = "wanted words"
-"""Under this name fairseq's store of a generation's states may hold a :class:`Wanted`."""
-# A search for the most probable words costs more a prefix than a look at all. Predictions that are
-# flat beyond this share of the prefixes are looked at whole.
-_SEARCHED_SHARE = 0.25
-
-
-class Wanted(NamedTuple):
-    """Next words whose log-probabilities a search can make use of.
-
-    Attributes:
-        most_probable: so many of the most probable ones,
-        words: and these.
-        given: how many words of a text are given; until then all words are wanted.
-    """
-
-    most_probable: int
-    words: tuple[int, ...]
-    given: int
-
-    def are_few(self, num_read: int, table: PredictedTable) -> bool:
-        """Tells whether a search beats a look at all words, after so many words of a text."""
-        return (
-            num_read > self.given
-            and self.most_probable < table.num_words
-            and table.num_components > 1
-        )
+__all__ = ["Reallocations", "TableDecoder", "WordHead", "check_words"]
 
 
 class Reallocations(nn.Module):
@@ -151,31 +122,19 @@ class WordHead:
             incremental_state: fairseq's store of a generation's states.
 
         Returns:
-            Log-probabilities in nats, (B, 1, V), -inf for words that the generation does not want;
-            and what :meth:`get_normalized_probs` has to know of them.
+            Log-probabilities in nats, (B, 1, V), or those of what was found of the words that the
+            generation wants, which then stands in the store; and what
+            :meth:`get_normalized_probs` has to know of them.
         """
-        wanted: Wanted | None = (incremental_state or {}).get(WANTED)
+        states = {} if incremental_state is None else incremental_state
+        wanted: Wanted | None = states.get(WANTED)
         if wanted is not None and wanted.are_few(num_read, self.table):
-            log_probs = self._log_probs_of(wanted, context)
-            if log_probs is not None:
-                return log_probs[:, None], {"features": False, "normalised": True}
+            found = find(self.head, context, wanted)
+            if found is not None:
+                states[FOUND] = found
+                return found.log_probs[:, None], {"features": False, "normalised": True}
         every = next_word_log_probs(self.head, context)
         return every[:, None], {"features": False}
-
-    def _log_probs_of(self, wanted: Wanted, context: Context) -> Tensor | None:
-        """Returns log-probabilities (B, V), -inf for others, or None if these are hard to find."""
-        prefixes = math.prod(self.table.shape[:-1])
-        budget = max(1, round(_SEARCHED_SHARE * prefixes))
-        found = top_words(self.head, context, wanted.most_probable, budget)
-        if found is None:
-            return None
-        shape = len(context.output), self.table.num_words
-        log_probs = found.log_probs.new_full(shape, float("-inf"))
-        log_probs.scatter_(1, found.words, found.log_probs)
-        for word in wanted.words:
-            words = found.words.new_full((len(log_probs),), word)
-            log_probs[:, word] = coordinate_log_probs(self.head, context, words).sum(1)
-        return log_probs
 
     def get_normalized_probs(
         self,
