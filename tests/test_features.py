@@ -36,7 +36,7 @@ def seated(seed: int) -> WordTable:
 
 @pytest.fixture
 def further() -> FurtherTables:
-    feature = FurtherTables(2, WORDS, SHAPE, DIM, DIM)
+    feature = FurtherTables(2, WORDS, SHAPE, DIM, DIM, query_dim=DIM - 1)
     for seed, table in enumerate(feature.tables, 1):
         table.seat(seated(seed))
     return feature
@@ -232,7 +232,7 @@ def test_gradients(further: FurtherTables) -> None:
         return torch.func.functional_call(softmax, parts, (outputs, words))
 
     read = torch.randn(14, DIM, dtype=torch.float64, requires_grad=True)
-    predict = torch.randn(14, DIM, dtype=torch.float64, requires_grad=True)
+    predict = torch.randn(14, DIM - 1, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(scores, (hidden, read, predict))
 
 

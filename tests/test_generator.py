@@ -259,7 +259,8 @@ def test_scores_of_samples_are_those_of_the_model(decoder: str, top_k: int, call
             assert tokens[-1] == EOS
             assert not torch.isin(tokens[:-1], torch.tensor([EOS, PAD])).any()
             expected = log_probs(model, own, tokens[None])[0]
-            torch.testing.assert_close(text["positional_scores"].double(), expected, atol=1e-4, rtol=1e-4)
+            found = text["positional_scores"].double()
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert calls.whole == 0
 
 

@@ -93,7 +93,7 @@ def build_recurrent(
     """The core's modules put together, as they start."""
     torch.manual_seed(seed)
     table = PredictedTable(words, shape)
-    further = FurtherTables(2, words, shape, DIM, HIDDEN)
+    further = FurtherTables(2, words, shape, DIM, HIDDEN, query_dim=HIDDEN - 1)
     features: list[WordFeature] = [WordBias(words), OwnNumbers(words, 2, DIM, HIDDEN), further]
     own_table = extras and kind is Gated
     seats = Seats(words, shape) if own_table else table

@@ -16,7 +16,7 @@ from torch import Tensor
 from fairseq_lightrnn.core.conditioning import Context
 from fairseq_lightrnn.core.head import ComponentHead
 from fairseq_lightrnn.core.seats import PredictedTable
-from fairseq_lightrnn.core.softmax import at_least_float32
+from fairseq_lightrnn.core.softmax import Queries, at_least_float32
 
 __all__ = ["EXPANSIONS", "TopWords", "component_log_probs", "require_numbers", "top_words"]
 
@@ -223,8 +223,8 @@ def top_words(
     """
     if count < 1:
         raise ValueError(f"count {count}: at least 1 word must be asked for")
-    context = head.to_extend(context)
-    table = head.table
+    context, table = head.to_extend(context), head.table
+    projected = head.softmax.project(context.queries)  # once a text, not for each of its prefixes
     text = torch.arange(len(context.output), device=context.output.device)
     prefix = text.new_empty(len(text), 0)
     scores = component_log_probs(head, context, prefix)
@@ -243,7 +243,7 @@ def top_words(
         for component, pick in picked:
             expanded += torch.bincount(pick.text, minlength=len(expanded))
             for some in torch.arange(len(pick.text), device=text.device).split(EXPANSIONS):
-                deeper = _expand(head, levels[component], pick.where(some))
+                deeper = _expand(head, levels[component], pick.where(some), projected)
                 if component + 2 == table.num_components:
                     best.add(deeper.text, deeper.prefix, deeper.bounds)
                 elif component + 1 == len(levels):
@@ -254,12 +254,23 @@ def top_words(
     return TopWords(*best.result(), expanded)
 
 
-def _expand(head: ComponentHead, level: _Level, pick: _Pick) -> _Level:
-    """Conditions contexts on prefixes of a level that are longer by a value."""
+def _expand(head: ComponentHead, level: _Level, pick: _Pick, projected: Queries) -> _Level:
+    """Conditions contexts on prefixes of a level that are longer by a value.
+
+    Args:
+        head: predicts words.
+        level: of the prefixes.
+        pick: which, and the values.
+        projected: of all texts; see :meth:`ComponentSoftmax.project`.
+    """
     component = level.prefix.size(1)
     context = head.extend(level.context.select(pick.node), component, pick.value)
     prefix = torch.cat([level.prefix[pick.node], pick.value[:, None]], dim=1)
-    bounds = component_log_probs(head, context, prefix) + pick.bound[:, None]
+    featured = None
+    if len(head.softmax.features) and component + 2 == head.table.num_components:
+        own = tuple(None if part is None else part[pick.text] for part in projected)
+        featured = head.softmax.projected_logits(own, prefix)
+    bounds = component_log_probs(head, context, prefix, featured) + pick.bound[:, None]
     return _Level(context, prefix, pick.text, bounds)
 
 
