@@ -8,7 +8,7 @@ softmax, all of one width. Measured are
 
 - ``score``: words a second through fairseq's ``SequenceScorer``, as ``fairseq-eval-lm`` scores;
 - ``greedy``, ``beam5``, ``sample``: words a second through fairseq's ``SequenceGenerator``, as the
-  commands have it: LightRNN's tasks ask a model for the most probable words only if it searches;
+  commands have it: LightRNN's tasks ask a model for the words alone that can be chosen;
 - ``sample2``: words a second by two-stage sampling, which LightRNN alone has;
 - ``next10``: milliseconds for the ten most probable next words, with their probabilities;
 
@@ -80,19 +80,23 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build(name: str, num_words: int, args: argparse.Namespace) -> Any:
-    """Builds a fairseq model with random weights."""
-    import torch
+def sized_dictionary(num_words: int) -> Any:
+    """Returns a dictionary of so many words, without the words."""
     from fairseq.data import Dictionary
 
     class Sized(Dictionary):
-        """A dictionary of so many words, without the words."""
-
         def __len__(self) -> int:
             return num_words
 
+    return Sized()
+
+
+def build(name: str, num_words: int, args: argparse.Namespace) -> Any:
+    """Builds a fairseq model with random weights."""
+    import torch
+
     torch.manual_seed(1)
-    dictionary = Sized()
+    dictionary = sized_dictionary(num_words)
     if name in OURS:
         from fairseq_lightrnn.models.lightrnn_lm import (
             GatedLanguageModel,
@@ -277,24 +281,31 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
             for name in args.models:
                 if measure in ONLY_OURS and name not in OURS:
                     continue
-                command = [sys.executable, __file__, *sys.argv[1:], "--worker", name, measure,
-                           str(size)]  # fmt: skip
-                done = subprocess.run(
-                    command, capture_output=True, text=True, env=environment(args)
-                )
-                record: dict[str, Any] = {"words": size, "model": name, "measure": measure}
-                if done.returncode:
-                    record["error"] = (done.stderr.strip().splitlines() or ["killed"])[-1]
-                else:
-                    record.update(json.loads(done.stdout.splitlines()[-1]))
+                found, _ = measure_apart(__file__, [name, measure, str(size)], args.threads)
+                record = {"words": size, "model": name, "measure": measure, **found}
                 results.append(record)
                 print(line(record), flush=True)
     return results
 
 
-def environment(args: argparse.Namespace) -> dict[str, str]:
-    """Returns the environment of a process that measures."""
-    return {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+def measure_apart(script: str, what: list[str], threads: int) -> tuple[dict[str, Any], str]:
+    """Measures one thing in a process of its own, which a script starts of itself.
+
+    Args:
+        script: that is told ``--worker`` and prints the figures as JSON, the last line.
+        what: is measured.
+        threads: of the CPU.
+
+    Returns:
+        The figures, or an error; and what the process told besides.
+    """
+    done = subprocess.run(
+        [sys.executable, script, *sys.argv[1:], "--worker", *what],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+    )  # fmt: skip
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["killed"])[-1]}, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
 def line(record: dict[str, Any]) -> str:

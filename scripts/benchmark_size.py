@@ -15,15 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from side_by_side import PLUGIN, machine, write_results
+from side_by_side import PLUGIN, machine, run_measured, write_results
 
 _LINE = 25  # words
 _HELD_OUT = 20_000  # words
@@ -83,11 +81,11 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[str, list[Any]]]:
     ]  # fmt: skip
     yield "one epoch, after making the table", [*train, "--max-update", updates]
     yield "resumed: reallocation and 20 updates", [*train, "--max-update", updates + _AFTERWARDS]
-    best = run / "checkpoint_last.pt"
-    yield "fairseq-eval-lm", [*python, "fairseq_cli.eval_lm", data, *ours, "--path", best, "--cpu",
+    last = run / "checkpoint_last.pt"
+    yield "fairseq-eval-lm", [*python, "fairseq_cli.eval_lm", data, *ours, "--path", last, "--cpu",
                               "--gen-subset", "test", "--batch-size", 64,
                               "--tokens-per-sample", 35]  # fmt: skip
-    yield "lightrnn-score", [Path(sys.executable).with_name("lightrnn-score"), best, "--data", data,
+    yield "lightrnn-score", [Path(sys.executable).with_name("lightrnn-score"), last, "--data", data,
                              out / "test.txt"]  # fmt: skip
 
 
@@ -95,13 +93,9 @@ def run(name: str, command: list[Any], args: argparse.Namespace) -> dict[str, An
     """Runs a step and returns its seconds and its peak memory."""
     log = args.out / f"{name.split(',')[0].replace(' ', '-')}.log"
     start = time.monotonic()
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            [str(part) for part in command], stdout=file, stderr=subprocess.STDOUT, env=environment
-        )
-        _, status, used = os.wait4(process.pid, 0)
-    if os.waitstatus_to_exitcode(status):
+        status, used = run_measured(command, file, {"OMP_NUM_THREADS": str(args.threads)})
+    if status:
         raise SystemExit(f"{name}: failed, see {log}")
     seconds = round(time.monotonic() - start, 1)
     return {"step": name, "seconds": seconds, "peak_gib": round(used.ru_maxrss / 2**20, 2)}

@@ -23,9 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -33,7 +31,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmark_inference import memory
+from benchmark_inference import measure_apart, memory, sized_dictionary
+from benchmark_language_model import CUTOFFS
 from side_by_side import append_line, machine, read_lines, write_results
 
 # Flags of the models of the plugin: the class of the model, and what words have.
@@ -48,8 +47,6 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 PEERS = ("lstm_lm", "lstm_lm adaptive", "transformer_lm adaptive")
 SYSTEMS = (*OURS, *PEERS)
-# Of fairseq's adaptive softmax; those beyond the vocabulary are left out.
-CUTOFFS = (2_000, 10_000, 50_000, 200_000)
 _MATRIX = 2048
 _MEASURED = "measured.jsonl"
 
@@ -80,16 +77,9 @@ def parse() -> argparse.Namespace:
 def build(system: str, num_words: int, args: argparse.Namespace) -> tuple[Any, Any]:
     """Builds a model with random weights, and the criterion that it is trained with."""
     import torch
-    from fairseq.data import Dictionary
-
-    class Sized(Dictionary):
-        """A dictionary of so many words, without the words."""
-
-        def __len__(self) -> int:
-            return num_words
 
     torch.manual_seed(1)
-    words = Sized()
+    words = sized_dictionary(num_words)
     task = Namespace(dictionary=words, source_dictionary=words, target_dictionary=words)
     if system in OURS:
         from fairseq_lightrnn.criterions import two_component_cross_entropy
@@ -257,15 +247,10 @@ def show_parts(update: Callable[[], float]) -> None:
 
 def measure(system: str, size: int, args: argparse.Namespace) -> dict[str, Any]:
     """Measures one system in a process of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", system, str(size)]
-    done = subprocess.run(command, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": str(args.threads)})  # fmt: skip
+    found, told = measure_apart(__file__, [system, str(size)], args.threads)
     if args.parts:
-        print(done.stderr)
-    record: dict[str, Any] = {"words": size, "system": system}
-    if done.returncode:
-        return {**record, "error": (done.stderr.strip().splitlines() or ["killed"])[-1]}
-    return {**record, **json.loads(done.stdout.splitlines()[-1])}
+        print(told)
+    return {"words": size, "system": system, **found}
 
 
 def summarise(results: list[dict[str, Any]]) -> str:

@@ -17,11 +17,12 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 __all__ = [
     "PLUGIN",
@@ -39,6 +40,7 @@ __all__ = [
     "machine",
     "mean_and_spread",
     "read_lines",
+    "run_measured",
     "train_for",
     "train_in_steps",
     "write_results",
@@ -96,24 +98,35 @@ def _call(
 ) -> tuple[str, resource.struct_rusage]:
     """Returns what one of fairseq's commands printed, and what it used of the machine."""
     command = [sys.executable, "-m", f"fairseq_cli.{module}", *map(str, arguments)]
+    with tempfile.TemporaryFile("w+") as file:
+        status, used = run_measured(command, file, {**_KEEP_MEMORY, "OMP_NUM_THREADS": "1"})
+        file.seek(0)
+        output = file.read()
+    if log is not None:
+        log.write_text(output)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed:\n{output[-3000:]}")
+    return output, used
+
+
+def run_measured(
+    command: Iterable[Any], output: IO[str], environment: dict[str, str]
+) -> tuple[int, resource.struct_rusage]:
+    """Runs a command and returns its exit status, and what it used of the machine.
+
+    Args:
+        command: a program and its arguments.
+        output: an open file, for what it prints.
+        environment: what is set besides this process's own.
+    """
     process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, **_KEEP_MEMORY, "OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout is not None
-    with process.stdout:
-        output = process.stdout.read()
+        [str(part) for part in command], stdout=output, stderr=subprocess.STDOUT,
+        env={**os.environ, **environment},
+    )  # fmt: skip
     # Not RUSAGE_CHILDREN, whose peak is that of the largest process so far.
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    if log is not None:
-        log.write_text(output)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{output[-3000:]}")
-    return output, used
+    return process.returncode, used
 
 
 def train_in_steps(

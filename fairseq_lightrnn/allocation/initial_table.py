@@ -18,6 +18,7 @@ from fairseq_lightrnn.allocation.cooccurrence import (
     positive_information,
     word_vectors,
 )
+from fairseq_lightrnn.allocation.sums import slices
 from fairseq_lightrnn.allocation.threads import thread_pool
 from fairseq_lightrnn.core.table import WordTable, balanced_cells
 
@@ -30,8 +31,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-_WORDS_AT_ONCE = 1 << 16  # bounds temporaries
 
 INITIAL_TABLES = ("random", "frequency", "cooccurrence")
 
@@ -181,10 +180,9 @@ def cooccurrence_vectors(
         for part, found in enumerate(information):
             own = vectors[:, part * how.dim : (part + 1) * how.dim]
             word_vectors(found, how.dim, seed, executor, own)
-            for start in range(0, num_words, _WORDS_AT_ONCE):
-                some = own[start : start + _WORDS_AT_ONCE]
+            for some in slices(num_words):
                 # Those of frequent words are longer otherwise.
-                some /= np.maximum(np.linalg.norm(some, axis=1, keepdims=True), 1e-12)
+                own[some] /= np.maximum(np.linalg.norm(own[some], axis=1, keepdims=True), 1e-12)
     logger.info("word vectors of %d words took %.1f s", num_words, time.monotonic() - started)
     weights = occurrences.astype(np.float64) ** how.weight_power
     return WordVectors(vectors, weights, how.dim if len(windows) > 1 else None)

@@ -9,7 +9,7 @@ from scipy import sparse
 
 from fairseq_lightrnn.core.table import WordTable
 
-__all__ = ["FITS", "Rest", "Sums", "moments", "squares", "sums_of_tables"]
+__all__ = ["FITS", "Rest", "Sums", "moments", "slices", "squares", "sums_of_tables"]
 
 FITS = 4
 """Passes of alternating means over groupings that are there."""
@@ -151,7 +151,7 @@ def moments(
     """Returns the weight of the words in each place, (R,), and their weighted sum, (R, d)."""
     total = np.bincount(places[words], weights[words], minlength=size)
     sums = np.zeros((size, rest.vectors.shape[1]))
-    for piece in _slices(len(words)):
+    for piece in slices(len(words)):
         some = words[piece]
         entries = weights[some], places[some], np.arange(len(some) + 1)
         sums += sparse.csr_array(entries, shape=(len(some), size)).T @ rest[some]
@@ -161,13 +161,13 @@ def moments(
 def squares(rest: Rest, weights: np.ndarray, words: np.ndarray) -> float:
     """Returns the weighted sum of the vectors' squared lengths."""
     total = 0.0
-    for piece in _slices(len(words)):
+    for piece in slices(len(words)):
         some = rest[words[piece]].astype(np.float64)
         total += float(weights[words[piece]] @ np.einsum("ij,ij->i", some, some))
     return total
 
 
-def _slices(num_words: int) -> Iterator[slice]:
+def slices(num_words: int) -> Iterator[slice]:
     """Yields all words in pieces, so that temporaries stay small beside the vectors."""
     for start in range(0, num_words, _PIECE):
         yield slice(start, start + _PIECE)

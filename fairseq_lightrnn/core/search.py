@@ -232,7 +232,8 @@ def top_words(
     expanded = torch.zeros_like(text)
     levels: list[_Level] = []
     if table.num_components > 1:
-        levels.append(_Level(context, prefix, text, scores))
+        # What features add is projected; prefixes need not copy what it was projected from.
+        levels.append(_Level(context._replace(queries=()), prefix, text, scores))
     else:
         best.add(text, prefix, scores)
     width = _FIRST_ROUND

@@ -119,12 +119,10 @@ def find(head: ComponentHead, context: Context, wanted: Wanted) -> MostProbable 
     found = top_words(head, context, wanted.most_probable, budget)
     if found is None:
         return None
-    few = found.log_probs.new_full((batch, first), float("-inf"))
     early = found.words < first
-    # All others of a text add -inf to a column that there is.
-    few.scatter_reduce_(
-        1, found.words.clamp(max=first - 1), found.log_probs.where(early, few[0, 0]), "amax"
-    )
+    # One column more, for those that are not among the first words.
+    few = found.log_probs.new_full((batch, first + 1), float("-inf"))
+    few = few.scatter_(1, found.words.clamp(max=first), found.log_probs)[:, :first]
     for word in wanted.words:
         words = found.words.new_full((batch,), word)
         few[:, word] = coordinate_log_probs(head, context, words).sum(1)

@@ -60,17 +60,19 @@ class _FoundSamples(Sampling):
         if not isinstance(found, Draws):
             return _named(found, *super().step(step, lprobs, scores, *more))
         batch, beams = lprobs.shape[:2]
-        drawn, log_probs = found.draw(lprobs.flatten(0, 1) > float("-inf"))
-        log_probs = log_probs.view(batch, beams)
+        allowed = lprobs.flatten(0, 1) > float("-inf")
+        words, log_probs = (part.view(batch, beams) for part in found.draw(allowed))
         if step == 0:  # all hypotheses are alike
-            return log_probs, drawn.view(batch, beams), torch.zeros_like(drawn).view(batch, beams)
-        numbers = torch.arange(beams, device=drawn.device).expand(batch, -1)
-        return log_probs + scores[:, :, step - 1], drawn.view(batch, beams), numbers.contiguous()
+            return log_probs, words, torch.zeros_like(words)
+        numbers = torch.arange(beams, device=words.device).repeat(batch, 1)
+        return log_probs + scores[:, :, step - 1], words, numbers
 
 
-def _named(found: Any, scores: Tensor, places: Tensor, beams: Tensor) -> Any:
+def _named(
+    found: MostProbable | Draws | None, scores: Tensor, places: Tensor, beams: Tensor
+) -> Any:
     """Returns what a search chose, its words by their own numbers."""
-    if found is None:
+    if not isinstance(found, MostProbable):
         return scores, places, beams
     batch = torch.arange(len(places), device=places.device)[:, None]
     words = found.words.view(len(places), -1, found.words.size(1))
