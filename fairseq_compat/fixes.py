@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import os
 import pickle
 import re
 import types
@@ -33,6 +34,7 @@ __all__ = [
     "silence_pin_memory",
     "trust_checkpoint_globals",
     "trust_other_workers",
+    "wait_briefly",
     "widen_index_sizes",
 ]
 
@@ -297,6 +299,21 @@ def _listed(argument: ast.expr) -> ast.expr:
         argument.elts = [_listed(element) for element in argument.elts]
         return argument
     return ast.Call(func=ast.Name("list", ast.Load()), args=[argument], keywords=[])
+
+
+# --- threads that wait for each other in busy loops --------------------------------------------
+
+
+def wait_briefly(module: ModuleType | None = None) -> None:
+    """Lets threads of torch sleep after some microseconds without work, unless told otherwise.
+
+    GNU's OpenMP has them spin for milliseconds.  On cores that other processes use too, two threads
+    were half as fast as one; after a thousand turns they are as fast as ever on idle cores, and
+    never much slower than one on busy ones (``examples/large_vocabulary`` has the figures).  The
+    library reads its settings when torch loads it, so this must come before.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 # --- remarks on deprecated usage that every command would print --------------------------------

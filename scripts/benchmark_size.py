@@ -2,8 +2,8 @@
 
     python scripts/benchmark_size.py OUTPUT --words 10240000 --tokens 1000000
 
-Each step is a command of a process of its own, with its seconds and its peak memory: a text is
-drawn by Zipf's law (of a dictionary of all the words, though most of them do not occur in it),
+Each step is a command of a process of its own, with its seconds, those of the CPU and its peak
+memory: a text is drawn by Zipf's law (of a dictionary of all the words, though most of them do not occur in it),
 binarised, one epoch is trained on it (which makes the word table first) and saved, the training is
 gone on with from the checkpoint, which reallocates the words, and the result is evaluated by
 ``fairseq-eval-lm`` and ``lightrnn-score``. Finished steps are kept in OUTPUT, so an interrupted run
@@ -98,7 +98,9 @@ def run(name: str, command: list[Any], args: argparse.Namespace) -> dict[str, An
     if status:
         raise SystemExit(f"{name}: failed, see {log}")
     seconds = round(time.monotonic() - start, 1)
-    return {"step": name, "seconds": seconds, "peak_gib": round(used.ru_maxrss / 2**20, 2)}
+    cpu_seconds = round(used.ru_utime + used.ru_stime, 1)
+    peak_gib = round(used.ru_maxrss / 2**20, 2)
+    return {"step": name, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_gib": peak_gib}
 
 
 def sizes(args: argparse.Namespace) -> dict[str, Any]:
@@ -136,8 +138,9 @@ def main() -> None:
             print(steps[-1], flush=True)
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     found = {"settings": settings, **machine(), "steps": steps, **sizes(args)}
-    lines = ["| step | seconds | peak GiB |", "|---|---|---|"]
-    lines += [f"| {s['step']} | {s['seconds']:,.0f} | {s['peak_gib']:.1f} |" for s in steps]
+    lines = ["| step | seconds | of the CPU | peak GiB |", "|---|---|---|---|"]
+    lines += [f"| {s['step']} | {s['seconds']:,.0f} | {s['cpu_seconds']:,.0f} | "
+              f"{s['peak_gib']:.1f} |" for s in steps]  # fmt: skip
     lines += ["", f"{found['parameters']:,} parameters; checkpoint "
               f"{found['checkpoint_bytes'] / 2**30:.2f} GiB, of which the table "
               f"{found['table_bytes'] / 2**30:.2f}; the vocabulary of an ordinary LSTM alone: "

@@ -118,11 +118,13 @@ def build_peer(system: str, task: Any, args: argparse.Namespace) -> tuple[Any, A
         from fairseq.models import transformer_lm
 
         adaptive = True
+        factor = 4.0 if args.width >= 4 ** (cutoffs.count(",") + 1) else 2.0  # none is 0 wide
         cfg = transformer_lm.TransformerLanguageModelConfig(
             dropout=0.2, decoder_embed_dim=args.width, decoder_output_dim=args.width,
             decoder_input_dim=args.width, decoder_ffn_embed_dim=4 * args.width,
             decoder_layers=max(2, args.layers), decoder_attention_heads=4,
             adaptive_input=True, adaptive_input_cutoff=cutoffs, adaptive_softmax_cutoff=cutoffs,
+            adaptive_input_factor=factor, adaptive_softmax_factor=factor,
             tie_adaptive_weights=True, tie_adaptive_proj=True, tokens_per_sample=args.block,
         )  # fmt: skip
         cfg.max_target_positions, cfg.criterion = args.block, "adaptive_loss"

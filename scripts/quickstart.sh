@@ -173,10 +173,6 @@ shown() { # COMMAND...: as one would type it, in lines of 100 characters
 
 shown_epochs='' # of the step, where it is a training
 
-# Where threads share cores with other work, waiting for each other in busy loops makes them ten
-# times slower than a single one.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-
 # --- set-up ---------------------------------------------------------------------------------------
 
 begin setup "Set-up" "see the messages above; most often the package index cannot be reached"

@@ -219,6 +219,24 @@ def test_fixes_leave_a_module_without_the_trouble_alone(fix: Any) -> None:
     assert vars(module) == before
 
 
+@pytest.mark.parametrize(
+    ("chosen", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_threads_wait_briefly_unless_told_otherwise(
+    chosen: dict[str, str], spins: str | None
+) -> None:
+    known = {name: value for name, value in os.environ.items()
+             if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}  # fmt: skip
+    program = (
+        "import fairseq_compat; fairseq_compat.install(); import fairseq_cli, os, sys;"
+        "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    )
+    told = subprocess.run([sys.executable, "-c", program], env={**known, **chosen},
+                          capture_output=True, text=True, check=True).stdout  # fmt: skip
+    assert told.split() == [str(spins), "False"]
+
+
 def test_filters_silence_their_own_message_only() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

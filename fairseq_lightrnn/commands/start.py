@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 
+from fairseq_compat.fixes import wait_briefly
 from fairseq_lightrnn.errors import UsageError
 
 __all__ = ["export", "extend", "flags", "reallocate", "rescore", "score"]
@@ -18,6 +19,7 @@ def _starter(name: str) -> Callable[[], int]:
                 f"lightrnn-{name}: fairseq is not installed: pip install 'fairseq-lightrnn"
                 "[fairseq]', then pip install --no-deps fairseq==0.12.2"
             )
+        wait_briefly()
         status: int = import_module(f"fairseq_lightrnn.commands.{name}").main()
         return status
 
