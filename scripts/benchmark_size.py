@@ -3,11 +3,11 @@
     python scripts/benchmark_size.py OUTPUT --words 10240000 --tokens 1000000
 
 Each step is a command of a process of its own, with its seconds, those of the CPU and its peak
-memory: a text is drawn by Zipf's law (of a dictionary of all the words, though most of them do not occur in it),
-binarised, one epoch is trained on it (which makes the word table first) and saved, the training is
-gone on with from the checkpoint, which reallocates the words, and the result is evaluated by
-``fairseq-eval-lm`` and ``lightrnn-score``. Finished steps are kept in OUTPUT, so an interrupted run
-goes on. The perplexity of such a text tells nothing.
+memory: a text is drawn by Zipf's law (of a dictionary of all the words, though most of them do not
+occur in it), binarised, one epoch is trained on it (which makes the word table first) and saved,
+the training is gone on with from the checkpoint, which reallocates the words, and the result is
+evaluated by ``fairseq-eval-lm`` and ``lightrnn-score``. Finished steps are kept in OUTPUT, so an
+interrupted run goes on. The perplexity of such a text tells nothing.
 """
 
 from __future__ import annotations
