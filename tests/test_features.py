@@ -140,6 +140,7 @@ def test_rows_are_scored_as_all_words_are(number: int) -> None:
     torch.testing.assert_close(
         feature.score_rows(feature.project(query), row, table.members), expected
     )
+    torch.testing.assert_close(feature.score_once(query, row, table.members), expected)
     some = torch.tensor([7, 0, 7])
     torch.testing.assert_close(feature.score_words(query, some).expand(6, -1), every[:, some])
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fairseq_lightrnn.core.grouped_product import grouped_product
 from fairseq_lightrnn.core.seats import Seats
+from fairseq_lightrnn.core.summed_product import summed_product
 
 __all__ = [
     "FurtherTables",
@@ -116,6 +117,10 @@ class WordFeature(nn.Module):
             What is added to their logits, shape (N, C).
         """
         raise NotImplementedError
+
+    def score_once(self, query: Tensor | None, rows: Tensor, members: Tensor) -> Tensor:
+        """Does what :meth:`score_rows` does, of a query that is projected for this alone."""
+        return self.score_rows(self.project(query), rows, members)
 
     def score_all(self, query: Tensor | None) -> Tensor:
         """Scores all V words: shape (N, V), or (1, V) of a feature that asks for no query."""
@@ -262,6 +267,12 @@ class FurtherTables(WordFeature):
         """See :meth:`WordFeature.score_rows`."""
         places = (known[rows].long() for known in self._coordinates_of(members))
         return self._sum_scores(cast(Tensor, projected), places)
+
+    def score_once(self, query: Tensor | None, rows: Tensor, members: Tensor) -> Tensor:
+        """See :meth:`WordFeature.score_once`."""
+        places = self._coordinates_of(members)
+        vectors = self.output_vectors
+        return summed_product(cast(Tensor, query), rows, places, vectors, self._sizes)
 
     def score_all(self, query: Tensor | None) -> Tensor:
         """See :meth:`WordFeature.score_all`."""

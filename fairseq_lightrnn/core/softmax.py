@@ -120,7 +120,12 @@ class ComponentSoftmax(nn.Module):
         if prefix.size(1) == 0:  # every word shares it: one product will do
             of_all = cast(Tensor, self.feature_logits_of_all(queries))
             return of_all[:, 0]
-        return self.projected_logits(self.project(queries), prefix)
+        members, rows = self.table.members, self.table.number(prefix)
+        parts = [
+            feature.score_once(query, rows, members)
+            for feature, query in zip(self.features, queries, strict=True)
+        ]
+        return sum(parts[1:], parts[0])
 
     def project(self, queries: Queries) -> Queries:
         """Returns what :meth:`projected_logits` takes, so that many prefixes share the work."""
