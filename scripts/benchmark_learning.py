@@ -1,9 +1,9 @@
 """Measures what an exported model learns on the device from the beginning of a text about its rest.
 
-    python scripts/benchmark_learning.py EXPORT wiki.test.tokens --output results-learning.json
+    python scripts/benchmark_learning.py EXPORT wiki.test.tokens --output learning.json
 
 The text holds articles, which lines such as `` = Title = `` begin; each stands for a user. The
-model learns from the first half of an article, or from its first ``--words`` words, and the second
+model learns from the first half of an article, and from its first ``--words`` words, and the second
 half is scored before and after, hidden states carried on from the first one if the model was
 trained so. Then it forgets, and the next article comes. Reported are, over all articles:
 
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from side_by_side import checksum, machine
 
 from fairseq_lightrnn.files import read_lines, whole_file
 from fairseq_lightrnn.runtime.model import ExportedModel
@@ -37,7 +38,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("export", type=Path, metavar="EXPORT", help="folder that lightrnn-export wrote")
     add("text", type=Path, metavar="TEXT", help="articles")
-    add("--words", type=int, metavar="N", help="learn from so many words (default: the first half)")
+    add("--words", type=int, metavar="N", default=200, help="(default: %(default)s)")
     add("--articles", type=int, metavar="N", help="look at so many (default: all)")
     add("--output", type=Path, metavar="FILE", help="JSON file to write to")
     return parser.parse_args()
@@ -131,8 +132,13 @@ def main() -> None:
     args = parse()
     model = ExportedModel.load(args.export)
     texts = articles(args.text)[: args.articles]
-    result = measure(model, texts, args.words)
-    result["vocabulary"] = model.description["model"]["words"]
+    result = {
+        **{name: model.description[name] for name in ("model", "quantize", "signature")},
+        "sha256": checksum(args.text),
+        **machine(),
+        "first_words": measure(model, texts, args.words),
+        "first_half": measure(model, texts, None),
+    }
     text = json.dumps(result, indent=1) + "\n"
     print(text, end="")
     if args.output is not None:

@@ -17,7 +17,8 @@ __all__ = ["Lesson", "Rows", "blocks", "read_each", "unknown_words", "with_words
 
 # Of gradient descent on the summed loss of the text.
 _STEPS = 5
-_RATE = 0.3
+# Counts that each word is held by to what it has been.
+_HOLD = 1.0
 # What is added to a word's bias lies within ± this, and what its own numbers add about as well.
 _MOST = 3.0
 
@@ -161,10 +162,16 @@ def with_words_moved(
     # As large as a query is, numbers are to move a logit about as far as a bias does.
     square = max(float((queries.astype(np.float64) ** 2).sum(axis=1).mean()), 1e-6)
     bound = _MOST / square**0.5
+    counts = np.bincount(np.searchsorted(taught, words), minlength=len(taught))
     for _ in range(_STEPS):
-        _, by_biases, by_numbers = rows.gradient(biases[now] - first, numbers[now] - first_numbers)
-        biases[now] = (biases[now] - _RATE * by_biases).clip(-_MOST, _MOST)
-        numbers[now] = (numbers[now] - _RATE / square * by_numbers).clip(-bound, bound)
+        change, of_numbers = biases[now] - first, numbers[now] - first_numbers
+        _, by_biases, by_numbers = rows.gradient(change, of_numbers)
+        # No less than the curvature: the more often a word is expected, the shorter the step.
+        curvature = by_biases + counts + _HOLD
+        by_biases += _HOLD * change
+        by_numbers = by_numbers / square + _HOLD * of_numbers
+        biases[now] = (biases[now] - by_biases / curvature).clip(-_MOST, _MOST)
+        numbers[now] = (numbers[now] - by_numbers / curvature[:, None]).clip(-bound, bound)
     return replace(
         learnt, moved=moved, added=biases.astype(np.float32), numbers=numbers.astype(np.float32)
     )

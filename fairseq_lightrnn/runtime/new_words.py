@@ -22,7 +22,7 @@ __all__ = ["with_new_words"]
 # stand for all others.
 _OCCURRENCES = 8
 _CANDIDATES = 8
-_POSITIONS = 32
+_POSITIONS = 128
 # A new word's bias lies within ± this; halvings of that range.
 _MOST_BIAS = 20.0
 _HALVINGS = 20
