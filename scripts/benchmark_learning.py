@@ -52,7 +52,7 @@ def articles(text: Path) -> list[list[str]]:
             found.append([])
         if found and line.strip():
             found[-1].append(line)
-    return found
+    return [lines for lines in found if first_half(lines) < len(lines)]
 
 
 def first_half(lines: list[str]) -> int:
