@@ -76,7 +76,8 @@ def save(learnt: Learnt, path: str | Path, model: str) -> None:
     """
     text = "\n".join((_FORMAT, model, *learnt.words)).encode("utf-8", "surrogateescape")
     content = io.BytesIO()
-    np.savez_compressed(content, text=np.frombuffer(text, dtype=np.uint8), **learnt.arrays())
+    arrays = {"text": np.frombuffer(text, dtype=np.uint8), **learnt.arrays()}
+    np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
     with whole_file(path, binary=True) as file:
         file.write(content.getvalue())
 
