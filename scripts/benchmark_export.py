@@ -229,13 +229,14 @@ class LstmLm:
             count += len(ids)
         return total, count
 
-    def suggest(self, word: str, within: range | None = None) -> list[str]:
+    def suggest(self, word: str, within: np.ndarray | None = None) -> list[str]:
         self.read(self.ids(word)[:1])
         log_probs = self.graphs.run("predict", {"outputs": self.outputs[-1:]})["log_probs"][0]
-        some = log_probs if within is None else log_probs[within.start : within.stop]
+        some = log_probs if within is None else log_probs[within]
         best = np.argpartition(-some, 3)[:3] if len(some) > 3 else np.arange(len(some))
-        start = 0 if within is None else within.start
-        return [self.vocabulary[start + int(one)] for one in best[np.argsort(-some[best])]]
+        best = best[np.argsort(-some[best])]
+        words = best if within is None else within[best]
+        return [self.vocabulary[word] for word in words.tolist()]
 
     def complete(self, word: str) -> list[str]:
         return self.suggest(word, self.vocabulary.with_prefix(word[:1]))

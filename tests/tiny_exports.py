@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +15,12 @@ from fairseq_lightrnn.core.conditioning import Recurrent
 from fairseq_lightrnn.export.formats import graph_files
 from fairseq_lightrnn.export.graphs import decoder_graphs
 from fairseq_lightrnn.export.model import table_cells
-from fairseq_lightrnn.runtime.network import Network, OnnxGraphs, Seating
+from fairseq_lightrnn.runtime.folder import WORDS, pack, write_folder
+from fairseq_lightrnn.runtime.model import ExportedModel
+from fairseq_lightrnn.runtime.network import Network, OnnxGraphs
+from fairseq_lightrnn.runtime.seating import Seating
 from fairseq_lightrnn.runtime.torch_graphs import TorchGraphs
+from fairseq_lightrnn.runtime.vocabulary import Vocabulary, front_code
 
 LAYERS = 2
 CASES = [
@@ -66,3 +72,37 @@ def export(
     composition = "recurrent" if kind is Recurrent else "gated"
     network = Network(graphs_of, seating, composition, LAYERS, HIDDEN)
     return Exported(decoder, network, np.argsort(order), order, files)
+
+
+def text_model(found: Exported, carried: bool = False) -> ExportedModel:
+    """An exported model as it is read from a folder; its words are w000 (the end), w001, …"""
+    return ExportedModel(description(found, carried), vocabulary(len(found.order)), found.network)
+
+
+def description(found: Exported, carried: bool = False) -> dict[str, Any]:
+    """What the JSON file of an exported model says of it."""
+    seating = found.network.seating
+    return {
+        "graphs": "onnx", "quantize": "none", "carry_hidden_state": carried, "start": [0],
+        "end": 0, "unknown": 1, "signature": {"model": "tiny"},
+        "model": {
+            "composition": "recurrent" if found.network.recurrent else "gated",
+            "shape": list(seating.shape), "layers": LAYERS, "width": HIDDEN,
+            "words": len(seating.coordinates),
+        },
+        "files": {"read.onnx": {"sha256": hashlib.sha256(found.files["read.onnx"]).hexdigest()}},
+    }  # fmt: skip
+
+
+def vocabulary(words: int) -> Vocabulary:
+    """Names for so many words, in their order."""
+    _, shared, rest = front_code([f"w{number:03}" for number in range(words)])
+    return Vocabulary(shared, rest)
+
+
+def write(found: Exported, folder: Path) -> None:
+    """Writes an export as ``lightrnn-export`` does."""
+    _, shared, rest = front_code([f"w{number:03}" for number in range(len(found.order))])
+    cells = table_cells(found.decoder, found.order)
+    packed = pack({"shared": shared, "rest": rest, **cells})
+    write_folder(folder, {**found.files, WORDS: packed}, description(found))

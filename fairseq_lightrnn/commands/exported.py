@@ -15,7 +15,7 @@ from fairseq_lightrnn.signature import signature
 
 __all__ = ["main"]
 
-_ACTIONS = ("score", "next", "complete", "sample")
+_ACTIONS = ("score", "next", "complete", "sample", "learn")
 _ONLY = {
     "level": "score", "carry_hidden_state": "score", "temperature": "sample", "top_k": "sample",
     "top_p": "sample", "max_words": "sample", "seed": "sample",
@@ -32,10 +32,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("folder", metavar="DIR", help="that lightrnn-export wrote")
     add("action", choices=_ACTIONS, help="score text; the most probable next words of each line; "
-        "the most probable completions of the last, half-typed word of each line; or continue each "
-        "line at random")  # fmt: skip
+        "the most probable completions of the last, half-typed word of each line; continue each "
+        "line at random; or learn from text that its user wrote")  # fmt: skip
     add("text", nargs="*", help="text files, plain or .gz; - is the standard input (default), of "
         "which each line is answered as soon as it comes")  # fmt: skip
+    add("--learnt", metavar="FILE", help="what the model has learnt from its user; learn adds to "
+        "it, or begins it")  # fmt: skip
     add("--threads", type=int, default=1, metavar="N", help="of the processor (default: 1)")
     add("-k", type=int, default=10, metavar="K", help="next, complete: how many words (default: "
         "10)")  # fmt: skip
@@ -58,9 +60,12 @@ def main(args: argparse.Namespace) -> None:
     """Does what the flags ask for."""
     _check(args)
     model = ExportedModel.load(args.folder, args.threads)
-    {"score": _score, "next": _suggest, "complete": _suggest, "sample": _sample}[args.action](
-        model, args
-    )
+    if args.learnt is not None and (args.action != "learn" or Path(args.learnt).exists()):
+        model.load_learnt(args.learnt)
+    actions = {
+        "score": _score, "next": _suggest, "complete": _suggest, "sample": _sample, "learn": _learn,
+    }  # fmt: skip
+    actions[args.action](model, args)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -73,6 +78,8 @@ def _check(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             flag = "-k" if name == "k" else f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} {value}: must be at least 1")
+    if args.action == "learn" and args.learnt is None:
+        raise ValueError("learn needs --learnt FILE, where it keeps what it learns")
     for path in args.text:
         if path != STANDARD and not Path(path).exists():
             raise ValueError(f"{path}: no such text file")
@@ -117,7 +124,8 @@ def _score(model: ExportedModel, args: argparse.Namespace) -> None:
                 _line(sentences, number, token, log_prob, int(missing))
     fields = {
         **model.description["signature"],
-        "words": model.description["model"]["words"],
+        "words": len(model.vocabulary),
+        **({} if args.learnt is None else {"learnt": model.learnt.digest()}),
         "quantize": model.description["quantize"],
         "unk": "scored",
         "state": "carried" if carried else "reset",
@@ -163,6 +171,16 @@ def _sample(model: ExportedModel, args: argparse.Namespace) -> None:
                 print(" " * (len(texts[0]) > 1) + word, end="", flush=True)
         print("" if alone else "\n".join(" ".join(text) for text in texts), flush=True)
         seed = None if seed is None else seed + 1
+
+
+def _learn(model: ExportedModel, args: argparse.Namespace) -> None:
+    lesson = model.learn(line for chunk in _chunks(args) for line in chunk)
+    model.save_learnt(args.learnt)
+    _line("new words", len(lesson.new))
+    _line("words without a cell", len(lesson.left))
+    if lesson.left:
+        _line(f"no empty cell is left for {', '.join(lesson.left[:3])}; lightrnn-extend gives a "
+              "trained model more of them", error=True)  # fmt: skip
 
 
 def _line(*values: object, error: bool = False) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from fairseq_lightrnn.files import read_text, whole_file
 
-__all__ = ["DESCRIPTION", "WORDS", "pack", "read_folder", "unpack", "write_folder"]
+__all__ = ["DESCRIPTION", "WORDS", "model_digest", "pack", "read_folder", "unpack", "write_folder"]
 
 DESCRIPTION = "model.json"
 WORDS = "words.npz"
@@ -100,6 +100,12 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, bytes]]:
                 f"{DESCRIPTION} tells); copy the whole folder again"
             )
     return description, contents
+
+
+def model_digest(description: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of a model by what its JSON file says of the others."""
+    hashes = {name: entry["sha256"] for name, entry in description["files"].items()}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 def pack(arrays: Mapping[str, np.ndarray]) -> bytes:

@@ -2,59 +2,36 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fairseq_lightrnn.runtime.folder import WORDS, read_folder, unpack
-from fairseq_lightrnn.runtime.network import Graphs, Network, OnnxGraphs, Position, Seating
-from fairseq_lightrnn.runtime.search import draw, draw_words, every_word, top_words
+from fairseq_lightrnn.runtime.folder import WORDS, model_digest, read_folder, unpack
+from fairseq_lightrnn.runtime.learning import (
+    Lesson,
+    blocks,
+    read_each,
+    unknown_words,
+    with_words_moved,
+)
+from fairseq_lightrnn.runtime.learnt import Learnt, load, save
+from fairseq_lightrnn.runtime.network import Graphs, Network, OnnxGraphs, Position
+from fairseq_lightrnn.runtime.new_words import with_new_words
+from fairseq_lightrnn.runtime.score import Score
+from fairseq_lightrnn.runtime.seating import Seating
+from fairseq_lightrnn.runtime.text import READ_AT_ONCE, Text, TextModel
 from fairseq_lightrnn.runtime.vocabulary import Vocabulary
 
-__all__ = ["ExportedModel", "Score", "Text"]
+__all__ = ["ExportedModel"]
 
-# Words that are read at once, and words that are predicted at once.
-_READ_AT_ONCE = 2048
 _PREDICTED_AT_ONCE = 256
 # Batches' worth of sentences that are sorted by length together.
 _BUFFERED_BATCHES = 8
 
 
-@dataclass(frozen=True)
-class Score:
-    """The score of a sentence of n words, the end of sentence among them.
-
-    Attributes:
-        tokens: the words as they were written, n of them.
-        ids: their numbers in the exported vocabulary, (n,); that of the unknown word for others.
-        component_log_probs: in nats, (n, k), of each coordinate given those before it.
-    """
-
-    tokens: list[str]
-    ids: np.ndarray
-    component_log_probs: np.ndarray
-
-    @property
-    def log_probs(self) -> np.ndarray:
-        """The words' log-probabilities in nats, (n,)."""
-        return np.asarray(self.component_log_probs.sum(axis=1))
-
-    @property
-    def log_prob(self) -> float:
-        """The sentence's log-probability in nats."""
-        return float(self.component_log_probs.sum())
-
-    @property
-    def perplexity(self) -> float:
-        """The sentence's perplexity per word, its end counted as a word."""
-        return math.exp(-self.log_prob / len(self.tokens))
-
-
-class ExportedModel:
+class ExportedModel(TextModel):
     """A language model that ``lightrnn-export`` wrote.
 
     Args:
@@ -67,18 +44,16 @@ class ExportedModel:
             before.
         end: the number of the end of a sentence.
         unknown: the number of the word that stands for all others.
+        learnt: what it has learnt from its user.
     """
 
     def __init__(
         self, description: dict[str, Any], vocabulary: Vocabulary, network: Network
     ) -> None:
-        self.description = description
-        self.vocabulary = vocabulary
-        self.network = network
-        self.carry_hidden_state: bool = description["carry_hidden_state"]
-        self.end: int = description["end"]
-        self.unknown: int = description["unknown"]
-        self._start = np.array(description["start"], dtype=np.int64)
+        super().__init__(description, vocabulary, network)
+        self._shipped = vocabulary, network
+        self._folder: Path | None = None
+        self.forget()
 
     @classmethod
     def load(cls, folder: str | Path, threads: int = 1) -> ExportedModel:
@@ -93,12 +68,14 @@ class ExportedModel:
         """
         description, files = read_folder(folder)
         try:
-            return cls.from_parts(description, files, threads)
+            model = cls.from_parts(description, files, threads)
         except (LookupError, TypeError) as error:
             raise ValueError(
                 f"{folder}: is not a complete export ({type(error).__name__}: {error}); export "
                 "the model again"
             ) from None
+        model._folder = Path(folder)
+        return model
 
     @classmethod
     def from_parts(
@@ -125,13 +102,6 @@ class ExportedModel:
         )
         return cls(description, vocabulary, network)
 
-    def encode(self, text: str) -> tuple[list[str], np.ndarray]:
-        """Returns the words of a text and their numbers, without an end of sentence."""
-        tokens = text.split()
-        numbers = (self.vocabulary.find(token) for token in tokens)
-        ids = [self.unknown if number is None else number for number in numbers]
-        return tokens, np.array(ids, dtype=np.int64)
-
     def score(self, text: str | Sequence[str], *, carry_hidden_state: bool = False) -> Any:
         """Scores a sentence, or several.
 
@@ -154,8 +124,8 @@ class ExportedModel:
         None among the lines asks for the scores of all before it, of a text whose next line may be
         long in coming.
         """
-        limit = _READ_AT_ONCE * (1 if carry_hidden_state else _BUFFERED_BATCHES)
-        position = self._begin(1)
+        limit = READ_AT_ONCE * (1 if carry_hidden_state else _BUFFERED_BATCHES)
+        position = self.begin(1)
         group: list[tuple[list[str], np.ndarray]] = []
         words = 0
         for line in (*lines, None) if isinstance(lines, Sequence) else _and_none(lines):
@@ -175,23 +145,18 @@ class ExportedModel:
                     yield Score(tokens, ids, part)
                 group, words = [], 0
 
-    def _begin(self, texts: int) -> Position:
-        """Returns where texts are after the words that all texts begin with."""
-        start = np.repeat(self._start[None], texts, axis=0)
-        return self.network.read(self.network.begin(texts), start)[0]
-
     def _score_apart(self, sentences: list[np.ndarray]) -> list[np.ndarray]:
         results: list[np.ndarray] = [np.zeros((0, self.network.components))] * len(sentences)
         order = sorted(range(len(sentences)), key=lambda number: -len(sentences[number]))
         while order:
             longest = len(sentences[order[0]])
-            size = max(1, _READ_AT_ONCE // longest)
+            size = max(1, READ_AT_ONCE // longest)
             batch, order = order[:size], order[size:]
             words = np.full((len(batch), longest), self.end, dtype=np.int64)
             for row, number in zip(words, batch, strict=True):
                 row[: len(sentences[number])] = sentences[number]
             lengths = [len(sentences[number]) for number in batch]
-            _, scores = self._score(self._begin(len(batch)), words, lengths)
+            _, scores = self._score(self.begin(len(batch)), words, lengths)
             for number, length, score in zip(batch, lengths, scores, strict=True):
                 results[number] = score[:length]
         return results
@@ -203,7 +168,7 @@ class ExportedModel:
         texts, longest = words.shape
         result = np.zeros((texts, longest, self.network.components))
         real = np.arange(longest) < np.array(lengths)[:, None]
-        step = max(1, _READ_AT_ONCE // texts)
+        step = max(1, READ_AT_ONCE // texts)
         for start in range(0, longest, step):
             block = words[:, start : start + step]
             position, outputs = self.network.read(position, block)
@@ -214,6 +179,70 @@ class ExportedModel:
                 scores = self.network.score(outputs[where, at], block[where, at])
                 result[where, start + at] = scores
         return position, result
+
+    def learn(self, text: str | Iterable[str]) -> Lesson:
+        """Learns from a small text that the user wrote, beside what was learnt before.
+
+        Words that the model does not know get empty cells, the most frequent ones first, where the
+        text is the most probable. Then the biases of the words that occur, and the numbers of their
+        own if the model has them, take a few steps down the gradient of the text's loss. Nothing
+        else changes, nor do any files.
+
+        Args:
+            text: lines, each a sentence of words between spaces.
+
+        Returns:
+            The new words, and those that no empty cell was left for.
+        """
+        lines = text.removesuffix("\n").split("\n") if isinstance(text, str) else text
+        lesson = Lesson([], [])
+        for sentences in blocks(lines):
+            tokens, words, position = read_each(self, sentences)
+            places = unknown_words(self.vocabulary, tokens)
+            if places:
+                learnt, left = with_new_words(self._shipped[1], self.learnt, places, position)
+                lesson.new.extend(learnt.words[len(self.learnt.words) :])
+                lesson.left.extend(word for word in left if word not in lesson.left)
+                self._take(learnt)
+                _, words, position = read_each(self, sentences)
+            known = words != self.unknown
+            if known.any():
+                words, position = words[known], position.select(known)
+                self._take(with_words_moved(self.network, self.learnt, words, position))
+        return lesson
+
+    def forget(self) -> None:
+        """Forgets all that was learnt: the model is the one that was shipped."""
+        self.vocabulary, self.network = self._shipped
+        tables = len(self.network.seating.empty())
+        self.learnt = Learnt.nothing(tables, self.network.own_numbers)
+
+    def _take(self, learnt: Learnt) -> None:
+        vocabulary, network = self._shipped
+        self.learnt = learnt
+        self.vocabulary, self.network = (
+            vocabulary.with_words(learnt.words),
+            network.with_learnt(learnt),
+        )
+
+    def save_learnt(self, path: str | Path) -> None:
+        """Writes what was learnt into a file of its own.
+
+        Raises:
+            ValueError: if the file would be one of the model's folder.
+        """
+        folder = self._folder
+        if folder is not None and Path(path).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{path}: is in the folder of the model, which stays as it is")
+        save(self.learnt, path, model_digest(self.description))
+
+    def load_learnt(self, path: str | Path) -> None:
+        """Reads what :meth:`save_learnt` wrote, in place of what was learnt since.
+
+        Raises:
+            ValueError: if there is no such file, or it is damaged or belongs to another model.
+        """
+        self._take(load(path, model_digest(self.description), self.learnt))
 
     def text(self, prefix: str | Sequence[str] = "") -> Text:
         """Returns a text, or several, that can be asked for its next words and grow by them."""
@@ -276,146 +305,3 @@ class ExportedModel:
 def _and_none(lines: Iterable[str | None]) -> Iterator[str | None]:
     yield from lines
     yield None
-
-
-class Text:
-    """Some texts that grow word by word.
-
-    Args:
-        model: predicts their next words.
-        prefixes: what there is of each, from the beginning of a sentence.
-
-    Attributes:
-        position: where they are: hidden states to be kept, or put back.
-    """
-
-    def __init__(self, model: ExportedModel, prefixes: Sequence[str]) -> None:
-        if not prefixes:
-            raise ValueError("no text was given")
-        self.model = model
-        self.position = model._begin(len(prefixes))
-        self.add(prefixes)
-
-    def add(self, words: str | Sequence[str]) -> None:
-        """Appends words: to each text its own, or to all the same."""
-        count = len(self.position.output)
-        each = [words] * count if isinstance(words, str) else words
-        if len(each) != count:
-            raise ValueError(f"words for {len(each)} texts were given, there are {count}")
-        self._read([self.model.encode(one)[1] for one in each])
-
-    def _read(self, words: Sequence[np.ndarray]) -> None:
-        """Reads texts of different lengths: all as far as the shortest, and so on."""
-        parts = [part.copy() for part in self.position]
-        lengths = np.array([len(one) for one in words])
-        longest = int(lengths.max())
-        padded = np.zeros((len(words), longest), dtype=np.int64)
-        for row, one in zip(padded, words, strict=True):
-            row[: len(one)] = one
-        done = 0
-        for length in np.unique(lengths[lengths > 0]).tolist():
-            active = np.flatnonzero(lengths >= length)
-            position = Position(*(part[active] for part in parts))
-            step = max(1, _READ_AT_ONCE // len(active))
-            for start in range(done, length, step):
-                block = padded[active, start : min(start + step, length)]
-                position, _ = self.model.network.read(position, block)
-            for part, new in zip(parts, position, strict=True):
-                part[active] = new
-            done = length
-        self.position = Position(*parts)
-
-    def next_words(self, k: int = 10) -> list[list[tuple[str, float]]]:
-        """Returns each text's k most probable next words with their probabilities, exactly."""
-        return self._named(top_words(self.model.network, self.position, k))
-
-    def complete(self, typed: str, k: int = 10) -> list[list[tuple[str, float]]]:
-        """Returns each text's k most probable next words that begin as typed, exactly."""
-        within = self.model.vocabulary.with_prefix(typed)
-        return self._named(top_words(self.model.network, self.position, k, within))
-
-    def _named(self, found: list[tuple[np.ndarray, np.ndarray]]) -> list[list[tuple[str, float]]]:
-        name = self.model.vocabulary.__getitem__
-        return [
-            [
-                (name(word), p)
-                for word, p in zip(words.tolist(), np.exp(scores).tolist(), strict=True)
-            ]
-            for words, scores in found
-        ]
-
-    def log_probs(self) -> np.ndarray:
-        """Returns the log-probabilities of all words as next ones, in nats, (texts, V)."""
-        return every_word(self.model.network, self.position)
-
-    def draws(
-        self,
-        max_words: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-    ) -> Iterator[tuple[int, str]]:
-        """Draws words one after the other, until the sentence ends or there are so many.
-
-        Args:
-            max_words: of each text.
-            temperature: t; words are drawn with probability proportional to P(word)^(1/t).
-            top_k: draw from this many most probable words only.
-            top_p: draw from the fewest most probable words with this much probability.
-            seed: of the random numbers; None takes another each time.
-
-        Yields:
-            The number of a text, and its next word.
-
-        Raises:
-            ValueError: if a number is out of its range, or two exclude each other.
-        """
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature {temperature}: must be above 0")
-        if top_k is not None and top_p is not None:
-            raise ValueError("top_k and top_p exclude each other")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k {top_k}: must be at least 1")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p {top_p}: must be above 0 and at most 1")
-        generator = np.random.default_rng(seed)
-        going = np.arange(len(self.position.output))
-        for _ in range(max_words):
-            words = self._draw(going, temperature, top_k, top_p, generator)
-            left = words != self.model.end
-            going, words = going[left], words[left]
-            for number, word in zip(going.tolist(), words.tolist(), strict=True):
-                yield number, self.model.vocabulary[word]
-            if not len(going):
-                return
-            position, _ = self.model.network.read(self.position.select(going), words[:, None])
-            for part, new in zip(self.position, position, strict=True):
-                part[going] = new
-
-    def _draw(
-        self,
-        texts: np.ndarray,
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
-        generator: np.random.Generator,
-    ) -> np.ndarray:
-        network, position = self.model.network, self.position.select(texts)
-        if top_k is not None:
-            found = top_words(network, position, top_k)
-            words, scores = (np.stack(parts) for parts in zip(*found, strict=True))
-            chosen = draw(scores / temperature, generator)
-            return np.asarray(np.take_along_axis(words, chosen[:, None], 1)[:, 0])
-        if temperature == 1 and top_p is None:
-            return draw_words(network, position, generator)
-        weights = every_word(network, position).astype(np.float64) / temperature
-        if top_p is not None:
-            order = np.argsort(-weights, axis=1, kind="stable")
-            ordered = np.take_along_axis(weights, order, 1)
-            mass = np.exp(ordered - np.logaddexp.reduce(ordered, axis=1, keepdims=True))
-            outside = mass.cumsum(axis=1) - mass >= top_p
-            ordered[outside] = -np.inf
-            np.put_along_axis(weights, order, ordered, 1)
-        return draw(weights, generator)

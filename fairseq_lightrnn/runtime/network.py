@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-__all__ = ["Context", "Graphs", "Network", "OnnxGraphs", "Position", "Seating"]
+from fairseq_lightrnn.runtime.learnt import Learnt
+from fairseq_lightrnn.runtime.seating import Seating
+
+__all__ = ["Context", "Graphs", "Network", "OnnxGraphs", "Position"]
 
 _IMPOSSIBLE = np.float32(-np.inf)
 
@@ -71,56 +75,6 @@ class OnnxGraphs:
         return dict(zip(self._outputs[name], values, strict=True))
 
 
-class Seating:
-    """Where V words sit, for reading them and for predicting them.
-
-    Args:
-        shape: the k sizes of each table.
-        cells: of the words in the table that they are predicted by, integers of shape (V,).
-        input_cells: in the table that they are read by; by default the same.
-        further_cells: in further tables, integers of shape (M, V).
-
-    Attributes:
-        coordinates: of the words in the table that they are predicted by, int32 (V, k).
-        words: the word of each cell, int32 of shape (prefixes, R_k), -1 where there is none.
-        seats: where words' vectors of further tables are, int32 (V, M·k).
-        places: where the vectors are that words are read by, int32 (V, k).
-    """
-
-    def __init__(
-        self,
-        shape: Sequence[int],
-        cells: np.ndarray,
-        input_cells: np.ndarray | None = None,
-        further_cells: np.ndarray | None = None,
-    ) -> None:
-        self.shape = tuple(shape)
-        self.coordinates = self._coordinates(cells)
-        words = np.full(math.prod(self.shape), -1, dtype=np.int32)
-        words[cells] = np.arange(len(cells), dtype=np.int32)
-        self.words = words.reshape(-1, self.shape[-1])
-        starts = np.cumsum([0, *self.shape], dtype=np.int32)
-        read_by = self.coordinates if input_cells is None else self._coordinates(input_cells)
-        self.places = read_by + starts[:-1]
-        further = np.zeros((0, len(cells)), np.int32) if further_cells is None else further_cells
-        tables = [
-            self._coordinates(of_table) + starts[:-1] + number * starts[-1]
-            for number, of_table in enumerate(further)
-        ]
-        nothing = np.zeros((len(cells), 0), dtype=np.int32)
-        self.seats: np.ndarray = np.concatenate([nothing, *tables], axis=1)
-
-    def _coordinates(self, cells: np.ndarray) -> np.ndarray:
-        return np.stack(np.unravel_index(cells, self.shape), axis=1).astype(np.int32)
-
-    def number(self, prefix: np.ndarray) -> np.ndarray:
-        """Numbers prefixes (N, i) in row-major order: (N,)."""
-        number = np.zeros(len(prefix), dtype=np.int64)
-        for component in range(prefix.shape[1]):
-            number = number * self.shape[component] + prefix[:, component]
-        return number
-
-
 class Position(NamedTuple):
     """Where N texts are after some words: all that the words so far have left behind.
 
@@ -172,14 +126,54 @@ class Network:
         self.dim = dim
         self.components = len(seating.shape)
         self.steps = self.components if self.recurrent else 1
-        every = np.arange(len(seating.coordinates), dtype=np.int32)
+        # The words that graphs know of; further ones are numbered from there on.
+        self._known = len(seating.coordinates)
+        every = np.arange(self._known, dtype=np.int32)
         self.bias = graphs.run("bias", {"words": every})["bias"] if graphs.has("bias") else None
+        # What is added to words' own numbers where they are predicted: the place of each word among
+        # those that were moved, (V,), 0 for all others; and of each place its numbers.
+        self._moved: tuple[np.ndarray, np.ndarray] | None = None
         # Behind all vectors that words are read by stands one of zeros.
         further = seating.seats.shape[1] // self.components
         self._nothing = sum(seating.shape) * (1 + further)
         self._places = self._input_places()
         # Where some values lead to no word: 0 or -inf, (prefixes, R_i).
         self._added = [self._masks(component) for component in range(self.components)]
+
+    @property
+    def own_numbers(self) -> int:
+        """How many numbers of its own each word is predicted with where its row is known."""
+        if self.components == 1 or not self.graphs.has("numbers"):
+            return 0
+        return int(self._numbers(np.zeros(1, dtype=np.int32)).shape[1])
+
+    def with_learnt(self, learnt: Learnt) -> Network:
+        """Returns this network, which has learnt nothing, with what was learnt."""
+        result = copy.copy(self)
+        result.seating = self.seating.with_words(learnt.cells)
+        shipped = np.zeros(self._known, np.float32) if self.bias is None else self.bias
+        result.bias = np.concatenate([shipped, learnt.biases])
+        result.bias[learnt.moved] += learnt.added
+        place = np.zeros(len(result.bias), dtype=np.int32)
+        place[learnt.moved] = np.arange(1, len(learnt.moved) + 1)
+        none = np.zeros((1, learnt.numbers.shape[1]), dtype=np.float32)
+        result._moved = place, np.concatenate([none, learnt.numbers])
+        result._places = result._input_places()
+        result._added = [result._masks(component) for component in range(self.components)]
+        return result
+
+    def with_one_everywhere(self, further_cells: Sequence[int]) -> Network:
+        """Returns this network with one more word in all empty cells, but not in empty rows.
+
+        See :meth:`Seating.with_one_everywhere`. The word's bias is 0, and its number the last.
+        """
+        result = copy.copy(self)
+        result.seating = self.seating.with_one_everywhere(further_cells)
+        if self.bias is not None:
+            result.bias = np.append(self.bias, np.float32(0))
+        if self._moved is not None:
+            result._moved = np.append(self._moved[0], np.int32(0)), self._moved[1]
+        return result
 
     def _input_places(self) -> np.ndarray:
         """Returns where to read the vectors of each step of each word: (V, steps, P)."""
@@ -231,8 +225,11 @@ class Network:
         return after, before.reshape(texts, length, self.steps, -1)
 
     def _numbers(self, words: np.ndarray) -> np.ndarray:
-        flat = self.graphs.run("numbers", {"words": words.reshape(-1).astype(np.int32)})["numbers"]
-        return flat.reshape(*words.shape, -1)
+        flat = words.reshape(-1).astype(np.int32)
+        known = flat < self._known
+        numbers = self.graphs.run("numbers", {"words": np.where(known, flat, 0)})["numbers"]
+        numbers[~known] = 0
+        return numbers.reshape(*words.shape, -1)
 
     def first(self, position: Position) -> Context:
         """Predicts the first components of the next words."""
@@ -287,7 +284,11 @@ class Network:
         if component + 1 == self.components:
             words = self.seating.words[self.seating.number(prefix)].clip(min=0)  # (N, C)
             if "query" in carried:
-                inputs |= {"query": carried["query"], "numbers": self._numbers(words)}
+                numbers = self._numbers(words)
+                if self._moved is not None:
+                    place, moved = self._moved
+                    numbers = numbers + moved[place[words]]
+                inputs |= {"query": carried["query"], "numbers": numbers}
             if "scores" in carried:
                 inputs |= {"scores": carried["scores"], "seats": self.seating.seats[words]}
         return self.graphs.run(f"expand{component}", inputs)["log_probs"]

@@ -77,7 +77,7 @@ class _Best:
 
 
 def top_words(
-    network: Network, position: Position, count: int, within: range | None = None
+    network: Network, position: Position, count: int, within: np.ndarray | None = None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Finds the most probable next words of some texts, exactly.
 
@@ -85,7 +85,7 @@ def top_words(
         network: predicts words.
         position: of the texts.
         count: how many words of each.
-        within: find the most probable of these words only.
+        within: find the most probable of these words only, integers of shape (W,).
 
     Returns:
         For each text, the words and their log-probabilities in nats, the most probable first; of
@@ -99,7 +99,11 @@ def top_words(
         raise ValueError(f"count {count}: at least 1 word must be asked for")
     texts = len(position.output)
     seating = network.seating
-    total = len(seating.coordinates) if within is None else len(within)
+    total, wanted = len(seating.coordinates), None
+    if within is not None:
+        wanted = np.zeros(total, dtype=bool)
+        wanted[within] = True
+        total = len(within)
     best = _Best(texts, min(count, total))
     if not total:
         return [(best.word, best.score)] * texts
@@ -108,7 +112,7 @@ def top_words(
         raise FloatingPointError("the model's predictions are no numbers")
     every = np.arange(texts)
     levels: list[_Nodes] = []
-    _open(network, within, best, levels, context, every, np.zeros((texts, 0), np.int32))
+    _open(network, wanted, best, levels, context, every, np.zeros((texts, 0), np.int32))
     width = _FIRST_ROUND
     while levels:
         level = [nodes.where(nodes.bound >= best.worst[nodes.text]) for nodes in levels]
@@ -126,7 +130,7 @@ def top_words(
                 deeper = network.extend(some.carried, some.parent, some.prefix)
                 bounds = some.bound[:, None] + deeper.log_probs
                 context = Context(bounds, deeper.carried)
-                _open(network, within, best, levels, context, some.text, some.prefix)
+                _open(network, wanted, best, levels, context, some.text, some.prefix)
         width = min(2 * width, _LAST_ROUND)
     result = []
     for number in range(texts):
@@ -138,40 +142,43 @@ def top_words(
 
 def _open(
     network: Network,
-    within: range | None,
+    wanted: np.ndarray | None,
     best: _Best,
     levels: list[_Nodes],
     context: Context,
     text: np.ndarray,
     prefix: np.ndarray,
 ) -> None:
-    """Offers the words of prefixes (N, i), or notes the prefixes that are longer by one value."""
+    """Offers the words of prefixes (N, i), or notes the prefixes that are longer by one value.
+
+    ``wanted`` tells which of the V words are looked for, (V,), or is None for all.
+    """
     scores = context.log_probs
     seating = network.seating
     if prefix.shape[1] + 1 == network.components:
         words = seating.words[seating.number(prefix)]
         good = words >= 0
-        if within is not None:
-            good &= (words >= within.start) & (words < within.stop)
+        if wanted is not None:
+            good &= wanted[words]
         good &= scores >= best.worst[text][:, None]
         node, value = np.nonzero(good)
         best.add(text[node], words[node, value].astype(np.int64), scores[node, value])
         return
     good = np.isfinite(scores)
-    if within is not None:
-        good &= _leading_to(network, within, prefix)
+    if wanted is not None:
+        good &= _leading_to(network, wanted, prefix)
     node, value = np.nonzero(good)
     longer = np.concatenate([prefix[node], value[:, None].astype(np.int32)], axis=1)
     levels.append(_Nodes(text[node], scores[node, value], longer, node, context.carried))
 
 
-def _leading_to(network: Network, within: range, prefix: np.ndarray) -> np.ndarray:
-    """Tells which values after prefixes (N, i) lead to one of some words: (N, R_i)."""
+def _leading_to(network: Network, wanted: np.ndarray, prefix: np.ndarray) -> np.ndarray:
+    """Tells which values after prefixes (N, i) lead to one of the wanted words: (N, R_i)."""
     seating, component = network.seating, prefix.shape[1]
     size = seating.shape[component]
-    wanted = seating.coordinates[within.start : within.stop, : component + 1]
+    prefixes = seating.coordinates[wanted, : component + 1]
     leading = np.zeros(math.prod(seating.shape[: component + 1]), dtype=bool)
-    leading[seating.number(wanted)] = True
+    leading[seating.number(prefixes)] = True
     return leading.reshape(-1, size)[seating.number(prefix)]
 
 

@@ -7,8 +7,9 @@ by bisection among those, and by reading on from there.
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -67,6 +68,8 @@ class Vocabulary:
         ValueError: if they do not belong together.
     """
 
+    find: Callable[[str], int | None]
+
     def __init__(self, shared: np.ndarray, rest: np.ndarray) -> None:
         ends = np.flatnonzero(rest == _END)
         if len(ends) != len(shared) or shared[::_BLOCK].any():
@@ -75,28 +78,43 @@ class Vocabulary:
         self._rest = rest.tobytes()
         self._ends = ends.astype(np.int32)
         self._blocks = range((len(shared) + _BLOCK - 1) // _BLOCK)
+        self._more: list[str] = []
         self.find = lru_cache(_REMEMBERED)(self._find)
 
+    def with_words(self, words: Sequence[str]) -> Vocabulary:
+        """Returns a vocabulary with further words, which are numbered from V on as they come."""
+        result = copy.copy(self)
+        result._more = [*self._more, *words]
+        result.find = lru_cache(_REMEMBERED)(result._find)
+        return result
+
     def __len__(self) -> int:
-        return len(self._shared)
+        return len(self._shared) + len(self._more)
 
     def __getitem__(self, number: int) -> str:
         if not 0 <= number < len(self):
             raise IndexError(f"word {number} of {len(self)}")
+        if number >= len(self._shared):
+            return self._more[number - len(self._shared)]
         block, place = divmod(number, _BLOCK)
         return self._block(block)[place].decode("utf-8", "surrogateescape")
 
     def _find(self, word: str) -> int | None:
+        if word in self._more:
+            return len(self._shared) + self._more.index(word)
         coded = word.encode("utf-8", "surrogateescape")
         number = self._rank(coded, bisect_right) - 1
         return number if number >= 0 and self[number] == word else None
 
-    def with_prefix(self, prefix: str) -> range:
-        """Returns the numbers of all words that begin with a prefix."""
+    def with_prefix(self, prefix: str) -> np.ndarray:
+        """Returns the numbers of all words that begin with a prefix, (W,), in their order."""
         coded = prefix.encode("utf-8", "surrogateescape")
         first = self._rank(coded, bisect_left)
         # No byte of UTF-8 is 0xff.
-        return range(first, max(first, self._rank(coded + b"\xff", bisect_left)))
+        last = self._rank(coded + b"\xff", bisect_left)
+        more = [place for place, word in enumerate(self._more) if word.startswith(prefix)]
+        further = len(self._shared) + np.array(more, dtype=np.int64)
+        return np.concatenate([np.arange(first, last), further])
 
     def _rank(self, coded: bytes, bisect: Any) -> int:
         """Returns how many words are below some bytes, or not above them."""
