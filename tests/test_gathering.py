@@ -21,7 +21,7 @@ from fairseq_lightrnn.core.table import WordTable, default_shape
 from fairseq_lightrnn.workers import table_of_first_worker
 
 rank, world, folder, memory = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-memory = None if memory == "None" else float(memory)
+memory = float(memory)
 torch.set_num_threads(1)
 if world > 1:
     store = torch.distributed.FileStore(f"{folder}/store{world}", world)
@@ -47,7 +47,7 @@ assert np.array_equal(table.cells, cells)
 with statistics_storage(memory, size, f"{folder}/spill{rank}") as storage:
     gathered = gather_statistics(batches[rank::world], *size, "cpu", storage.arguments)
     if rank == 0:
-        options = SolverOptions(**storage.solver_memory)
+        options = SolverOptions(memory=storage.memory)
         found = reallocate(table, gathered.statistics, vectors, biases, options=options)
         np.savez(
             f"{folder}/result{world}.npz", sums=gathered.statistics.sums.numpy(),
@@ -62,7 +62,7 @@ with statistics_storage(memory, size, f"{folder}/spill{rank}") as storage:
 GIB = 1 << 30
 
 
-def gather(folder: Path, world: int, memory: float | None) -> dict[str, np.ndarray]:
+def gather(folder: Path, world: int, memory: float) -> dict[str, np.ndarray]:
     if world == 1:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["", "0", "1", str(folder), str(memory)])
@@ -85,15 +85,15 @@ def gather(folder: Path, world: int, memory: float | None) -> dict[str, np.ndarr
 # float64 in memory; float32 in memory; float32 in a file
 @pytest.mark.parametrize(
     ("memory", "dtype"),
-    [(None, "float64"), (2 * 64 * 160 / GIB, "float32"), (2 * 64 * 20 / GIB, "float32")],
+    [(1.0, "float64"), (2 * 64 * 160 / GIB, "float32"), (2 * 64 * 20 / GIB, "float32")],
 )
 def test_any_number_of_workers_makes_the_same_table(
-    tmp_path: Path, memory: float | None, dtype: str
+    tmp_path: Path, memory: float, dtype: str
 ) -> None:
     alone = gather(tmp_path, 1, memory)
     assert str(alone["dtype"]) == f"torch.{dtype}"
     assert alone["counts"].sum() == 3 * 35 - 7 * 2  # padding does not count
-    for world in (3,) if memory is None else (2,):
+    for world in (3,) if memory == 1 else (2,):
         together = gather(tmp_path, world, memory)
         for name in ("sums", "counts", "cells"):
             np.testing.assert_array_equal(together[name], alone[name])

@@ -34,7 +34,7 @@ def run(num_words, dim, memory, limit=None):
         statistics = AllocationStatistics(num_words, 2, dim, **storage.arguments)
         for words in torch.arange(num_words).split(512):
             statistics.add(words, torch.randn(len(words), 2, dim, generator=random))
-        options = SolverOptions(gap=1e-2, num_threads=1, **storage.solver_memory)
+        options = SolverOptions(gap=1e-2, num_threads=1, memory=storage.memory)
         return reallocate(table, statistics, vectors, biases, objective=objective, options=options)
 
 run(900, 4, gib)  # compiles, for costs held and for costs formed anew

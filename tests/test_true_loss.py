@@ -79,10 +79,9 @@ class Sample:
     def cell_losses(self, candidates: int = 99):
         gathered = self.gathered()
         counts = gathered.statistics.counts
-        chosen = candidate_prefixes(gathered.statistics, self.head.softmax, candidates).long()
-        shares = occurrence_shares(counts)
         words = counts.nonzero().squeeze(1)
-        losses = CellLosses(self.head, words, chosen[words], shares[words])
+        chosen = candidate_prefixes(gathered.statistics, self.head.softmax, words, candidates)
+        losses = CellLosses(self.head, words, chosen.long(), occurrence_shares(counts)[words])
         neighbours = None
         if len(self.head.softmax.features):
             neighbours = Neighbours(self.head, counts)

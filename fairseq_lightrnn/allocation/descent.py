@@ -191,16 +191,15 @@ def _market(
     prefixes = table.number(table.coordinates[:, :-1].long())
     count = min(CANDIDATES, len(prefixes.unique()))
 
-    def choose() -> Tensor:
-        found = candidate_prefixes(statistics, head.softmax, count, seed)
-        return torch.cat([statistics.counts.round().long().cpu()[:, None], found], dim=1)
+    def of_first(make: Callable[[], Tensor], *shape: int) -> Tensor:
+        return numbers_of_first_worker(make, shape, text.device).to(table.coordinates.device)
 
-    known = numbers_of_first_worker(choose, (table.num_words, count + 1), text.device)
-    known = known.to(table.coordinates.device)
-    counts, candidates = known[:, 0], known[:, 1:]
+    counts = of_first(lambda: statistics.counts.round().long().cpu(), table.num_words)
     words = _that_may_move(counts, memory // 2 // Market.bytes_needed(count, table.shape[-1]))
-    shares = occurrence_shares(counts)
-    losses = CellLosses(head, words, candidates[words], shares[words])
+    candidates = of_first(
+        lambda: candidate_prefixes(statistics, head.softmax, words, count, seed), len(words), count
+    )
+    losses = CellLosses(head, words, candidates, occurrence_shares(counts)[words])
     neighbours = None
     if len(head.softmax.features):
         neighbours = Neighbours(head, counts, memory // 8)

@@ -260,21 +260,21 @@ class Storage:
 
     Attributes:
         arguments: further arguments of :class:`AllocationStatistics`.
-        solver_memory: arguments of `SolverOptions`: bytes that costs may take.
+        memory: bytes that are left.
     """
 
     arguments: dict[str, Any]
-    solver_memory: dict[str, int]
+    memory: int
 
 
 @contextmanager
 def statistics_storage(
-    memory: float | None, size: tuple[int, int, int], directory: str | Path
+    memory: float, size: tuple[int, int, int], directory: str | Path
 ) -> Iterator[Storage]:
     """Shares a budget of memory out to statistics and solver.
 
     Args:
-        memory: GiB; None knows no bound.
+        memory: GiB.
         size: V, k and d.
         directory: where a memory-mapped file may lie while it is needed.
 
@@ -286,14 +286,11 @@ def statistics_storage(
     Raises:
         ValueError: if not even the counts fit.
     """
-    if memory is None:
-        yield Storage({}, {})
-        return
     budget = int(memory * _GIB)
     for dtype in (torch.float64, torch.float32):
         taken = AllocationStatistics.bytes_needed(*size, dtype)
         if taken <= budget // 2:
-            yield Storage({"dtype": dtype}, {"memory": budget - taken})
+            yield Storage({"dtype": dtype}, budget - taken)
             return
     counts = 8 * size[0]
     if counts > budget // 2:
@@ -304,4 +301,4 @@ def statistics_storage(
     os.makedirs(directory, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="statistics.", dir=directory) as folder:
         logger.info(f"statistics do not fit in {memory / 2:g} GiB, they go to a file in {folder}")
-        yield Storage({"dtype": torch.float32, "storage": folder}, {"memory": budget - counts})
+        yield Storage({"dtype": torch.float32, "storage": folder}, budget - counts)

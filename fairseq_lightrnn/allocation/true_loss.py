@@ -35,6 +35,7 @@ _WORTH_A_MOVE = 1.0
 def candidate_prefixes(
     statistics: AllocationStatistics,
     softmax: ComponentSoftmax,
+    words: Tensor,
     count: int = CANDIDATES,
     seed: int = 0,
 ) -> Tensor:
@@ -47,12 +48,12 @@ def candidate_prefixes(
     Args:
         statistics: of the text, with the words where they sit now.
         softmax: predicts words.
+        words: (n,) that may move.
         count: K, at most.
         seed: of chance.
 
     Returns:
-        Numbers of prefixes, int32 of shape (V, K), the present one first; -1 for none. Words that
-        never occur have no other.
+        Numbers of prefixes, int32 of shape (n, K), the present one first.
     """
     table = softmax.table
     present = table.number(table.coordinates[:, :-1].long())
@@ -65,22 +66,22 @@ def candidate_prefixes(
         counts = statistics.counts.to(device)
         sources.append(LowRankCosts(statistics.sums[component], vectors, counts, biases))
     count = min(count, int(taken.sum()))
-    found = torch.full((table.num_words, count), -1, dtype=torch.int32)
-    found[:, 0] = present.int()
+    present = present[words]
+    found = present.int().cpu()[:, None].repeat(1, count)
     if count == 1:
         return found
     best = (count - 1) // 2
     generator = torch.Generator().manual_seed(seed)
-    for some in torch.arange(table.num_words).split(_BLOCK):
-        costs = sources[0].block(some.to(device))
+    for some in torch.arange(len(words)).split(_BLOCK):
+        chosen = words[some].to(device)
+        costs = sources[0].block(chosen)
         for source in sources[1:]:
-            costs = (costs[:, :, None] + source.block(some.to(device))[:, None]).flatten(1)
+            costs = (costs[:, :, None] + source.block(chosen)[:, None]).flatten(1)
         costs = costs.masked_fill(~taken.to(device), math.inf).cpu()
         costs.scatter_(1, present[some].cpu()[:, None], math.inf)
         order = torch.rand(costs.shape, generator=generator).masked_fill_(costs.isinf(), 1.0)
         order.scatter_(1, costs.topk(best, dim=1, largest=False).indices, -1.0)
         found[some, 1:] = order.topk(count - 1, dim=1, largest=False).indices.int()
-    found[(statistics.counts == 0).cpu(), 1:] = -1
     return found
 
 

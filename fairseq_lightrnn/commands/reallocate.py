@@ -66,9 +66,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         )  # fmt: skip
     add("--words", type=int, metavar="N",
         help="gather statistics over about this many words (default: all)")  # fmt: skip
-    add("--memory", type=float, metavar="GIB",
+    add("--memory", type=float, default=8.0, metavar="GIB",
         help="GiB that statistics, costs and memories of the text may take, besides some 300 bytes "
-        "a word (default: 8, and no bound for statistics)")  # fmt: skip
+        "a word (default: %(default)s)")  # fmt: skip
     add("--export", metavar="DIR", help="also write the statistics, the table and the output "
         "vectors to this new folder, for scripts/benchmark_allocation.py --instances")  # fmt: skip
     add("--max-tokens", type=int, default=8192, metavar="N",

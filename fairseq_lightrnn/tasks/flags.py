@@ -63,14 +63,13 @@ class TableTaskConfig(FairseqDataclass):
             "training split (default: all)"
         },
     )
-    reallocation_memory: Optional[float] = field(
-        default=None,
+    reallocation_memory: float = field(
+        default=8.0,
         metadata={
             "help": "GiB that a reallocation's statistics, costs and memories of the text may "
             "take, besides some 300 bytes a word; statistics that do not fit go to a file in the "
             "save directory while they are needed; a text that does not fit is read several times; "
-            "where the costs of cells do not fit, frequent words alone are moved (default: 8, "
-            "and no bound for statistics)"
+            "where the costs of cells do not fit, frequent words alone are moved"
         },
     )
     max_epoch: int = II("optimization.max_epoch")
@@ -152,7 +151,7 @@ def _needs_independent_texts(flag: str, given: Callable[[Any], Any]) -> Need:
 NEEDS = (
     _needs_schedule("--reallocation-objective", "true-loss"),
     _needs_schedule("--reallocation-words"),
-    _needs_schedule("--reallocation-memory"),
+    _needs_schedule("--reallocation-memory", "8.0"),
     Need(
         "--random-block-lengths",
         lambda args, model: getattr(args, "random_block_lengths", False),

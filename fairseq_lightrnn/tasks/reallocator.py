@@ -81,8 +81,7 @@ class Reallocator:
             begun = time.monotonic()
             if self.args.reallocation_objective == "true-loss":
                 logger.info(f"{title}: what cells cost")
-                left = memory.get("memory", self._memory) - kept
-                report = self._lower_loss(words, gathered, text, left)
+                report = self._lower_loss(words, gathered, text, memory - kept)
             else:
                 logger.info(f"{title}: solving")
                 report = self._move_as_measured(words, gathered, memory)
@@ -95,7 +94,7 @@ class Reallocator:
         return report
 
     def _move_as_measured(
-        self, words: WordHead, gathered: Gathered, memory: dict[str, int]
+        self, words: WordHead, gathered: Gathered, memory: int
     ) -> dict[str, Any] | None:
         """Moves words by the costs that were measured before any moved, as the paper does."""
         report: dict[str, Any] | None = None
@@ -114,8 +113,8 @@ class Reallocator:
     @contextmanager
     def gathered(
         self, model: nn.Module, folder: str, text: Text | None = None
-    ) -> Iterator[tuple[Gathered, dict[str, int]]]:
-        """Yields the statistics of the training split, and the memory left to a solver.
+    ) -> Iterator[tuple[Gathered, int]]:
+        """Yields the statistics of the training split, and the bytes left to a solver.
 
         Args:
             model: predicts the text, in evaluation mode meanwhile.
@@ -133,17 +132,9 @@ class Reallocator:
             model.eval()
             try:
                 gathered = gather_statistics(text.outputs(), *size, text.device, storage.arguments)
-                yield gathered, storage.solver_memory
+                yield gathered, storage.memory
             finally:
                 model.train(training)
-
-    @property
-    def _memory(self) -> int:
-        """Bytes that a reallocation may take."""
-        from fairseq_lightrnn.allocation.assignment import SolverOptions
-
-        memory = self.args.reallocation_memory
-        return SolverOptions.memory if memory is None else int(memory * (1 << 30))
 
     def _text(self, model: nn.Module) -> tuple[Text, int]:
         """Returns the training split, as the model reads it, and the bytes that it may take."""
@@ -157,7 +148,7 @@ class Reallocator:
         )
         if words.input_table is None or self.args.reallocation_objective != "true-loss":
             return text, 0
-        share = self._memory // 4
+        share = int(self.args.reallocation_memory * (1 << 30)) // 4
         return text.remembered(words.head, share), share
 
     def _lower_loss(
@@ -184,7 +175,7 @@ class Reallocator:
             "seconds": done.seconds,
         }
 
-    def _solve(self, words: WordHead, gathered: Gathered, memory: dict[str, int]) -> Reallocation:
+    def _solve(self, words: WordHead, gathered: Gathered, memory: int) -> Reallocation:
         """Finds the words' new cells, as the flags ask for."""
         from fairseq_lightrnn.allocation.assignment import SolverOptions
         from fairseq_lightrnn.allocation.paper import reallocate
@@ -198,7 +189,7 @@ class Reallocator:
             [bias.detach() for bias in biases],
             objective=str(self.args.reallocation_objective),
             symbols=self.task.target_dictionary.symbols,
-            options=SolverOptions(**memory),
+            options=SolverOptions(memory=memory),
         )
 
     def batches(self, model: Any) -> Iterator[tuple[int, Any]]:
