@@ -28,7 +28,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 }  # fmt: skip
 DEFAULTS: dict[str, Any] = {
     "reallocate_epochs": None, "reallocation_objective": "true-loss", "reallocation_words": None,
-    "reallocation_memory": None, "carry_hidden_state": False, "random_block_lengths": False,
+    "reallocation_memory": 8.0, "carry_hidden_state": False, "random_block_lengths": False,
     "max_tokens": None, "max_tokens_valid": None, "batch_size": 8, "batch_size_valid": 8,
     "skip_remainder_batch": False,
 }  # fmt: skip

@@ -132,7 +132,7 @@ def _needs_schedule(flag: str, default: str | None = None) -> Need:
     name = flag[2:].replace("-", "_")
     return Need(
         flag,
-        lambda args, model: str(getattr(args, name)) != str(default),
+        lambda args, model: str(getattr(args, name)) not in ("None", str(default)),
         _reallocates,
         "is heeded by reallocations; give --reallocate-epochs too, or leave it out",
     )
