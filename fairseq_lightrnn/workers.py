@@ -13,7 +13,13 @@ from torch import Tensor
 
 from fairseq_lightrnn.core.table import WordTable
 
-__all__ = ["numbers_of_first_worker", "rank", "table_of_first_worker", "world_size"]
+__all__ = [
+    "count_workers",
+    "numbers_of_first_worker",
+    "rank",
+    "table_of_first_worker",
+    "world_size",
+]
 
 # A table of many words takes longer than torch lets workers wait for each other: 10 minutes with
 # nccl, 30 with gloo. A worker that dies ends the wait of the others all the same.
@@ -39,6 +45,17 @@ def _patient_group() -> Any:
         backend = "gloo" if torch.distributed.is_gloo_available() else None
         _patient = world, torch.distributed.new_group(timeout=_PATIENCE, backend=backend)
     return _patient[1]
+
+
+def count_workers(yes: bool) -> int:
+    """Returns how many workers say yes; all must ask at about the same time."""
+    if world_size() == 1:
+        return int(yes)
+    group = _patient_group()
+    at = "cpu" if torch.distributed.get_backend(group) == "gloo" else "cuda"
+    number = torch.tensor(int(yes), device=at)
+    torch.distributed.all_reduce(number, group=group)
+    return int(number)
 
 
 def table_of_first_worker(

@@ -132,11 +132,13 @@ def build_peer(system: str, task: Any, args: argparse.Namespace) -> tuple[Any, A
     return model, (AdaptiveLoss if adaptive else CrossEntropyCriterion)(task, False)
 
 
-def batches(num_words: int, args: argparse.Namespace, device: str) -> Callable[[], dict[str, Any]]:
+def batches(
+    num_words: int, args: argparse.Namespace, device: str, seed: int = 1
+) -> Callable[[], dict[str, Any]]:
     """Returns a function that draws a batch of text by Zipf's law."""
     import torch
 
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     steps = torch.arange(1, num_words - 3, dtype=torch.float64).reciprocal().cumsum(0)
 
     def draw() -> dict[str, Any]:
@@ -151,27 +153,32 @@ def batches(num_words: int, args: argparse.Namespace, device: str) -> Callable[[
     return draw
 
 
-def worker(args: argparse.Namespace) -> None:
-    """Measures one system and prints the figures as JSON."""
-    import fairseq_compat
+def steps_of(
+    system: str,
+    model: Any,
+    criterion: Any,
+    draw: Callable[[], dict[str, Any]],
+    args: argparse.Namespace,
+) -> tuple[Callable[[], Any], Callable[[], float]]:
+    """Returns what computes the loss of a batch, and what does an update and returns its seconds.
 
-    fairseq_compat.install()
+    Args:
+        system: its name.
+        model: on its device, perhaps wrapped for several workers.
+        criterion: that it is trained with.
+        draw: a batch.
+        args: the device and its numbers.
+    """
     import torch
     from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
 
-    torch.set_num_threads(args.threads)
-    system, num_words = args.worker[0], int(args.worker[1])
+    config = FairseqAdamConfig(adam_betas="(0.9, 0.999)", lr=[0.002])
+    optimizer = FairseqAdam(config, list(model.parameters()))
     device = "cuda" if args.gpu else "cpu"
-    model, criterion = build(system, num_words, args)
-    model.train().to(device)
-    draw = batches(num_words, args, device)
-    parameters = list(model.parameters())
-    optimizer = FairseqAdam(FairseqAdamConfig(adam_betas="(0.9, 0.999)", lr=[0.002]), parameters)
-    targets = system in OURS
 
     def loss_of(sample: dict[str, Any]) -> Any:
         inputs = sample["net_input"]
-        if targets:
+        if system in OURS:
             sample = {**sample, "net_input": {**inputs, "target_tokens": sample["target"]}}
         with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             return criterion(model, sample)[0] / sample["ntokens"]
@@ -187,8 +194,24 @@ def worker(args: argparse.Namespace) -> None:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
+    return lambda: loss_of(draw()), update
+
+
+def worker(args: argparse.Namespace) -> None:
+    """Measures one system and prints the figures as JSON."""
+    import fairseq_compat
+
+    fairseq_compat.install()
+    import torch
+
+    torch.set_num_threads(args.threads)
+    system, num_words = args.worker[0], int(args.worker[1])
+    device = "cuda" if args.gpu else "cpu"
+    model, criterion = build(system, num_words, args)
+    model.train().to(device)
+    loss, update = steps_of(system, model, criterion, batches(num_words, args, device), args)
     rate = matrix_rate(device)
-    operations = count_operations(system, lambda: loss_of(draw()).backward(), args)
+    operations = count_operations(system, lambda: loss().backward(), args)
     for _ in range(3):
         update()
     if args.parts:
@@ -206,7 +229,7 @@ def worker(args: argparse.Namespace) -> None:
         "matrix_gigaflop_per_second": round(rate / 1e9, 1),
         "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20 if args.gpu
                           else memory("VmHWM")),
-        "parameters": sum(parameter.numel() for parameter in parameters),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }))  # fmt: skip
 
 

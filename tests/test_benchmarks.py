@@ -12,6 +12,7 @@ import pytest
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 import benchmark_language_model  # noqa: E402
+import benchmark_scale_out  # noqa: E402
 import benchmark_tables  # noqa: E402
 import benchmark_translation  # noqa: E402
 import language_model_runs  # noqa: E402
@@ -103,3 +104,23 @@ def test_parts_of_a_name() -> None:
 def test_names_that_say_nothing(name: str) -> None:
     with pytest.raises(ArgumentTypeError, match=name.replace("+", r"\+")):
         benchmark_tables.check_name(name)
+
+
+def test_two_workers_average_every_gradient_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = ["--width", "8", "--batch-size", "2", "--block", "4", "--seconds", "0"]
+    monkeypatch.setattr(sys, "argv", ["benchmark_scale_out.py", str(tmp_path), *tiny])
+    two = benchmark_scale_out.run("paper", 500, workers=2)
+    assert two["bytes_per_update"] == 4 * two["parameters"]
+    assert two["words_per_second"] > 0
+    one = {"words_per_second": two["words_per_second"]}
+    ordinary = {**two, "bytes_per_update": 3 * two["bytes_per_update"]}
+    results = [
+        {"words": 500, "system": "paper", "one": one, "two": two},
+        {"words": 500, "system": "lstm_lm", "one": one, "two": ordinary},
+        {"words": 900, "system": "lstm_lm", "one": one, "two": {"error": "too large"}},
+    ]
+    *_, paper, _, error = benchmark_scale_out.summarise(results).splitlines()
+    assert " | 3.0 | " in paper and " | 1.00 × | " in paper
+    assert error.startswith("| 900 | lstm_lm | too large |")

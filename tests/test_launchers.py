@@ -81,12 +81,20 @@ def one_worker(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_dir
 
 
+@pytest.mark.parametrize(
+    "backend",
+    [  # the others are one, which torchrun's workers below have too
+        "pytorch_ddp",
+        pytest.param("legacy_ddp", marks=pytest.mark.slow),
+        pytest.param("no_c10d", marks=pytest.mark.slow),
+    ],
+)
 def test_two_workers_equal_one_with_update_freq_2(
-    data: Path, tmp_path: Path, one_worker: Path
+    data: Path, tmp_path: Path, one_worker: Path, backend: str
 ) -> None:
     start(
         SCRIPTS / "fairseq-train", data, *flags(tmp_path), "--distributed-world-size", 2,
-        "--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp",
+        "--distributed-backend", "gloo", "--ddp-backend", backend,
     )  # fmt: skip
     assert_same_model(model_of(one_worker), model_of(tmp_path))
     assert tokens_of(one_worker) == tokens_of(tmp_path)

@@ -19,12 +19,13 @@ import sys, time
 from datetime import timedelta
 import numpy as np, torch
 from fairseq_lightrnn.core.table import WordTable
-from fairseq_lightrnn.workers import table_of_first_worker
+from fairseq_lightrnn.workers import count_workers, table_of_first_worker
 
 rank, store = int(sys.argv[1]), torch.distributed.FileStore(sys.argv[2], 2)
 torch.distributed.init_process_group(
     "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=2)
 )
+assert count_workers(rank == 0) == 1
 def make():
     assert rank == 0
     time.sleep(5)

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from fairseq.data import FairseqDataset, iterators
 
+from fairseq_lightrnn.errors import UsageError
+
 __all__ = ["SHORTEST_BLOCK", "LaneDataset", "LaneIterator", "draw_block_lengths"]
 
 # How AWD-LSTM draws the lengths of blocks (arXiv 1708.02182, section 4.1).
@@ -198,3 +200,29 @@ class LaneIterator(iterators.EpochBatchIterator):
         batch = self.dataset[0]
         batch["net_input"]["carried"] = None
         return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the place in the epoch, and how the text was laid out."""
+        return {**super().state_dict(), "lanes": self._lanes, "length": self.dataset.length}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a place in an epoch, with any number of workers that have as many lanes.
+
+        Raises:
+            UsageError: if the text was laid out in another way.
+        """
+        lanes, length = self._lanes, self.dataset.length
+        before = state_dict.get("lanes", lanes), state_dict.get("length", length)
+        if state_dict.get("iterations_in_epoch") and before != (lanes, length):
+            raise UsageError(
+                f"the checkpoint is from the middle of an epoch of {before[0]} lanes in blocks of "
+                f"{before[1]} words, this training has {lanes} lanes in blocks of {length}: "
+                "resume with as many (workers times --batch-size, and --tokens-per-sample), from "
+                "the end of an epoch, or with --reset-dataloader"
+            )
+        super().load_state_dict(state_dict)
+
+    @property
+    def _lanes(self) -> int:
+        """The lanes of all workers."""
+        return len(self.dataset.starts)

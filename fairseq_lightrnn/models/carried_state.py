@@ -9,6 +9,8 @@ import torch.distributed
 from torch import Tensor, nn
 
 from fairseq_lightrnn.core.network import State
+from fairseq_lightrnn.errors import UsageError
+from fairseq_lightrnn.workers import rank, world_size
 
 __all__ = ["CarriedState"]
 
@@ -37,21 +39,24 @@ class CarriedState(nn.Module):
         """Returns the state of this worker's lanes before a block, or None before the first.
 
         Raises:
-            ValueError: if the block is not the next one of its stream, or of other lanes.
+            UsageError: if the block is not the next one of its stream, or of other lanes.
         """
         if block == 0:
             return None
-        last, states = (
-            (int(self.block), self._own_lanes())
-            if self.training
-            else self._evaluation.get(stream, (-1, torch.empty(2, 1, 0, 1)))
-        )
-        if last != block - 1 or states.size(2) != lanes:
-            raise ValueError(
-                f"block {block} of {lanes} lanes of {stream!r} cannot follow block {last} of "
-                f"{states.size(-2)} lanes: resume with the --batch-size, --tokens-per-sample and "
-                "number of workers that the checkpoint was trained with, or with --reset-dataloader"
+        if self.training:
+            last, states, workers = int(self.block), self.states, world_size()
+        else:
+            last, states = self._evaluation.get(stream, (-1, torch.empty(2, 1, 0, 1)))
+            workers = 1
+        if last != block - 1 or states.size(2) != lanes * workers:
+            raise UsageError(
+                f"block {block} of {lanes * workers} lanes of {stream!r} cannot follow block "
+                f"{last} of {states.size(2)} lanes: resume with the --batch-size, "
+                "--tokens-per-sample and number of workers that the checkpoint was trained with, "
+                "or with --reset-dataloader"
             )
+        if workers > 1:
+            states = states.chunk(workers, dim=2)[rank()]
         return states[0].contiguous(), states[1].contiguous()
 
     def after(self, stream: str, block: int, state: State) -> None:
@@ -60,23 +65,12 @@ class CarriedState(nn.Module):
         if not self.training:
             self._evaluation[stream] = (block, states)
             return
-        if _workers() > 1:
-            parts = [torch.empty_like(states) for _ in range(_workers())]
+        if world_size() > 1:
+            parts = [torch.empty_like(states) for _ in range(world_size())]
             torch.distributed.all_gather(parts, states)
             states = torch.cat(parts, dim=2)
         self.states = states
         self.block.fill_(block)
-
-    def _own_lanes(self) -> Tensor:
-        """Returns this worker's part of the states."""
-        workers = _workers()
-        if self.states.size(2) % workers:
-            raise ValueError(
-                f"the checkpoint carries states of {self.states.size(2)} lanes, which {workers} "
-                "workers cannot share; resume with as many workers as before"
-            )
-        rank = torch.distributed.get_rank() if workers > 1 else 0
-        return self.states.chunk(workers, dim=2)[rank]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes states of any size."""
@@ -84,7 +78,3 @@ class CarriedState(nn.Module):
         if saved is not None:
             self.states = torch.empty_like(saved, device=self.states.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _workers() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

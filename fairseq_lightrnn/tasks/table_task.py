@@ -12,12 +12,14 @@ import numpy as np
 import torch
 import torch.distributed
 from fairseq.criterions import build_criterion
+from fairseq.data.iterators import EpochBatchIterator
 from fairseq.utils import resolve_max_positions
 from omegaconf import OmegaConf
 from torch import nn
 
 from fairseq_lightrnn.damage import put_back_last_checkpoint
 from fairseq_lightrnn.data.binarised import check_binarised
+from fairseq_lightrnn.data.dealt import DealtBatches
 from fairseq_lightrnn.errors import UsageError, usage_errors
 from fairseq_lightrnn.models.flags import settle
 from fairseq_lightrnn.models.moving_average import average_weights_alone
@@ -29,7 +31,7 @@ from fairseq_lightrnn.tasks.reallocator import Reallocator, log_reallocation
 from fairseq_lightrnn.tasks.schedule import reallocation_epochs
 from fairseq_lightrnn.tasks.tables import TaskTables
 from fairseq_lightrnn.tasks.validation_losses import ValidationLosses
-from fairseq_lightrnn.workers import rank
+from fairseq_lightrnn.workers import count_workers, rank, world_size
 
 __all__ = ["TableTask"]
 
@@ -144,6 +146,17 @@ class TableTask:
                 put_back_last_checkpoint(self._restored())
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
+            self._check_shared_folder()
+
+    def _check_shared_folder(self) -> None:
+        """Refuses a checkpoint that some workers alone see: fairseq's would wait for each other."""
+        path = self._restored()
+        seen = count_workers(os.path.isfile(path))
+        if 0 < seen < world_size():
+            raise UsageError(
+                f"{path}: {seen} of {world_size()} workers see this checkpoint; give all hosts a "
+                "--save-dir (or --restore-file) on a file system that they share, or a copy of it"
+            )
 
     def _restored(self) -> str:
         """Returns the checkpoint that a training goes on from, if there is one."""
@@ -151,7 +164,7 @@ class TableTask:
         return os.path.join(self.args.save_dir, file) if file == LAST_CHECKPOINT else file
 
     def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Returns batches.
+        """Returns batches, which go on in an epoch that another number of workers began.
 
         ``--skip-invalid-size-inputs-valid-test`` skips texts of more than ``--max-tokens`` too, at
         which fairseq would stop.
@@ -159,7 +172,10 @@ class TableTask:
         if self.args.skip_invalid_size_inputs_valid_test and kwargs.get("ignore_invalid_inputs"):
             limits = kwargs.get("max_positions"), kwargs.get("max_tokens")
             kwargs["max_positions"] = resolve_max_positions(*limits)
-        return super().get_batch_iterator(dataset, *args, **kwargs)  # type: ignore[misc]
+        found = super().get_batch_iterator(dataset, *args, **kwargs)  # type: ignore[misc]
+        if type(found) is EpochBatchIterator:  # which fairseq names amid what else it does
+            found.__class__ = DealtBatches
+        return found
 
     def build_generator(
         self, models: Any, args: Any, seq_gen_cls: Any = None, *more: Any, **kwargs: Any
