@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fairseq_lightrnn.allocation.gathering import sample_shares
 
 WORKER = """
 import sys
@@ -100,3 +105,31 @@ def test_any_number_of_workers_makes_the_same_table(
         np.testing.assert_allclose(together["losses"], alone["losses"], rtol=1e-12)
     assert not [path for path in tmp_path.glob("spill*/*") if path.is_dir()], "left behind"
     assert torch.isfinite(torch.from_numpy(alone["sums"])).all()
+
+
+@given(
+    words=st.none() | st.integers(1, 60),
+    batches=st.integers(1, 30),
+    in_order=st.booleans(),
+)
+def test_samples_are_checked_by_other_batches(
+    words: int | None, batches: int, in_order: bool
+) -> None:
+    shares = sample_shares(words, 50, batches, in_order)
+    used, checked = (
+        [number for number in range(batches) if chosen(number)]
+        for chosen in (shares.used, shares.checked)
+    )
+    assert used[0] == 0 and checked
+    if words is None or words >= 50:
+        assert used == checked == list(range(batches))
+        return
+    assert len(used) == math.ceil(batches * words / 50 - 1e-9)
+    if len(used) == batches:
+        assert checked == used
+    else:
+        assert not set(used) & set(checked)
+        most = min(len(used), batches - len(used))
+        assert most - 1 <= len(checked) <= most  # nothing follows the last batch
+    if in_order:
+        assert used == list(range(len(used)))

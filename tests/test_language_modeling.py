@@ -105,7 +105,7 @@ class TestTraining:
         train(data, tmp_path, max_epoch=2, reallocation_words=437, **flags)
         record = json.loads((tmp_path / "reallocations.jsonl").read_text())
         assert 300 < record["tokens"] < 600  # half of 874, in whole batches
-        assert record["loss_after"] < record["loss_before"]
+        assert record["loss_after"] <= record["loss_before"]
 
     @pytest.mark.parametrize("memory", [1.0, 0.5e-5, 1e-6])
     def test_bounded_memory_gives_the_same_table(

@@ -271,6 +271,22 @@ def test_a_step_that_does_not_pay_is_halved_or_taken_back(limit):
     assert done.loss_after == pytest.approx(sample.loss())
 
 
+def test_a_sample_is_checked_by_other_text():
+    """What fits its own text alone is taken back, and losses are those of the other one."""
+    for seed in range(4):
+        sample, other = (Sample(Gated, 24, (5, 5), extras=True, scale=0.7) for _ in range(2))
+        other.decoder = sample.decoder
+        other.head = sample.head
+        other.texts = [words_of((3, 9), 24, 9 + seed)]
+        scale = 4.0  # as many words of it
+        before = other.loss() * scale
+        text = Text(sample.outputs, sample.contexts, "cpu", other.outputs)
+        done = lower_loss(sample.head, sample.gathered(), text)
+        assert done.loss_before == pytest.approx(before)
+        assert done.loss_after == pytest.approx(other.loss() * scale)
+        assert done.loss_after < before if done.moved else done.loss_after == done.loss_before
+
+
 WORKER = """
 import sys
 sys.path.insert(0, sys.argv[4])

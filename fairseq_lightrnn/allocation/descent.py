@@ -47,11 +47,13 @@ class Text:
         outputs: reads what :func:`gather_statistics` takes.
         contexts: reads what :func:`gather_cell_losses` takes.
         device: through which workers exchange tensors.
+        check: reads outputs of another text, by which a new table is measured; None for the same.
     """
 
     outputs: Callable[[], Iterable[tuple[Tensor, Tensor, Tensor]]]
     contexts: Callable[[], Iterable[tuple[int, Tensor, Context]]]
     device: torch.device | str
+    check: Callable[[], Iterable[tuple[Tensor, Tensor, Tensor]]] | None = None
 
     def remembered(self, head: ComponentHead, memory: float) -> Text:
         """Returns the same text, which the network reads once if its contexts fit into memory.
@@ -61,7 +63,7 @@ class Text:
             memory: bytes that contexts may take; a text of more is read again each time.
         """
         contexts = _Remembered(head, self.contexts, memory)
-        return Text(contexts.outputs, contexts.read, self.device)
+        return Text(contexts.outputs, contexts.read, self.device, self.check)
 
 
 class _Remembered:
@@ -107,7 +109,7 @@ class Descent:
 
     Attributes:
         moved: number of words whose cell changed.
-        loss_before: with the old table, measured.
+        loss_before: with the old table, measured; by another text, as many words of it.
         loss_after: with the new one, measured; never above ``loss_before``.
         predicted_gain: by how much the loss was predicted to fall; 0 where nothing was moved.
         gap: no assignment to the cells that were looked at was predicted to gain more than this
@@ -151,10 +153,17 @@ def lower_loss(
     """
     clock = _Clock()
     old = head.table.table()
-    before = after = float(gathered.losses.sum())
     with clock.timed("costs"):
-        market = _market(head, gathered, text, memory, seed)
+        market, tokens = _market(head, gathered, text, memory, seed)
     step: Step | None = None
+
+    def measure() -> float:
+        with clock.timed("check"):
+            outputs = text.outputs() if text.check is None else text.check()
+            losses, words = measure_losses(outputs, len(old.shape), text.device)
+        return float(losses.sum()) * (1.0 if text.check is None else tokens / words)
+
+    before = after = float(gathered.losses.sum()) if text.check is None else measure()
 
     def propose() -> Tensor:
         nonlocal step
@@ -172,8 +181,7 @@ def lower_loss(
         if not moved:
             break
         head.table.seat(new)
-        with clock.timed("check"):
-            after = float(measure_losses(text.outputs(), len(old.shape), text.device).sum())
+        after = measure()
         logger.debug(f"{moved} words moved: loss {before:.6g} -> {after:.6g}")
         if before - after > _LEAST_SHARE * predicted:
             break
@@ -185,8 +193,8 @@ def lower_loss(
 
 def _market(
     head: ComponentHead, gathered: Gathered, text: Text, memory: int, seed: int
-) -> Market | None:
-    """Measures what cells cost words, and returns that on the first worker."""
+) -> tuple[Market | None, int]:
+    """Measures what cells cost words: returns that on the first worker, and the text's words."""
     table, statistics = head.table, gathered.statistics
     prefixes = table.number(table.coordinates[:, :-1].long())
     count = min(CANDIDATES, len(prefixes.unique()))
@@ -204,9 +212,10 @@ def _market(
     if len(head.softmax.features):
         neighbours = Neighbours(head, counts, memory // 8)
     gather_cell_losses(text.contexts(), losses, neighbours, text.device)
+    tokens = int(counts.sum())
     if rank() > 0:
-        return None
-    return Market(table.table(), counts.cpu().numpy(), losses, neighbours)
+        return None, tokens
+    return Market(table.table(), counts.cpu().numpy(), losses, neighbours), tokens
 
 
 def _that_may_move(counts: Tensor, most: int) -> Tensor:

@@ -29,7 +29,8 @@ __all__ = [
     "gather_cell_losses",
     "gather_statistics",
     "measure_losses",
-    "sample_share",
+    "Shares",
+    "sample_shares",
     "statistics_storage",
     "word_range",
 ]
@@ -125,18 +126,20 @@ def measure_losses(
     outputs: Iterable[tuple[Tensor, Tensor, Tensor]],
     num_components: int,
     device: torch.device | str,
-) -> Tensor:
+) -> tuple[Tensor, int]:
     """Sums the losses of all workers' batches.
 
     Takes the first, third and fifth argument of :func:`gather_statistics`, and returns what it
-    calls losses.
+    calls losses, and how many words were predicted.
     """
     losses = torch.zeros(num_components, dtype=torch.float64, device=device)
-    for _ in _measured(outputs, losses):
-        pass
+    number = torch.zeros(1, dtype=torch.int64, device=device)
+    for words, _ in _measured(outputs, losses):
+        number += len(words)
     if world_size() > 1:
         torch.distributed.all_reduce(losses)
-    return losses
+        torch.distributed.all_reduce(number)
+    return losses, int(number)
 
 
 @torch.no_grad()
@@ -231,10 +234,24 @@ def _collect(statistics: AllocationStatistics, device: torch.device | str) -> No
                     torch.distributed.send(block.contiguous(), 0)
 
 
-def sample_share(
-    words: int | None, total: int, batches: int, in_order: bool
-) -> Callable[[int], bool]:
+@dataclass(frozen=True)
+class Shares:
+    """Which batches of a text are used for what, told by their numbers.
+
+    Attributes:
+        used: whether a batch is one of those that words are seated by.
+        checked: whether it is one of those that a new table is measured by: others, about as many,
+            where there are any.
+    """
+
+    used: Callable[[int], bool]
+    checked: Callable[[int], bool]
+
+
+def sample_shares(words: int | None, total: int, batches: int, in_order: bool) -> Shares:
     """Chooses batches that hold about a number of words, the first batch always among them.
+
+    What seats the words by a sample fits the sample, so that another one tells what it is worth.
 
     Args:
         words: about how many words to use; None uses all.
@@ -242,16 +259,21 @@ def sample_share(
         batches: its batches.
         in_order: take the first batches, since each goes on where the one before stopped;
             otherwise they are spread evenly.
-
-    Returns:
-        A function that tells of a batch number whether to use the batch.
     """
-    if words is None or words >= total:
-        return lambda number: True
-    share = Fraction(words, total)
-    if in_order:
-        return lambda number: number < math.ceil(batches * share)
-    return lambda number: math.ceil((number + 1) * share) > math.ceil(number * share)
+    share = Fraction(1) if words is None else min(Fraction(1), Fraction(words, total))
+    most = math.ceil(batches * share)
+
+    def used(number: int) -> bool:
+        if in_order:
+            return number < most
+        return math.ceil((number + 1) * share) > math.ceil(number * share)
+
+    def checked(number: int) -> bool:
+        if in_order:
+            return most <= number < 2 * most
+        return number > 0 and used(number - 1) and not used(number)
+
+    return Shares(used, checked if any(map(checked, range(batches))) else used)
 
 
 @dataclass(frozen=True)

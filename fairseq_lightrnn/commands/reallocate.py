@@ -65,7 +65,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="seat the words as in this word table file, whatever it costs; gathers no statistics"
         )  # fmt: skip
     add("--words", type=int, metavar="N",
-        help="gather statistics over about this many words (default: all)")  # fmt: skip
+        help="seat words by about this many words of text, and measure the new table of true-loss "
+        "by as many others (default: all)")  # fmt: skip
     add("--memory", type=float, default=8.0, metavar="GIB",
         help="GiB that statistics, costs and memories of the text may take, besides some 300 bytes "
         "a word (default: %(default)s)")  # fmt: skip

@@ -59,8 +59,9 @@ class TableTaskConfig(FairseqDataclass):
     reallocation_words: Optional[int] = field(
         default=None,
         metadata={
-            "help": "gather statistics over about this many words, spread evenly over the "
-            "training split (default: all)"
+            "help": "seat words by about this many words of text, spread evenly over the "
+            "training split, and measure the new table of true-loss by as many others (default: "
+            "all)"
         },
     )
     reallocation_memory: float = field(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fairseq_lightrnn.allocation.gathering import (
     Gathered,
     gather_statistics,
-    sample_share,
+    sample_shares,
     statistics_storage,
 )
 from fairseq_lightrnn.core.conditioning import Context
@@ -141,10 +141,18 @@ class Reallocator:
         from fairseq_lightrnn.allocation.descent import Text
 
         words: WordHead = model.decoder.words  # type: ignore[assignment,union-attr]
+
+        def outputs(check: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            for _, sample, wanted in self.batches(model, check):
+                found = _outputs(model, sample)  # each state may be carried to the next batch
+                if wanted:
+                    yield found
+
         text = Text(
-            lambda: (_outputs(model, sample) for _, sample in self.batches(model)),
-            lambda: (_contexts(model, *numbered) for numbered in self.batches(model)),
+            outputs,
+            lambda: (_contexts(model, *some[:2]) for some in self.batches(model)),
             words.table.coordinates.device,
+            None if self.args.reallocation_words is None else lambda: outputs(check=True),
         )
         if words.input_table is None or self.args.reallocation_objective != "true-loss":
             return text, 0
@@ -192,13 +200,15 @@ class Reallocator:
             options=SolverOptions(memory=memory),
         )
 
-    def batches(self, model: Any) -> Iterator[tuple[int, Any]]:
+    def batches(self, model: Any, check: bool = False) -> Iterator[tuple[int, Any, bool]]:
         """Yields this worker's share of the training split, without fairseq's dummy batches.
 
-        Each comes with a number that is its own among all workers'.
+        Each comes with a number that is its own among all workers', and with whether it is wanted:
+        some are only read on the way.
 
         Args:
             model: whose longest texts are the longest to be read.
+            check: yield those that a new table is measured by.
         """
         args, task, max_tokens = self.args, self.task, self.args.max_tokens
         dataset = task.dataset(args.train_subset)
@@ -222,7 +232,7 @@ class Reallocator:
         )
         # Of pairs of texts the last is the one that is predicted.
         lengths = dataset.sizes if np.ndim(dataset.sizes) == 1 else dataset.sizes[:, -1]
-        share = sample_share(
+        shares = sample_shares(
             args.reallocation_words,
             int(np.sum(lengths)),
             len(iterator.frozen_batches),
@@ -237,7 +247,13 @@ class Reallocator:
         )
         # Batches are dealt to the workers in turn, so that these are the same for any number.
         numbered = zip(itertools.count(rank(), world_size()), progress)  # noqa: B905
-        return ((number, sample) for number, sample in numbered if sample and share(number))
+        wanted = shares.checked if check else shares.used
+        before = shares.used if task.in_order else wanted
+        return (
+            (number, sample, wanted(number))
+            for number, sample in numbered
+            if sample and (wanted(number) or before(number))
+        )
 
 
 def _outputs(model: nn.Module, sample: Any) -> tuple[Tensor, Tensor, Tensor]:
