@@ -19,7 +19,7 @@ __all__ = ["DESCRIPTION", "WORDS", "pack", "read_folder", "unpack", "write_folde
 DESCRIPTION = "model.json"
 WORDS = "words.npz"
 _FORMAT = "fairseq_lightrnn export"
-_VERSION = 1
+_VERSION = 2
 
 
 def write_folder(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fairseq_lightrnn.runtime.cells import decode_cells
 from fairseq_lightrnn.runtime.folder import WORDS, read_folder, unpack
 from fairseq_lightrnn.runtime.network import Graphs, Network, OnnxGraphs, Position, Seating
 from fairseq_lightrnn.runtime.search import draw, draw_words, every_word, top_words
@@ -111,7 +112,7 @@ class ExportedModel:
             numbers["shape"],
             arrays["cells"],
             arrays.get("input_cells"),
-            arrays.get("further_cells"),
+            decode_cells(arrays, math.prod(numbers["shape"])),
         )
         graphs: Graphs
         if description["graphs"] == "torch":
