@@ -23,7 +23,7 @@ processes of its own, with one thread:
 
 Systems are those of ``benchmark_language_model.py``: ``lstm_lm`` and ``lstm_lm-adaptive`` are
 fairseq's, exported by the same exporter and quantiser, their words front-coded too. ``kenlm`` is a
-5-gram of the whole training text in a trie of eight bits.
+5-gram of the whole training text in a trie of eight bits. These peers are compared in int8 alone.
 """
 
 from __future__ import annotations
@@ -151,14 +151,18 @@ def has_further_tables(system: str, num_words: int) -> bool:
 
 
 def export(system: str, quantise: str, data: Path, args: argparse.Namespace) -> Path | None:
-    """Exports a trained system, unless that is done, and returns where; None if it cannot be."""
+    """Exports a trained system, unless that is done, and returns where.
+
+    None if it is a peer: these are compared in eight bits alone.
+    """
+    from benchmark_language_model import LSTMS
     from export_measures import some_lines
     from language_model_runs import find_text
 
     out: Path = args.out / f"{system}-{quantise}"
-    if system == "kenlm":
-        return out if quantise == "int8" else None
-    if (out / "model.json").exists():
+    if system not in LSTMS and quantise != "int8":
+        return None
+    if system == "kenlm" or (out / "model.json").exists():
         return out
     checkpoint = args.out / f"{system}-{args.seeds[0]}" / "checkpoint_last.pt"
     if system.startswith("lstm_lm"):
@@ -229,13 +233,15 @@ def main() -> None:
     import fairseq_compat
 
     fairseq_compat.install()
+    from benchmark_language_model import LSTMS
     from language_model_runs import binarise, describe
     from side_by_side import write_results
 
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
     data, results = binarise(args.text, args.out), []
-    seconds = make_tables(data, args)
+    has_tables = any(system in LSTMS for system in args.systems)
+    seconds = make_tables(data, args) if has_tables else {}
     for system in args.systems:
         train(system, data, args.out / f"{system}-{args.seeds[0]}", args)
     if args.train_only:
