@@ -146,7 +146,7 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 _ASK = """(async () => {
-  const { Model } = await import('./model.mjs');
+  const { Model } = await import(new URL('model.mjs', location.href));
   const begun = performance.now();
   const model = await Model.load();
   let state = model.begin();
