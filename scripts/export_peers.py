@@ -182,7 +182,7 @@ class LstmLm:
         arrays = unpack(files[WORDS])
         self.vocabulary = Vocabulary(arrays["shared"], arrays["rest"])
         self.graphs = OnnxGraphs(files, 1)
-        self.cluster = arrays["cluster"]
+        self.cluster = arrays["cluster"].astype(np.int64)
         count = int(self.cluster.max()) + 1
         self.words = [np.flatnonzero(self.cluster == one) for one in range(count)]
         self.place = np.zeros(len(self.cluster), dtype=np.int64)
