@@ -2,22 +2,28 @@
 
     python scripts/benchmark_export.py FOLDER OUTPUT --seconds 200
 
-FOLDER holds text as for ``benchmark_language_model.py``. OUTPUT receives the trained models,
-their exports and what was measured, which a second run keeps, ``results.json`` and ``results.md``.
+FOLDER holds text as for ``benchmark_language_model.py``. OUTPUT receives the tables, the trained
+models, their exports and what was measured, all of which a second run keeps, ``results.json`` and
+``results.md``.
 
-Every system is trained for so many seconds of the processor, tables made before. Then it is
-exported, and measured in processes of its own, with one thread:
+Word tables are made once, before. Every system is trained for so many seconds of the processor,
+the start of its process and its checkpoint among them. Then it is exported, and measured in
+processes of its own, with one thread:
 
-* ``bytes``: of all files, and of the vocabulary and the word tables among them;
+* ``bytes``: of all files, of the vocabulary and the word tables among them, and of the vocabulary;
 * ``load``: seconds from the folder to a model that answers; ``import``: of numpy and onnxruntime;
   all times are those of the processor, in one thread, so that other processes do not count;
 * ``memory``: MiB of the process at its peak beyond that after the imports;
-* ``score``: words a second; ``perplexity``: of the test's first ``--test-words`` words as one text;
+* ``score``: words a second; ``perplexity``: of the test's first ``--test-words`` words as one text,
+  those left out that are not in the vocabulary; ``difference``: by how much that of the export is
+  above that of the checkpoint, both with these words;
 * ``suggest``: milliseconds from a further word of the test to the three most probable next ones,
-  median and 99th percentile; ``complete``: those that begin with its first letter.
+  median and 99th percentile; ``complete``: those that begin with its first letter; with
+  ``--browser`` suggestions in Chromium too, by the clock.
 
-Systems are those of ``benchmark_language_model.py``: ``lstm_lm`` is fairseq's, exported by the same
-exporter and quantiser, its words front-coded too.
+Systems are those of ``benchmark_language_model.py``: ``lstm_lm`` and ``lstm_lm-adaptive`` are
+fairseq's, exported by the same exporter and quantiser, their words front-coded too. ``kenlm`` is a
+5-gram of the whole training text in a trie of eight bits. These peers are compared in int8 alone.
 """
 
 from __future__ import annotations
@@ -26,21 +32,20 @@ import argparse
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-SYSTEMS = ("recommended", "gated-further-bias", "gated", "recurrent", "lstm_lm")
-# Words of the test that ask for suggestions.
-_ASKED = 400
-_AT_ONCE = 64
-_SAVED = 20  # updates between checkpoints
+SYSTEMS = ("recommended", "gated-further-bias", "gated", "recurrent", "lstm_lm",
+           "lstm_lm-adaptive", "kenlm")  # fmt: skip
+_TABLES = "word_table.txt", *(f"further_word_table{number}.txt" for number in (1, 2, 3))
+# fairseq-train that stops by the seconds of its processor, not of the clock.
+_TRAIN = (
+    "import time; from fairseq.trainer import Trainer; from fairseq_cli.train import cli_main; "
+    "Trainer.cumulative_training_time = lambda self: time.process_time(); cli_main()"
+)
 
 
 def parse() -> argparse.Namespace:
@@ -55,288 +60,136 @@ def parse() -> argparse.Namespace:
     add("--quantize", nargs="+", default=["none", "fp16", "int8", "int4"], metavar="HOW",
         help="(default: %(default)s)")  # fmt: skip
     add("--seconds", type=float, default=200, help="of training (default: %(default)s)")
-    add("--initial-table", default="cooccurrence", help="(default: %(default)s)")
     add("--test-words", type=int, default=50_000, metavar="N", help="(default: %(default)s)")
+    add("--browser", action="store_true", help="measure suggestions of int8 in Chromium too")
     add("--train-only", action="store_true", help="export and measure nothing")
     return parser.parse_args()
 
 
-def train(system: str, data: Path, folder: Path, args: argparse.Namespace) -> None:
-    """Trains a system for so many seconds of the processor, unless that is done.
-
-    The tables are made before: by a process of a single update, from whose checkpoint another goes
-    on until the kernel ends it. So its last checkpoint counts.
-    """
-    from benchmark_language_model import LSTMS, model_flags
+def flags_of(system: str, data: Path, folder: Path, args: argparse.Namespace) -> list[Any]:
+    """Returns the flags of a training."""
+    from benchmark_language_model import model_flags
     from language_model_runs import training_flags
-    from side_by_side import call
 
-    if (folder / "trained").exists():
+    return [
+        *training_flags(system, args.seeds[0], data, args), "--lr", args.lr,
+        *model_flags(system, args, count_words(data)),
+        "--save-dir", folder, "--disable-validation", "--no-epoch-checkpoints",
+        "--no-save-optimizer-state", "--num-workers", 0, "--log-format", "json",
+    ]  # fmt: skip
+
+
+def count_words(data: Path) -> int:
+    """Returns the words of a dictionary, fairseq's own among them."""
+    from fairseq.data import Dictionary
+
+    return len(Dictionary.load(str(data / "dict.txt")))
+
+
+def make_tables(data: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Makes a table and three further ones, unless that is done, and returns their seconds."""
+    from side_by_side import run_measured
+
+    folder = args.out / "tables"
+    kept = folder / "seconds.json"
+    if not kept.exists():
+        flags = flags_of("gated-further-bias", data, folder, args)
+        command = [sys.executable, "-m", "fairseq_cli.train", *flags, "--max-update", 1]
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "log.txt", "w+") as log:
+            code, used = run_measured(command, log, {"OMP_NUM_THREADS": "1"})
+            log.seek(0)
+            output = log.read()
+        if code:
+            raise SystemExit(f"the tables: {output[-2000:]}")
+        each = re.findall(r"initial (further table \d|table): .* ([0-9.]+) seconds", output)
+        seconds = {"all_cpu_seconds": round(used.ru_utime + used.ru_stime, 1)}
+        kept.write_text(json.dumps(seconds | {name: float(one) for name, one in each}) + "\n")
+    found: dict[str, float] = json.loads(kept.read_text())
+    return found
+
+
+def train(system: str, data: Path, folder: Path, args: argparse.Namespace) -> None:
+    """Trains a system for so many seconds of the processor, unless that is done."""
+    from benchmark_language_model import LSTMS
+
+    if (folder / "trained.json").exists():
         return
-    num_words = len((data / "dict.txt").read_text(encoding="utf-8").splitlines()) + 4
-    flags = [*training_flags(system, args.seeds[0], data, args), "--lr", args.lr,
-             *model_flags(system, args, num_words)]  # fmt: skip
-    if system in LSTMS:
-        flags += ["--initial-table", args.initial_table]
     folder.mkdir(parents=True, exist_ok=True)
-    flags += ["--save-dir", folder, "--disable-validation", "--no-epoch-checkpoints",
-              "--num-workers", 0, "--save-interval-updates", _SAVED, "--keep-interval-updates", 1,
-              "--log-format", "json", "--log-interval", _SAVED]  # fmt: skip
-    if not (folder / "checkpoint_last.pt").exists():
-        call("train", *flags, "--max-update", 1, log=folder / "tables.txt")
-    limit = round(args.seconds)
+    if system == "kenlm":
+        from export_peers import build_kenlm
+        from language_model_runs import find_text
+
+        seconds = build_kenlm(find_text(args.text)["train"], data, args.out / "kenlm-int8")
+        (folder / "trained.json").write_text(json.dumps({"cpu_seconds": round(seconds, 1)}))
+        return
+    flags = flags_of(system, data, folder, args)
+    if system in LSTMS:
+        tables = [args.out / "tables" / name for name in _TABLES]
+        flags += ["--initial-table", tables[0]]
+        if has_further_tables(system, count_words(data)):
+            # argparse takes the last of several values.
+            flags += ["--further-tables", ",".join(map(str, tables[1:]))]
+    flags += ["--stop-time-hours", args.seconds / 3600, "--log-interval", 20]
     with open(folder / "train.txt", "w") as log:
         subprocess.run(
-            [sys.executable, "-m", "fairseq_cli.train", *map(str, flags), "--max-epoch", "1000"],
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (limit, limit)),
-            check=False,
-        )
-    updates = re.findall(r'"num_updates": "(\d+)"', (folder / "train.txt").read_text())
-    if not updates:
-        raise SystemExit(f"{folder}: not {_SAVED} updates in {limit} seconds; give more --seconds")
-    (folder / "trained").write_text(updates[-1] + "\n")
+            [sys.executable, "-c", _TRAIN, *map(str, flags)],
+            stdout=log, stderr=log, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    import torch
+
+    state = torch.load(folder / "checkpoint_last.pt", map_location="cpu", weights_only=False)
+    updates = state["optimizer_history"][-1]["num_updates"]
+    (folder / "trained.json").write_text(json.dumps({"updates": updates}) + "\n")
 
 
-def export(system: str, quantise: str, data: Path, folder: Path, out: Path) -> None:
-    """Exports a trained system, unless that is done."""
-    if (out / "model.json").exists():
-        return
-    checkpoint = folder / "checkpoint_last.pt"
-    if system == "lstm_lm":
+def has_further_tables(system: str, num_words: int) -> bool:
+    """Tells whether a system's words stand in further tables."""
+    from fairseq_lightrnn.models.flags import SMALL_VOCABULARY
+
+    return "further" in system or (system == "recommended" and num_words > SMALL_VOCABULARY)
+
+
+def export(system: str, quantise: str, data: Path, args: argparse.Namespace) -> Path | None:
+    """Exports a trained system, unless that is done, and returns where.
+
+    None if it is a peer: these are compared in eight bits alone.
+    """
+    from benchmark_language_model import LSTMS
+    from export_measures import some_lines
+    from language_model_runs import find_text
+
+    out: Path = args.out / f"{system}-{quantise}"
+    if system not in LSTMS and quantise != "int8":
+        return None
+    if system == "kenlm" or (out / "model.json").exists():
+        return out
+    checkpoint = args.out / f"{system}-{args.seeds[0]}" / "checkpoint_last.pt"
+    if system.startswith("lstm_lm"):
+        from export_peers import export_lstm_lm
+
         export_lstm_lm(checkpoint, data, quantise, out)
-        return
+        return out
     from fairseq_lightrnn.export.model import export_model
     from fairseq_lightrnn.language_model import LanguageModel
 
-    export_model(LanguageModel.from_pretrained(checkpoint, data), out, quantise=quantise)
+    text = some_lines(find_text(args.text)["test"], args.test_words)
+    export_model(LanguageModel.from_pretrained(checkpoint, data), out, quantise=quantise, text=text)
+    return out
 
 
-def export_lstm_lm(checkpoint: Path, data: Path, quantise: str, out: Path) -> None:
-    """Exports fairseq's language model as two graphs: of its network, and of its output layer."""
-    import torch
-    from fairseq.data import Dictionary
-    from torch import nn
-
-    from fairseq_lightrnn.export.formats import graph_files
-    from fairseq_lightrnn.export.graphs import Graph
-    from fairseq_lightrnn.runtime.folder import WORDS, pack, write_folder
-    from fairseq_lightrnn.runtime.vocabulary import front_code
-
-    half = quantise == "fp16"
-    state = torch.load(checkpoint, map_location="cpu", weights_only=False)["model"]
-    dictionary = Dictionary.load(str(data / "dict.txt"))
-    order, shared, rest = front_code(dictionary.symbols)
-    order_of = torch.from_numpy(order)
-    parts = [
-        f"decoder.layers.0.{side}_{kind}" for side in ("weight", "bias") for kind in ("ih", "hh")
-    ]
-
-    def stored(value: torch.Tensor) -> nn.Parameter:
-        return nn.Parameter(value.half() if half else value, requires_grad=False)
-
-    class Read(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.vectors = stored(state["decoder.embed_tokens.weight"][order_of])
-            self.weights = nn.ParameterList([stored(state[name]) for name in parts])
-
-        def forward(self, words: Any, hidden: Any, cell: Any) -> Any:
-            inputs = self.vectors[words.long()].float()
-            weights = [weight.float() for weight in self.weights]
-            hx = hidden[None], cell[None]
-            outputs, after, cells = torch._VF.lstm(
-                inputs, hx, weights, True, 1, 0.0, False, False, True
-            )
-            return outputs, after[0], cells[0]
-
-    class Predict(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = stored(state["decoder.fc_out.weight"][order_of].T.contiguous())
-            self.bias = stored(state["decoder.fc_out.bias"][order_of])
-
-        def forward(self, outputs: Any) -> Any:
-            return torch.log_softmax(outputs @ self.weight.float() + self.bias.float(), 1)
-
-    width = state["decoder.fc_out.weight"].shape[1]
-    zeros = torch.zeros(2, width)
-    free = {0: "N"}
-    graphs = {
-        "read": Graph(
-            Read().eval(),
-            {"words": torch.zeros(2, 2, dtype=torch.int32), "hidden": zeros, "cell": zeros},
-            ["outputs", "next_hidden", "next_cell"],
-            {"words": {0: "N", 1: "T"}, "hidden": free, "cell": free},
-        ),
-        "predict": Graph(
-            Predict().eval(), {"outputs": zeros}, ["log_probs"], {"outputs": free}
-        ),
-    }  # fmt: skip
-    number_of = np.argsort(order)
-    files = graph_files(graphs, "onnx", quantise, 17)
-    files[WORDS] = pack({"shared": shared, "rest": rest})
-    description = {
-        "width": width, "quantize": quantise, "end": int(number_of[dictionary.eos()]),
-        "unknown": int(number_of[dictionary.unk()]),
-    }  # fmt: skip
-    write_folder(out, files, description)
-
-
-class LstmLm:
-    """Asks fairseq's exported model as :class:`ExportedModel` asks ours."""
-
-    def __init__(self, folder: Path) -> None:
-        from fairseq_lightrnn.runtime.folder import WORDS, read_folder, unpack
-        from fairseq_lightrnn.runtime.network import OnnxGraphs
-        from fairseq_lightrnn.runtime.vocabulary import Vocabulary
-
-        self.description, files = read_folder(folder)
-        arrays = unpack(files[WORDS])
-        self.vocabulary = Vocabulary(arrays["shared"], arrays["rest"])
-        self.graphs = OnnxGraphs(files, 1)
-        self.state = {
-            name: np.zeros((1, self.description["width"]), np.float32)
-            for name in ("hidden", "cell")
-        }
-        self.read([self.description["end"]])
-
-    def read(self, words: list[int]) -> np.ndarray:
-        found = self.graphs.run("read", {"words": np.array([words], np.int32), **self.state})
-        self.state = {"hidden": found["next_hidden"], "cell": found["next_cell"]}
-        self.outputs = found["outputs"][0]
-        return self.outputs
-
-    def ids(self, line: str) -> list[int]:
-        found = (self.vocabulary.find(word) for word in line.split())
-        unknown = self.description["unknown"]
-        return [unknown if one is None else one for one in found] + [self.description["end"]]
-
-    def log_prob(self, lines: list[str]) -> tuple[float, int]:
-        """Scores lines as one text: the sum in nats, and the words."""
-        total, count, before = 0.0, 0, self.outputs[-1:]
-        for line in lines:
-            ids = self.ids(line)
-            outputs = np.concatenate([before, self.read(ids)])
-            before = outputs[-1:]
-            for start in range(0, len(ids), _AT_ONCE):
-                some = np.array(ids[start : start + _AT_ONCE])
-                inputs = {"outputs": outputs[start : start + len(some)]}
-                log_probs = self.graphs.run("predict", inputs)["log_probs"]
-                total += float(log_probs[np.arange(len(some)), some].sum(dtype=np.float64))
-            count += len(ids)
-        return total, count
-
-    def suggest(self, word: str, within: np.ndarray | None = None) -> list[str]:
-        self.read(self.ids(word)[:1])
-        log_probs = self.graphs.run("predict", {"outputs": self.outputs[-1:]})["log_probs"][0]
-        some = log_probs if within is None else log_probs[within]
-        best = np.argpartition(-some, 3)[:3] if len(some) > 3 else np.arange(len(some))
-        best = best[np.argsort(-some[best])]
-        words = best if within is None else within[best]
-        return [self.vocabulary[word] for word in words.tolist()]
-
-    def complete(self, word: str) -> list[str]:
-        return self.suggest(word, self.vocabulary.with_prefix(word[:1]))
-
-
-class Ours:
-    """Asks an exported model of the plugin."""
-
-    def __init__(self, folder: Path) -> None:
-        from fairseq_lightrnn.runtime.model import ExportedModel
-
-        self.model = ExportedModel.load(folder)
-        self.text = self.model.text()
-
-    def log_prob(self, lines: list[str]) -> tuple[float, int]:
-        scores = list(self.model.score_lines(lines, carry_hidden_state=True))
-        return sum(one.log_prob for one in scores), sum(len(one.tokens) for one in scores)
-
-    def suggest(self, word: str) -> list[str]:
-        self.text.add(word)
-        return [name for name, _ in self.text.next_words(3)[0]]
-
-    def complete(self, word: str) -> list[str]:
-        self.text.add(word)
-        return [name for name, _ in self.text.complete(word[:1], 3)[0]]
-
-
-def status(key: str) -> float:
-    """Returns a figure of /proc/self/status in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
-
-
-def measure(folder: Path, text: Path, test_words: int) -> None:
-    """Measures an export and prints what it found as JSON."""
-    start = time.process_time()
-    import onnxruntime  # noqa: F401
-
-    imported = time.process_time()
-    before = status("VmRSS")
-    is_ours = (folder / "first.onnx").exists()
-    model: Any = Ours(folder) if is_ours else LstmLm(folder)
-    first = model.suggest("the")
-    loaded = time.process_time()
-    lines = some_lines(text, test_words)
-    words = [word for line in lines for word in line.split()][:_ASKED]
-    seconds = {}
-    for kind in ("suggest", "complete"):
-        ask, times = getattr(model, kind), []
-        for word in words:
-            begun = time.process_time()
-            ask(word)
-            times.append(time.process_time() - begun)
-        seconds[kind] = [round(1000 * float(np.percentile(times, p)), 3) for p in (50, 99)]
-    asked = status("VmHWM")
-    model = Ours(folder) if is_ours else LstmLm(folder)
-    begun = time.process_time()
-    total, count = model.log_prob(lines)
-    print(json.dumps({
-        "import_seconds": round(imported - start, 3), "load_seconds": round(loaded - imported, 3),
-        "memory_mib": round(asked - before, 1),
-        "scoring_memory_mib": round(status("VmHWM") - before, 1),
-        "suggest_ms": seconds["suggest"], "complete_ms": seconds["complete"],
-        "words_per_second": round(count / (time.process_time() - begun)),
-        "test_words": count, "perplexity": round(float(np.exp(-total / count)), 3), "first": first,
-    }))  # fmt: skip
-
-
-def some_lines(text: Path, words: int) -> list[str]:
-    """Returns the first lines of a text that have so many words, ends of lines counted."""
-    lines = []
-    with open(text, encoding="utf-8") as file:
-        for line in file:
-            lines.append(line)
-            words -= len(line.split()) + 1
-            if words <= 0:
-                break
-    return lines
-
-
-def sizes(folder: Path) -> dict[str, int]:
-    """Returns the bytes of an export, and of its parts."""
-    from fairseq_lightrnn.runtime.folder import WORDS, pack, unpack
-
-    arrays = unpack((folder / WORDS).read_bytes())
-    return {
-        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
-        "vocabulary_bytes": len(pack({name: arrays[name] for name in ("shared", "rest")})),
-        "words_bytes": (folder / WORDS).stat().st_size,
-    }
-
-
-def run(system: str, quantise: str, folder: Path, text: Path, args: argparse.Namespace) -> Any:
+def run(system: str, quantise: str, folder: Path, data: Path, args: argparse.Namespace) -> Any:
     """Measures an export in a process of its own, unless that is done."""
+    from export_measures import in_browser, sizes
+    from language_model_runs import find_text
+
     kept = args.out / f"{system}-{quantise}.json"
     if kept.exists():
         return json.loads(kept.read_text())
+    text = find_text(args.text)["test"]
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
-        f"from benchmark_export import measure; from pathlib import Path; "
+        f"from export_measures import measure; from pathlib import Path; "
         f"measure(Path({str(folder)!r}), Path({str(text)!r}), {args.test_words})"
     )
     done = subprocess.run(
@@ -346,9 +199,14 @@ def run(system: str, quantise: str, folder: Path, text: Path, args: argparse.Nam
     if done.returncode:
         raise SystemExit(f"{system} {quantise}: {done.stderr[-2000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
-    trained = args.out / f"{system}-{args.seeds[0]}" / "trained"
-    updates = {"updates": int(trained.read_text())}
-    result = {"system": system, "quantize": quantise, **updates, **sizes(folder), **found}
+    trained = args.out / f"{system}-{args.seeds[0]}" / "trained.json"
+    result = {"system": system, "quantize": quantise, **json.loads(trained.read_text()),
+              **sizes(folder, data), **found}  # fmt: skip
+    if (folder / "first.onnx").exists():
+        metrics = json.loads((folder / "model.json").read_text())["metrics"]
+        result["difference"] = metrics["difference"]
+        if args.browser and quantise == "int8":
+            result |= in_browser(folder, text)
     kept.write_text(json.dumps(result) + "\n")
     return result
 
@@ -363,7 +221,7 @@ def table(results: list[dict[str, Any]]) -> str:
     for one in results:
         lines.append(
             f"| {one['system']} | {one['quantize']} | {one['bytes'] / 1e6:.2f} | "
-            f"{one['words_bytes'] / 1e6:.2f} | {one['perplexity']:.1f} | "
+            f"{one.get('words_bytes', 0) / 1e6:.2f} | {one['perplexity']:.1f} | "
             f"{one['words_per_second']:,} | {one['suggest_ms'][0]:.2f} ({one['suggest_ms'][1]:.2f})"
             f" | {one['complete_ms'][0]:.2f} ({one['complete_ms'][1]:.2f}) | "
             f"{one['load_seconds']:.2f} | {one['memory_mib']:.0f} |"
@@ -375,25 +233,29 @@ def main() -> None:
     import fairseq_compat
 
     fairseq_compat.install()
-    from language_model_runs import binarise, describe, find_text
+    from benchmark_language_model import LSTMS
+    from language_model_runs import binarise, describe
     from side_by_side import write_results
 
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
     data, results = binarise(args.text, args.out), []
+    has_tables = any(system in LSTMS for system in args.systems)
+    seconds = make_tables(data, args) if has_tables else {}
     for system in args.systems:
         train(system, data, args.out / f"{system}-{args.seeds[0]}", args)
     if args.train_only:
         return
     for system in args.systems:
-        folder = args.out / f"{system}-{args.seeds[0]}"
         for quantise in args.quantize:
-            exported = args.out / f"{system}-{quantise}"
-            export(system, quantise, data, folder, exported)
-            results.append(run(system, quantise, exported, find_text(args.text)["test"], args))
+            folder = export(system, quantise, data, args)
+            if folder is None:
+                continue
+            results.append(run(system, quantise, folder, data, args))
             report = describe(args)
             report["versions"] |= {one: version(one) for one in ("onnx", "onnxruntime")}
-            write_results(args.out, {**report, "results": results}, table(results))
+            report |= {"words": count_words(data), "tables": seconds, "results": results}
+            write_results(args.out, report, table(results))
 
 
 if __name__ == "__main__":

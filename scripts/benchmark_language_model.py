@@ -58,7 +58,8 @@ from language_model_runs import (
 )
 from side_by_side import append_line, last_epoch, train_for, train_in_steps
 
-# Of fairseq's adaptive softmax; those beyond the vocabulary are left out.
+# Of fairseq's adaptive softmax; those beyond the vocabulary are left out, and those of clusters
+# whose words would have no numbers left: they have a quarter of those of the cluster before.
 CUTOFFS = (2_000, 10_000, 50_000, 200_000)
 ONE_TABLE = ["--word-dim", "0", "--further-tables", "0"]
 # Architecture and flags of models of the plugin with an LSTM.
@@ -148,7 +149,8 @@ def model_flags(system: str, args: argparse.Namespace, num_words: int) -> list[A
     if not adaptive:
         tied = ["--share-decoder-input-output-embed"] if name == "transformer_lm" else []
         return [*flags, *tied, "--criterion", "cross_entropy"]
-    cutoffs = [cutoff for cutoff in CUTOFFS if cutoff < num_words] or [num_words // 5]
+    levels = [cutoff for level, cutoff in enumerate(CUTOFFS, 1) if width >= 4**level]
+    cutoffs = [cutoff for cutoff in levels if cutoff < num_words] or [num_words // 5]
     joined = ",".join(map(str, cutoffs))
     if name == "transformer_lm":
         flags += ["--adaptive-input", "--adaptive-input-cutoff", joined, "--tie-adaptive-weights"]

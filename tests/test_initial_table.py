@@ -257,3 +257,16 @@ def test_a_maker_reads_its_text_once_and_only_if_needed():
     further = [maker.make("cooccurrence", (6, 6), [first]), maker.make("random", (6, 6), [first])]
     assert first not in further and maker.make("random", (6, 6)) not in further
     assert not read
+
+
+def test_rare_words_sit_in_further_tables_as_they_are_spelt(monkeypatch):
+    text, names = [grammar(6, 6, 3000, 0)], [f"w{word * 7 % 36:02}" for word in range(36)]
+    plain, spelt = (TableMaker(36, np.arange(36), lambda: text, 5, n) for n in ((), names))
+    monkeypatch.setattr("fairseq_lightrnn.allocation.initial_table.FREQUENT", 9)
+    first = plain.make("cooccurrence", (6, 7))
+    assert spelt.make("cooccurrence", (6, 7)) == first
+    one, two = (maker.make("cooccurrence", (6, 7), [first]) for maker in (plain, spelt))
+    assert np.array_equal(one.cells[:9], two.cells[:9])
+    assert sorted(one.cells) == sorted(two.cells)
+    rare = sorted(range(9, 36), key=names.__getitem__)
+    assert np.array_equal(two.cells[rare], np.sort(one.cells[rare]))

@@ -23,6 +23,7 @@ from fairseq_lightrnn.allocation.threads import thread_pool
 from fairseq_lightrnn.core.table import WordTable, balanced_cells
 
 __all__ = [
+    "FREQUENT",
     "INITIAL_TABLES",
     "TableMaker",
     "WordVectors",
@@ -33,6 +34,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 INITIAL_TABLES = ("random", "frequency", "cooccurrence")
+FREQUENT = 100_000
+"""Words that further tables seat by the text; of rarer ones it says little beyond one table."""
 
 
 class WordVectors(NamedTuple):
@@ -197,6 +200,7 @@ class TableMaker:
       text: returns text of these words as 1-D arrays of word ids, for ``cooccurrence``; called once
         and only where it is needed.
       seed: of the first table; those of further tables follow from it.
+      names: of the words, for further tables of more than `FREQUENT` of them.
     """
 
     def __init__(
@@ -205,8 +209,10 @@ class TableMaker:
         counts: np.ndarray,
         text: Callable[[], Iterable[np.ndarray]],
         seed: int = 1,
+        names: Sequence[str] = (),
     ) -> None:
         self.num_words, self.counts, self.text, self.seed = num_words, counts, text, seed
+        self.names = names
 
     @cached_property
     def _words(self) -> WordVectors:
@@ -225,5 +231,18 @@ class TableMaker:
         if before:  # one that nobody gives a first table, which this one would repeat
             seed = int(np.random.SeedSequence(seed).generate_state(len(before))[-1])
         if kind == "cooccurrence":
-            return _seated(self._words, shape, seed, before=before)
+            table = _seated(self._words, shape, seed, before=before)
+            return _spelt(table, self.names) if before else table
         return initial_table(kind, self.num_words, shape, seed=seed, counts=self.counts)
+
+
+def _spelt(table: WordTable, names: Sequence[str]) -> WordTable:
+    """Seats rare words anew in their cells, in the order of their names, row by row.
+
+    So words that begin alike share rows, and an exported model need not store the cells
+    (`runtime.cells`). Words of a dictionary are in the order of their frequency.
+    """
+    rare = sorted(range(FREQUENT, len(names)), key=names.__getitem__)
+    cells = table.cells.copy()
+    cells[rare] = np.sort(cells[rare])
+    return WordTable.from_cells(cells, table.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fairseq_lightrnn.export.formats import check_format, graph_files
 from fairseq_lightrnn.export.graphs import decoder_graphs
 from fairseq_lightrnn.export.page import page_files
 from fairseq_lightrnn.language_model import LanguageModel
+from fairseq_lightrnn.runtime.cells import code_cells
 from fairseq_lightrnn.runtime.folder import WORDS, pack, write_folder
 from fairseq_lightrnn.runtime.model import ExportedModel
 from fairseq_lightrnn.runtime.vocabulary import front_code
@@ -63,7 +65,11 @@ def export_model(
     order, shared, rest = front_code(model.dictionary.symbols)
     number_of = np.empty_like(order)
     number_of[order] = np.arange(len(order))
-    files = {WORDS: pack({"shared": shared, "rest": rest, **table_cells(decoder, order)})}
+    cells, further_tables = table_cells(decoder, order), 0
+    if "further_cells" in cells:
+        further_tables = len(cells["further_cells"])
+        cells |= code_cells(cells["further_cells"], math.prod(decoder.head.table.shape))
+    files = {WORDS: pack({"shared": shared, "rest": rest, **cells})}
     graphs = decoder_graphs(decoder, torch.from_numpy(order), quantise == "fp16")
     files |= graph_files(graphs, form, quantise, opset)
     dictionary = model.dictionary
@@ -76,6 +82,7 @@ def export_model(
             "layers": decoder.network.num_layers,
             "width": decoder.network.hidden_size,
             "words": len(dictionary),
+            "further_tables": further_tables,
         },
         "start": number_of[model.start].tolist(),
         "end": int(number_of[dictionary.eos()]),

@@ -58,8 +58,9 @@ class TableConfig(FairseqDataclass):
         metadata={
             "help": "read and predict words by their cells in further tables too: how many to make "
             "(random ones if --initial-table is random, otherwise each of what co-occurrence tells "
-            "beyond those before it), or table files, joined by commas (default: 3 in recommended "
-            "models of more than 50,000 words without --word-dim, otherwise 0)"
+            "beyond those before it, and words after the first 100,000 as they are spelt), or "
+            "table files, joined by commas (default: 3 in recommended models of more than 50,000 "
+            "words without --word-dim, otherwise 0)"
         },
     )
     keep_input_table: bool = field(

@@ -19,7 +19,7 @@ __all__ = ["DESCRIPTION", "WORDS", "model_digest", "pack", "read_folder", "unpac
 DESCRIPTION = "model.json"
 WORDS = "words.npz"
 _FORMAT = "fairseq_lightrnn export"
-_VERSION = 1
+_VERSION = 2
 
 
 def write_folder(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fairseq_lightrnn.runtime.cells import decode_cells
 from fairseq_lightrnn.runtime.folder import WORDS, model_digest, read_folder, unpack
 from fairseq_lightrnn.runtime.learning import (
     Lesson,
@@ -88,7 +90,7 @@ class ExportedModel(TextModel):
             numbers["shape"],
             arrays["cells"],
             arrays.get("input_cells"),
-            arrays.get("further_cells"),
+            decode_cells(arrays, math.prod(numbers["shape"])),
         )
         graphs: Graphs
         if description["graphs"] == "torch":

@@ -285,7 +285,7 @@ class TableTask:
         from fairseq_lightrnn.allocation.initial_table import TableMaker
 
         counts = np.array(dictionary.count, dtype=np.int64)
-        return TableMaker(len(dictionary), counts, text, self.args.seed)
+        return TableMaker(len(dictionary), counts, text, self.args.seed, dictionary.symbols)
 
     def _seat_initial_tables(self, model: nn.Module) -> None:
         maker = self._table_maker(self.tables.dictionary, self.table_text)

@@ -67,6 +67,33 @@ function integers(npy) {
   return result;
 }
 
+// Cells of words in further tables, one table after the other, as in runtime/cells.py.
+function furtherCells(arrays, tables, size) {
+  const words = arrays.cells.length;
+  const result = new Int32Array(tables * words);
+  if (!tables) return result;
+  const { in_order: inOrder, further_cells: stored, empty_cells: empty } = arrays;
+  const others = stored.length / tables;
+  for (let table = 0; table < tables; table++) {
+    const taken = new Uint8Array(size);
+    const some = stored.subarray(table * others, (table + 1) * others);
+    for (const cell of some) taken[cell] = 1;
+    const perTable = size - words;
+    for (const cell of empty.subarray(table * perTable, (table + 1) * perTable)) taken[cell] = 1;
+    let other = 0;
+    let left = 0;
+    for (let word = 0; word < words; word++) {
+      if (!inOrder[word]) {
+        result[table * words + word] = some[other++];
+        continue;
+      }
+      while (taken[left]) left++;
+      result[table * words + word] = left++;
+    }
+  }
+  return result;
+}
+
 function compare(one, two) {
   const length = Math.min(one.length, two.length);
   for (let i = 0; i < length; i++) if (one[i] !== two[i]) return one[i] - two[i];
@@ -173,8 +200,8 @@ export class Model {
     const total = shape.reduce((product, size) => product * size, 1);
     this.words = new Int32Array(total).fill(-1);
     for (let word = 0; word < this.cells.length; word++) this.words[this.cells[word]] = word;
-    const further = arrays.further_cells ?? new Int32Array(0);
-    this.tables = further.length / this.cells.length;
+    this.tables = this.description.model.further_tables;
+    const further = furtherCells(arrays, this.tables, total);
     const components = shape.length;
     this.seats = new Int32Array(this.cells.length * this.tables * components);
     for (let word = 0; word < this.cells.length; word++) {
