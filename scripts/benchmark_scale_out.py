@@ -31,7 +31,7 @@ from typing import Any
 
 from benchmark_inference import memory
 from benchmark_training import SYSTEMS, batches, build, steps_of
-from side_by_side import append_line, machine, read_lines, write_results
+from side_by_side import machine, measure_each, write_results
 
 WORKERS = 2
 _ORDINARY = "lstm_lm"
@@ -231,14 +231,10 @@ def main() -> None:
         worker(args)
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    kept = args.out / _MEASURED
-    for size in args.sizes:
-        for system in args.systems:
-            known = {(record["words"], record["system"]) for record in read_lines(kept)}
-            if (size, system) not in known:
-                append_line(kept, measure(system, size, args.batch_size))
-                print(read_lines(kept)[-1], flush=True)
-    results = read_lines(kept)
+    results = measure_each(
+        args.out / _MEASURED, args.sizes, args.systems,
+        lambda system, size: measure(system, size, args.batch_size),
+    )  # fmt: skip
     settings = {name: getattr(args, name) for name in
                 ("width", "layers", "block", "seconds", "dtype")}  # fmt: skip
     report = {"settings": settings, **machine(), "results": results}

@@ -34,7 +34,7 @@ from typing import Any
 
 from benchmark_inference import measure_apart, memory, sized_dictionary
 from benchmark_language_model import CUTOFFS
-from side_by_side import append_line, machine, read_lines, write_results
+from side_by_side import machine, measure_each, write_results
 
 # Flags of the models of the plugin: the class of the model, and what words have.
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -327,14 +327,10 @@ def main() -> None:
         worker(args)
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    kept = args.out / _MEASURED
-    for size in args.sizes:
-        for system in args.systems:
-            known = {(record["words"], record["system"]) for record in read_lines(kept)}
-            if (size, system) not in known:
-                append_line(kept, measure(system, size, args))
-                print(read_lines(kept)[-1], flush=True)
-    results = read_lines(kept)
+    results = measure_each(
+        args.out / _MEASURED, args.sizes, args.systems,
+        lambda system, size: measure(system, size, args),
+    )  # fmt: skip
     settings = {name: value for name, value in vars(args).items()
                 if name not in ("out", "worker", "parts", "sizes", "systems")}  # fmt: skip
     write_results(

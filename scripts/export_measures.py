@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmark_inference import memory
 from export_peers import BEST, Kenlm, LstmLm, Scored, known
 
 __all__ = ["in_browser", "measure", "sizes", "some_lines"]
@@ -58,26 +59,20 @@ def load(folder: Path) -> Any:
     return Ours(folder) if (folder / "first.onnx").exists() else LstmLm(folder)
 
 
-def status(key: str) -> float:
-    """Returns a figure of /proc/self/status in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
-
-
 def measure(folder: Path, text: Path, test_words: int) -> None:
     """Measures an export and prints what it found as JSON."""
     start = time.process_time()
     import onnxruntime  # noqa: F401
 
     imported = time.process_time()
-    before = status("VmRSS")
+    before = memory("VmRSS")
     model = load(folder)
     first = model.suggest("the")
     loaded = time.process_time()
     lines = some_lines(text, test_words)
     words = [word for line in lines for word in line.split()][:_ASKED]
     found = {kind: _milliseconds(getattr(model, kind), words) for kind in ("suggest", "complete")}
-    asked = status("VmHWM")
+    asked = memory("VmHWM")
     model = load(folder)
     begun = time.process_time()
     scored = model.log_prob(lines)
@@ -85,7 +80,7 @@ def measure(folder: Path, text: Path, test_words: int) -> None:
     print(json.dumps({
         "import_seconds": round(imported - start, 3), "load_seconds": round(loaded - imported, 3),
         "memory_mib": round(asked - before, 1),
-        "scoring_memory_mib": round(status("VmHWM") - before, 1),
+        "scoring_memory_mib": round(memory("VmHWM") - before, 1),
         "suggest_ms": found["suggest"], "complete_ms": found["complete"],
         "words_per_second": round((scored.words + scored.unknown) / seconds),
         "test_words": scored.words, "unknown_words": scored.unknown,

@@ -241,10 +241,8 @@ class LstmLm:
     def suggest(self, word: str, within: range | None = None) -> list[str]:
         """Reads a word and returns the most probable next ones, of some or of all."""
         self.read(self.ids(word)[:1])
-        output, within = (
-            self.outputs[-1:],
-            range(len(self.vocabulary)) if within is None else within,
-        )
+        within = range(len(self.vocabulary)) if within is None else within
+        output = self.outputs[-1:]
         head = self.predict("head", output)[0]
         size = len(self.words[0])
         best = self._best(0, head[:size], within)

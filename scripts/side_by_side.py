@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -39,6 +39,7 @@ __all__ = [
     "last_epoch",
     "machine",
     "mean_and_spread",
+    "measure_each",
     "read_lines",
     "run_measured",
     "train_for",
@@ -86,6 +87,32 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
     """Appends a record to a file of JSON lines."""
     with open(path, "a") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def measure_each(
+    kept: Path,
+    sizes: Iterable[int],
+    systems: Iterable[str],
+    measure: Callable[[str, int], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Measures systems with vocabularies of some sizes, those left out that were measured before.
+
+    Args:
+        kept: the file of all records, to which each is added when it is there.
+        sizes: words.
+        systems: names.
+        measure: returns the record of a system and a size, which names them.
+
+    Returns:
+        All records of the file.
+    """
+    systems = list(systems)
+    for size in sizes:
+        for system in systems:
+            if (size, system) not in {(one["words"], one["system"]) for one in read_lines(kept)}:
+                append_line(kept, measure(system, size))
+                print(read_lines(kept)[-1], flush=True)
+    return read_lines(kept)
 
 
 def call(module: str, *arguments: Any, log: Path | None = None) -> str:

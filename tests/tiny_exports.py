@@ -14,9 +14,8 @@ from torch import nn
 from fairseq_lightrnn.core.conditioning import Recurrent
 from fairseq_lightrnn.export.formats import graph_files
 from fairseq_lightrnn.export.graphs import decoder_graphs
-from fairseq_lightrnn.export.model import table_cells
-from fairseq_lightrnn.runtime.cells import code_cells
-from fairseq_lightrnn.runtime.folder import WORDS, pack, write_folder
+from fairseq_lightrnn.export.model import pack_words, table_cells
+from fairseq_lightrnn.runtime.folder import WORDS, write_folder
 from fairseq_lightrnn.runtime.model import ExportedModel
 from fairseq_lightrnn.runtime.network import Network, OnnxGraphs
 from fairseq_lightrnn.runtime.seating import Seating
@@ -104,8 +103,5 @@ def vocabulary(words: int) -> Vocabulary:
 def write(found: Exported, folder: Path) -> None:
     """Writes an export as ``lightrnn-export`` does."""
     _, shared, rest = front_code([f"w{number:03}" for number in range(len(found.order))])
-    cells = table_cells(found.decoder, found.order)
-    if "further_cells" in cells:
-        cells |= code_cells(cells["further_cells"], found.network.seating.words.size)
-    packed = pack({"shared": shared, "rest": rest, **cells})
+    packed = pack_words(found.decoder, found.order, shared, rest)
     write_folder(folder, {**found.files, WORDS: packed}, description(found))

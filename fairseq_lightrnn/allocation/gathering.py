@@ -260,7 +260,9 @@ def sample_shares(words: int | None, total: int, batches: int, in_order: bool) -
         in_order: take the first batches, since each goes on where the one before stopped;
             otherwise they are spread evenly.
     """
-    share = Fraction(1) if words is None else min(Fraction(1), Fraction(words, total))
+    if words is None or words >= total:
+        return Shares(lambda number: True, lambda number: True)
+    share = Fraction(words, total)
     most = math.ceil(batches * share)
 
     def used(number: int) -> bool:

@@ -24,7 +24,7 @@ from fairseq_lightrnn.runtime.model import ExportedModel
 from fairseq_lightrnn.runtime.vocabulary import front_code
 from fairseq_lightrnn.version import __version__
 
-__all__ = ["DEFAULT_OPSET", "export_model", "table_cells"]
+__all__ = ["DEFAULT_OPSET", "export_model", "pack_words", "table_cells"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,14 +65,11 @@ def export_model(
     order, shared, rest = front_code(model.dictionary.symbols)
     number_of = np.empty_like(order)
     number_of[order] = np.arange(len(order))
-    cells, further_tables = table_cells(decoder, order), 0
-    if "further_cells" in cells:
-        further_tables = len(cells["further_cells"])
-        cells |= code_cells(cells["further_cells"], math.prod(decoder.head.table.shape))
-    files = {WORDS: pack({"shared": shared, "rest": rest, **cells})}
+    files = {WORDS: pack_words(decoder, order, shared, rest)}
     graphs = decoder_graphs(decoder, torch.from_numpy(order), quantise == "fp16")
     files |= graph_files(graphs, form, quantise, opset)
     dictionary = model.dictionary
+    further = find_feature(decoder.head.softmax.features, FurtherTables)
     description: dict[str, Any] = {
         "graphs": "torch" if form == "torch" else "onnx",
         "quantize": quantise,
@@ -82,7 +79,7 @@ def export_model(
             "layers": decoder.network.num_layers,
             "width": decoder.network.hidden_size,
             "words": len(dictionary),
-            "further_tables": further_tables,
+            "further_tables": 0 if further is None else len(further.tables),
         },
         "start": number_of[model.start].tolist(),
         "end": int(number_of[dictionary.eos()]),
@@ -104,6 +101,14 @@ def export_model(
 
 def _is_recurrent(decoder: Decoder) -> bool:
     return isinstance(decoder.head.conditioner, Recurrent)
+
+
+def pack_words(decoder: Decoder, order: np.ndarray, shared: np.ndarray, rest: np.ndarray) -> bytes:
+    """Returns the file of words: how they are spelt, front-coded, and where they sit."""
+    cells = table_cells(decoder, order)
+    if "further_cells" in cells:
+        cells |= code_cells(cells["further_cells"], math.prod(decoder.head.table.shape))
+    return pack({"shared": shared, "rest": rest, **cells})
 
 
 def table_cells(decoder: Decoder, order: np.ndarray) -> dict[str, np.ndarray]:

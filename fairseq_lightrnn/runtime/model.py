@@ -34,18 +34,9 @@ _BUFFERED_BATCHES = 8
 
 
 class ExportedModel(TextModel):
-    """A language model that ``lightrnn-export`` wrote.
-
-    Args:
-        description: what its JSON file says.
-        vocabulary: its words.
-        network: predicts them.
+    """A language model that ``lightrnn-export`` wrote; takes what :class:`TextModel` does.
 
     Attributes:
-        carry_hidden_state: whether it was trained to go on from the hidden state of the text
-            before.
-        end: the number of the end of a sentence.
-        unknown: the number of the word that stands for all others.
         learnt: what it has learnt from its user.
     """
 
@@ -216,16 +207,13 @@ class ExportedModel(TextModel):
     def forget(self) -> None:
         """Forgets all that was learnt: the model is the one that was shipped."""
         self.vocabulary, self.network = self._shipped
-        tables = len(self.network.seating.empty())
-        self.learnt = Learnt.nothing(tables, self.network.own_numbers)
+        self.learnt = Learnt.nothing(self.network.seating.tables, self.network.own_numbers)
 
     def _take(self, learnt: Learnt) -> None:
         vocabulary, network = self._shipped
         self.learnt = learnt
-        self.vocabulary, self.network = (
-            vocabulary.with_words(learnt.words),
-            network.with_learnt(learnt),
-        )
+        self.vocabulary = vocabulary.with_words(learnt.words)
+        self.network = network.with_learnt(learnt)
 
     def save_learnt(self, path: str | Path) -> None:
         """Writes what was learnt into a file of its own.

@@ -51,6 +51,11 @@ class Seating:
         self.seats: np.ndarray = np.concatenate([nothing, *tables], axis=1)
 
     @property
+    def tables(self) -> int:
+        """How many cells a word has: see :meth:`empty`."""
+        return 2 + self.seats.shape[1] // len(self.shape)
+
+    @property
     def _starts(self) -> np.ndarray:
         return np.cumsum([0, *self.shape], dtype=np.int32)
 
@@ -72,7 +77,7 @@ class Seating:
         """
         starts, size = self._starts, len(self.shape)
         tables = [self.coordinates, self.places - starts[:-1]]
-        for number in range(self.seats.shape[1] // size):
+        for number in range(self.tables - 2):
             seats = self.seats[:, number * size : (number + 1) * size]
             tables.append(seats - starts[:-1] - number * starts[-1])
         result = np.ones((len(tables), self.words.size), dtype=bool)

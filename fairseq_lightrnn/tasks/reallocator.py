@@ -144,13 +144,13 @@ class Reallocator:
 
         def outputs(check: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             for _, sample, wanted in self.batches(model, check):
-                found = _outputs(model, sample)  # each state may be carried to the next batch
+                read = _read(model, sample)  # each state may be carried to the next batch
                 if wanted:
-                    yield found
+                    yield _outputs(model, *read)
 
         text = Text(
             outputs,
-            lambda: (_contexts(model, *some[:2]) for some in self.batches(model)),
+            lambda: (_contexts(model, number, some) for number, some, _ in self.batches(model)),
             words.table.coordinates.device,
             None if self.args.reallocation_words is None else lambda: outputs(check=True),
         )
@@ -256,15 +256,20 @@ class Reallocator:
         )
 
 
-def _outputs(model: nn.Module, sample: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns a batch's target words (N,), what predicts them (N, k, d) and how well (N, k)."""
+def _read(model: nn.Module, sample: Any) -> tuple[Tensor, Tensor]:
+    """Returns a batch's target words (N,), and the network's outputs where they are predicted."""
     decoder: Any = model.decoder
     sample = _to_device(sample, decoder.words.table.coordinates.device)
     target = sample["target"]
     features, _ = model(**sample["net_input"])
     real = target.ne(decoder.dictionary.pad())
-    words, features = target[real], features[real]
-    return words, decoder.words.hidden(features), decoder.words.log_probs(features, words)
+    return target[real], features[real]
+
+
+def _outputs(model: nn.Module, words: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns words (N,), what predicts them (N, k, d) and how well (N, k)."""
+    head: Any = model.decoder.words  # type: ignore[union-attr]
+    return words, head.hidden(features), head.log_probs(features, words)
 
 
 def _contexts(model: Any, number: int, sample: Any) -> tuple[int, Tensor, Context]:
