@@ -66,7 +66,7 @@ def test_translation(system: str) -> None:
 
 
 def table(name: str, **more: Any) -> Namespace:
-    args = Namespace(**COMMON, **more, epochs=8, reallocate_after="3,5")
+    args = Namespace(**COMMON, **more, epochs=8)
     model, reallocation = benchmark_tables.flags_of(benchmark_tables.check_name(name), args)
     common = language_model_runs.OURS
     return parsed([DATA, *common, *model, *reallocation, "--optimizer", "adam"])
@@ -91,15 +91,23 @@ def test_parts_of_a_name() -> None:
     assert (args.table_shape, args.component_vectors, args.keep_input_table) == (
         "30x40", "shared", True
     )  # fmt: skip
-    assert (args.reallocate_epochs, str(args.reallocation_objective)) == ("3,5", "joint")
+    assert (args.reallocate_epochs, str(args.reallocation_objective)) == ("3", "joint")
     assert table("random+row-first+often").reallocate_epochs == "3-7"
+    assert table("random+row-first+often+after-1").reallocate_epochs == "1-7"
     assert str(table("random+true-loss").reallocation_objective) == "true-loss"
     assert (table("random+paper").arch, table("random+paper").word_dim) == ("lightrnn_lm", 0)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["best", "random+own", "random+often", "random+joint+row-first", "random+paper+kept+joint"],
+    [
+        "best",
+        "random+own",
+        "random+often",
+        "random+after-1",
+        "random+joint+row-first",
+        "random+paper+kept+joint",
+    ],
 )
 def test_names_that_say_nothing(name: str) -> None:
     with pytest.raises(ArgumentTypeError, match=name.replace("+", r"\+")):

@@ -62,6 +62,8 @@ with statistics_storage(memory, size, f"{folder}/spill{rank}") as storage:
     else:
         low, high = gathered.statistics.word_range
         assert high - low <= -(-num_words // world), "a worker keeps its own words only"
+if world > 1:
+    torch.distributed.destroy_process_group()  # or its threads may abort the end of the process
 """
 
 GIB = 1 << 30

@@ -312,6 +312,8 @@ np.savez(
     f"{folder}/result{world}-{rank}.npz", cells=sample.head.table.cells,
     losses=[done.loss_before, done.loss_after], moved=done.moved,
 )
+if world > 1:
+    torch.distributed.destroy_process_group()  # or its threads may abort the end of the process
 """
 
 
