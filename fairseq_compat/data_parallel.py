@@ -22,10 +22,11 @@ _LAUNCHED = {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"}
 
 
 def train_on_cpu_workers(module: ModuleType) -> None:
-    """Mends ``fairseq.distributed.utils``: launching, the backend and object gathering."""
+    """Mends ``fairseq.distributed.utils``: launching, the backend, object gathering, the end."""
     for name, mend in {
         "call_main": _launching,
         "distributed_init": _choosing_gloo,
+        "distributed_main": _leaving_gloo,
         "all_gather_list": _gathering_in_main_memory,
     }.items():
         if hasattr(module, name):
@@ -104,6 +105,20 @@ def _choosing_gloo(module: ModuleType, distributed_init: Any) -> Any:
         return distributed_init(cfg)
 
     return init
+
+
+def _leaving_gloo(module: ModuleType, distributed_main: Any) -> Any:
+    """Leaves the process group when all is done: its threads may abort a process that ends."""
+
+    @functools.wraps(distributed_main)
+    def run(*args: Any, **kwargs: Any) -> None:
+        from torch import distributed
+
+        distributed_main(*args, **kwargs)
+        if distributed.is_initialized() and distributed.get_backend() == "gloo":
+            distributed.destroy_process_group()
+
+    return run
 
 
 def _gathering_in_main_memory(module: ModuleType, all_gather_list: Any) -> Any:

@@ -154,6 +154,7 @@ def worker(args: argparse.Namespace) -> None:
     if workers > 1:
         found["bytes_per_update"] = exchange.sent
         found["all_reduce_share"] = round(1 - statistics.median(times[False]) / seconds, 4)
+        torch.distributed.destroy_process_group()  # or its threads may abort the end
     if rank == 0:
         print(json.dumps(found))
 
