@@ -214,12 +214,14 @@ class FurtherTables(WordFeature):
         input_dim: the width of the vectors that words are read by.
         output_dim: d, the width of the outputs.
         shared: read and predict by the same vectors; the widths must be equal.
+        keep_input: read words by tables of their own, which stay when words move.
         query_dim: e, the width of the vectors that words are predicted with, where it is below d
             and they are not shared. A third of the width predicts as well as all of it (Penn
             Treebank, d = 200), and the products with all vectors take most of the time.
 
     Attributes:
         tables: where the words sit in each table.
+        kept_tables: where they sit in those that they are read by, if these are others.
         input_vectors: parameter of shape (M·ΣR_i, input_dim): one vector for each value of each
             component of each table.
         output_vectors: parameter of shape (M·ΣR_i, e). It starts at zero, unless shared.
@@ -233,6 +235,7 @@ class FurtherTables(WordFeature):
         input_dim: int,
         output_dim: int,
         shared: bool = False,
+        keep_input: bool = False,
         query_dim: int = 64,
     ) -> None:
         super().__init__()
@@ -241,6 +244,8 @@ class FurtherTables(WordFeature):
         if shared and input_dim != output_dim:
             raise ValueError(f"shared vectors need equal widths, got {input_dim} and {output_dim}")
         self.tables = nn.ModuleList(Seats(num_words, shape) for _ in range(count))
+        kept = [Seats(num_words, shape) for _ in range(count * keep_input)]
+        self.kept_tables = nn.ModuleList(kept)
         self._sizes = count * list(shape)
         self.input_vectors = uniform_vectors(sum(self._sizes), input_dim)
         size = output_dim if shared else min(output_dim, query_dim)
@@ -255,7 +260,8 @@ class FurtherTables(WordFeature):
 
     def read(self, words: Tensor, dropout: float = 0.0) -> Tensor:
         """See :meth:`WordFeature.read`."""
-        index = torch.stack(list(self._numbers(words)), dim=-1)
+        numbers = self._numbers(words, self.kept_tables or self.tables)
+        index = torch.stack(list(numbers), dim=-1)
         # (..., M·k, input_dim) -> (..., input_dim)
         return look_up(self.input_vectors, index, dropout).sum(dim=-2)
 
@@ -278,17 +284,17 @@ class FurtherTables(WordFeature):
         """See :meth:`WordFeature.score_all`."""
         first = cast(Seats, self.tables[0])
         words = torch.arange(first.num_words, device=first.coordinates.device)
-        return self._sum_scores(self.project(query), self._coordinates(words))
+        return self._sum_scores(self.project(query), _coordinates(words, self.tables))
 
     def _coordinates_of(self, members: Tensor) -> list[Tensor]:
-        """Returns what :meth:`_coordinates` yields of the words of all rows, int32 of (rows, C).
+        """Returns what :func:`_coordinates` yields of the words of all rows, int32 of (rows, C).
 
         To look them up for every query takes longer than to score them, so they are kept until a
         table changes: its tensor is then another one, or of another version.
         """
         sources = [members, *(cast(Seats, table).coordinates for table in self.tables)]
         if any(source.is_inference() for source in sources):  # these count no versions
-            return [one.int() for one in self._coordinates(members)]
+            return [one.int() for one in _coordinates(members, self.tables)]
         now = [(source, source._version) for source in sources]
         if self._looked_up is not None:
             before, places = self._looked_up
@@ -298,25 +304,21 @@ class FurtherTables(WordFeature):
                 for (old, version), (new, other) in zip(before, now, strict=True)
             ):
                 return places
-        places = [one.int() for one in self._coordinates(members)]
+        places = [one.int() for one in _coordinates(members, self.tables)]
         self._looked_up = now, places
         return places
 
     def score_words(self, query: Tensor | None, words: Tensor) -> Tensor:
         """See :meth:`WordFeature.score_words`."""
         # Many queries of few words: their vectors are summed once, not their scores for each query.
-        vectors = [F.embedding(index, self.output_vectors) for index in self._numbers(words)]
+        numbers = self._numbers(words, self.tables)
+        vectors = [F.embedding(index, self.output_vectors) for index in numbers]
         return F.linear(cast(Tensor, query), sum(vectors[1:], vectors[0]))
 
-    def _coordinates(self, words: Tensor) -> Iterator[Tensor]:
-        """Yields words' coordinates, table by table and component by component."""
-        for table in self.tables:
-            yield from table(words).unbind(-1)
-
-    def _numbers(self, words: Tensor) -> Iterator[Tensor]:
-        """Yields, likewise, which of all vectors are theirs."""
+    def _numbers(self, words: Tensor, tables: nn.ModuleList) -> Iterator[Tensor]:
+        """Yields which of all vectors are theirs, in the order of :func:`_coordinates`."""
         starts = accumulate(self._sizes[:-1], initial=0)
-        for start, coordinate in zip(starts, self._coordinates(words), strict=True):
+        for start, coordinate in zip(starts, _coordinates(words, tables), strict=True):
             yield start + coordinate
 
     def _sum_scores(self, scores: Tensor, places: Iterable[Tensor]) -> Tensor:
@@ -324,7 +326,7 @@ class FurtherTables(WordFeature):
 
         Args:
             scores: of all vectors, (N, M·ΣR_i).
-            places: what :meth:`_coordinates` yields of words of shape (N, C), or (C,) for the same
+            places: what :func:`_coordinates` yields of words of shape (N, C), or (C,) for the same
                 in each of the N.
 
         Returns:
@@ -337,3 +339,9 @@ class FurtherTables(WordFeature):
             one = part.gather(1, index) if index.dim() > 1 else part.index_select(1, index)
             total = one if total is None else total + one
         return cast(Tensor, total)
+
+
+def _coordinates(words: Tensor, tables: nn.ModuleList) -> Iterator[Tensor]:
+    """Yields words' coordinates, table by table and component by component."""
+    for table in tables:
+        yield from table(words).unbind(-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from fairseq_lightrnn.core.conditioning import Context
 from fairseq_lightrnn.core.distribution import next_word_log_probs
-from fairseq_lightrnn.core.features import FurtherTables
+from fairseq_lightrnn.core.features import FurtherTables, find_feature
 from fairseq_lightrnn.core.head import ComponentHead
 from fairseq_lightrnn.core.reader import Reader
 from fairseq_lightrnn.core.seats import PredictedTable, Seats
@@ -82,9 +81,17 @@ class WordHead:
     @property
     def further_tables(self) -> list[Seats]:
         """Further tables of the words."""
-        features: Iterable[nn.Module] = self.head.softmax.features
-        found = [feature for feature in features if isinstance(feature, FurtherTables)]
-        return [cast(Seats, table) for feature in found for table in feature.tables]
+        return [] if self._further is None else list(self._further.tables)
+
+    @property
+    def further_input_tables(self) -> list[Seats]:
+        """Those that words are read by, where they are others."""
+        return [] if self._further is None else list(self._further.kept_tables)
+
+    @property
+    def _further(self) -> FurtherTables | None:
+        found: FurtherTables | None = find_feature(self.head.softmax.features, FurtherTables)
+        return found
 
     def log_probs(self, features: Tensor, words: Tensor) -> Tensor:
         """Scores words by the features that predict them.
@@ -184,26 +191,32 @@ class WordHead:
         for coordinates in found.values():
             check_words(coordinates, self.dictionary, "model")
             _check_cells(coordinates, self.table.shape)
-        further = sum(".tables." in key for key in found)
-        if found and further != len(self.further_tables):
+        beside = [key for key in found if ".kept_tables." in key]
+        further = sorted(key for key in found if ".tables." in key)
+        first = [key for key in found if key not in (*beside, *further)]
+        if found and len(further) != len(self.further_tables):
             raise UsageError(
-                f"the model was made with --further-tables {further}, not "
+                f"the model was made with --further-tables {len(further)}, not "
                 f"{len(self.further_tables)}: give it again"
             )
-        if len(found) - further == 1 and self.input_table is not None:
+        if len(first) > 1 and self.input_table is None:
+            raise UsageError(
+                "the model reads words by a table of their own: give --keep-input-table again"
+            )
+        if self.input_table is None:
+            return
+        if len(first) == 1:
             if not any(key.endswith("softmax.vectors.weight") for key in state_dict):
                 raise UsageError(
                     "the model reads and predicts words by the same vectors, which belong to one "
                     "table: give --component-vectors shared, and no --keep-input-table"
                 )
-            (in_force,) = (value for key, value in found.items() if ".tables." not in key)
             for key, buffer in decoder.named_buffers():
                 if buffer is self.table.coordinates:
-                    state_dict[f"{name}.{key}"] = in_force.clone()
-        elif len(found) - further > 1 and self.input_table is None:
-            raise UsageError(
-                "the model reads words by a table of their own: give --keep-input-table again"
-            )
+                    state_dict[f"{name}.{key}"] = found[first[0]].clone()
+        if further and not beside:
+            for key in further:
+                state_dict[key.replace(".tables.", ".kept_tables.")] = found[key].clone()
 
 
 class TableDecoder:

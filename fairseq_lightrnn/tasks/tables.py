@@ -99,6 +99,8 @@ class TaskTables:
                     "more of them apart: give another one or fewer of them"
                 )
             seated.append(table)
+        for seats, table in zip(words.further_input_tables, seated[1:], strict=False):
+            seats.seat(table)
         words.round.fill_(0)
 
     def seat(
