@@ -80,7 +80,7 @@ def test_registering_the_plugin_imports_no_solver() -> None:
     found = imported(code)
     assert not {module.split(".")[0] for module in found} & {"numba", "llvmlite"}
     allocation = {module for module in found if module.startswith(f"{PACKAGE}.allocation")}
-    known = {"", ".statistics", ".gathering", ".cell_costs", ".neighbours"}
+    known = {"", ".statistics", ".gathering", ".cell_costs", ".occurrences"}
     assert allocation <= {f"{PACKAGE}.allocation{name}" for name in known}
 
 

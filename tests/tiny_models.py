@@ -93,11 +93,14 @@ def build_recurrent(
     """The core's modules put together, as they start."""
     torch.manual_seed(seed)
     table = PredictedTable(words, shape)
-    further = FurtherTables(2, words, shape, DIM, HIDDEN, query_dim=HIDDEN - 1)
-    features: list[WordFeature] = [WordBias(words), OwnNumbers(words, 2, DIM, HIDDEN), further]
     own_table = extras and kind is Gated
+    further = FurtherTables(
+        2, words, shape, DIM, HIDDEN, keep_input=own_table, query_dim=HIDDEN - 1
+    )
+    features: list[WordFeature] = [WordBias(words), OwnNumbers(words, 2, DIM, HIDDEN), further]
     seats = Seats(words, shape) if own_table else table
-    shuffle_tables([table, *([seats] if own_table else []), *further.tables], seed)
+    kept: Any = [seats, *further.kept_tables] if own_table else []
+    shuffle_tables([table, *kept, *further.tables], seed)
     features = features if extras else []
     reader = Reader(seats, ComponentVectors(shape, DIM), features, component_dropout)
     softmax = ComponentSoftmax(table, ComponentVectors(shape, HIDDEN), features)
@@ -145,7 +148,8 @@ def build_transformer(
     model.double().eval()
     head = model.decoder.words
     input_table = [head.input_table] if head.input_table is not None else []
-    shuffle_tables([head.table, *input_table, *head.further_tables], seed)
+    tables = [*head.further_input_tables, *head.further_tables]
+    shuffle_tables([head.table, *input_table, *tables], seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "layer_norm" not in name:

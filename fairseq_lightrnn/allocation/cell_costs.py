@@ -36,6 +36,7 @@ __all__ = [
     "RESOLUTION",
     "CellLosses",
     "last_component",
+    "log_one_minus",
     "occurrence_shares",
     "prefix_coordinates",
 ]
@@ -170,7 +171,7 @@ class CellLosses:
         if own is None:
             now = head.table(words)[:, -1:]
             own = featured.gather(1, now).squeeze(1)
-            norm = norm + _log_one_minus(logits.gather(1, now).squeeze(1) - norm)
+            norm = norm + log_one_minus(logits.gather(1, now).squeeze(1) - norm)
         others = base.neg_().add_((norm - own)[:, None])
         return _rounded(F.softplus(others), of_prefix), own
 
@@ -181,6 +182,6 @@ def _rounded(losses: Tensor, of_prefix: Tensor) -> Tensor:
     return losses.mul_(RESOLUTION).add_(0.5).int()
 
 
-def _log_one_minus(log_probs: Tensor) -> Tensor:
+def log_one_minus(log_probs: Tensor) -> Tensor:
     """Returns log(1 - p) of log p, finite where p rounds to 1."""
     return torch.log(-torch.expm1(log_probs.clamp(max=-1e-7)))

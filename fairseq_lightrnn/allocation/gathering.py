@@ -18,7 +18,7 @@ import torch.distributed
 from torch import Tensor
 
 from fairseq_lightrnn.allocation.cell_costs import CellLosses
-from fairseq_lightrnn.allocation.neighbours import Neighbours
+from fairseq_lightrnn.allocation.occurrences import Occurrences
 from fairseq_lightrnn.allocation.statistics import AllocationStatistics
 from fairseq_lightrnn.core.conditioning import Context
 from fairseq_lightrnn.workers import rank, world_size
@@ -27,6 +27,7 @@ __all__ = [
     "Gathered",
     "Storage",
     "gather_cell_losses",
+    "gather_occurrences",
     "gather_statistics",
     "measure_losses",
     "Shares",
@@ -146,7 +147,7 @@ def measure_losses(
 def gather_cell_losses(
     batches: Iterable[tuple[int, Tensor, Context]],
     losses: CellLosses,
-    neighbours: Neighbours | None,
+    occurrences: Occurrences | None,
     device: torch.device | str,
 ) -> None:
     """Adds up what cells cost words, over the batches of all workers.
@@ -156,29 +157,52 @@ def gather_cell_losses(
             that were to be predicted, and the contexts before them, from a model in evaluation
             mode.
         losses: receives the sums of all workers, on the first.
-        neighbours: receives a sample of the occurrences, on the first worker; None if it is not
-            needed.
+        occurrences: receives a sample, on the first worker; None if it is not needed.
         device: through which workers exchange tensors.
     """
     chosen = []
     for number, words, context in batches:
-        # The same occurrences are looked at, however the batches are dealt to workers.
-        generator = torch.Generator().manual_seed(number)
-        draws = torch.rand(2, len(words), generator=generator).to(words.device)
-        losses.add(words, context, draws[0])
-        if neighbours is not None:
-            chosen.append(neighbours.choose(words, context, draws[1]))
+        losses.add(words, context, _draws(number, words)[0])
+        if occurrences is not None:
+            chosen.append(occurrences.choose(words, context, _draws(number, words)[1]))
     if world_size() > 1:
         for tensor in (losses.losses, losses.kept):
             for block in tensor.split(_SENT_WORDS):
                 sent = block.to(device)
                 torch.distributed.reduce(sent, 0)
                 block.copy_(sent)
-    if neighbours is not None:
-        every = list(_exchange(iter(chosen), (neighbours.row_size,), device, neighbours.dtype))
-        if rank() == 0 and every:
-            words, rows = (torch.cat(parts) for parts in zip(*every, strict=True))
-            neighbours.set(words, rows)
+    if occurrences is not None:
+        _collect_occurrences(iter(chosen), occurrences, device)
+
+
+@torch.no_grad()
+def gather_occurrences(
+    batches: Iterable[tuple[int, Tensor, Context]],
+    occurrences: Occurrences,
+    device: torch.device | str,
+) -> None:
+    """Samples occurrences from the batches of all workers; see :func:`gather_cell_losses`."""
+    chosen = [
+        occurrences.choose(words, context, _draws(number, words)[1])
+        for number, words, context in batches
+    ]
+    _collect_occurrences(iter(chosen), occurrences, device)
+
+
+def _draws(number: int, words: Tensor) -> Tensor:
+    """Returns (2, N) numbers from 0 to 1 for a batch, however batches are dealt to workers."""
+    generator = torch.Generator().manual_seed(number)
+    return torch.rand(2, len(words), generator=generator).to(words.device)
+
+
+def _collect_occurrences(
+    chosen: Iterator[tuple[Tensor, Tensor]], occurrences: Occurrences, device: torch.device | str
+) -> None:
+    """Brings what all workers chose to the first."""
+    every = list(_exchange(chosen, (occurrences.row_size,), device, occurrences.dtype))
+    if rank() == 0 and every:
+        words, rows = (torch.cat(parts) for parts in zip(*every, strict=True))
+        occurrences.set(words, rows)
 
 
 def _exchange(

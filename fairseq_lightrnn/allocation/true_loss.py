@@ -22,7 +22,14 @@ from fairseq_lightrnn.allocation.statistics import AllocationStatistics
 from fairseq_lightrnn.core.softmax import ComponentSoftmax
 from fairseq_lightrnn.core.table import WordTable
 
-__all__ = ["Market", "Step", "candidate_prefixes"]
+__all__ = [
+    "CANDIDATES",
+    "Market",
+    "Step",
+    "candidate_prefixes",
+    "choose_prefixes",
+    "measured_costs",
+]
 
 CANDIDATES = 12  # prefixes of a word, the present one among them
 _BLOCK = 1 << 10  # words
@@ -66,11 +73,8 @@ def candidate_prefixes(
         counts = statistics.counts.to(device)
         sources.append(LowRankCosts(statistics.sums[component], vectors, counts, biases))
     count = min(count, int(taken.sum()))
-    present = present[words]
-    found = present.int().cpu()[:, None].repeat(1, count)
-    if count == 1:
-        return found
-    best = (count - 1) // 2
+    present = present[words].cpu()
+    found = torch.empty(len(words), count, dtype=torch.int32)
     generator = torch.Generator().manual_seed(seed)
     for some in torch.arange(len(words)).split(_BLOCK):
         chosen = words[some].to(device)
@@ -78,11 +82,31 @@ def candidate_prefixes(
         for source in sources[1:]:
             costs = (costs[:, :, None] + source.block(chosen)[:, None]).flatten(1)
         costs = costs.masked_fill(~taken.to(device), math.inf).cpu()
-        costs.scatter_(1, present[some].cpu()[:, None], math.inf)
-        order = torch.rand(costs.shape, generator=generator).masked_fill_(costs.isinf(), 1.0)
-        order.scatter_(1, costs.topk(best, dim=1, largest=False).indices, -1.0)
-        found[some, 1:] = order.topk(count - 1, dim=1, largest=False).indices.int()
+        found[some] = choose_prefixes(costs, present[some], count, generator).int()
     return found
+
+
+def choose_prefixes(
+    costs: Tensor, present: Tensor, count: int, generator: torch.Generator
+) -> Tensor:
+    """Chooses prefixes for words: their present ones, the cheapest, and as many by chance.
+
+    Args:
+        costs: of each prefix, (n, P), infinite where it cannot be had; changed.
+        present: (n,).
+        count: K, how many can be had at least.
+        generator: of chance, on the CPU.
+
+    Returns:
+        Their numbers, (n, K), the present ones first.
+    """
+    now = present[:, None]
+    costs.scatter_(1, now, math.inf)
+    order = torch.rand(costs.shape, generator=generator).to(costs.device)
+    order.masked_fill_(costs.isinf(), 1.0)
+    order.scatter_(1, costs.topk((count - 1) // 2, dim=1, largest=False).indices, -1.0)
+    order.scatter_(1, now, 2.0)
+    return torch.cat([now, order.topk(count - 1, dim=1, largest=False).indices], dim=1)
 
 
 @dataclass(frozen=True)
@@ -108,38 +132,30 @@ class Market:
 
     Args:
         table: in force.
-        counts: (V,) occurrences of the words.
-        losses: of the words that may move, over the whole text.
-        neighbours: what presence costs others, or None where words have no features.
+        words: (n,) that may move.
+        candidates: numbers of the prefixes that each may get, integers of shape (n, K), -1 for
+            none; the first is its present one.
+        costs: nats over the whole text that a word pays in each of their cells beyond what it pays
+            where it is now, float32 of shape (n, K, R_k); not finite where that is not known.
     """
 
     def __init__(
-        self,
-        table: WordTable,
-        counts: np.ndarray,
-        losses: CellLosses,
-        neighbours: Neighbours | None,
+        self, table: WordTable, words: np.ndarray, candidates: Tensor, costs: Tensor
     ) -> None:
+        n, count, columns = costs.shape
         self.table = table
-        self.words = losses.words.cpu().numpy()
-        n, count, columns = losses.losses.shape
+        self.words = words
         self.cells = np.empty((n, count * columns), np.int32)
-        self.costs = _presence(losses, neighbours).flatten(1).numpy()
+        self.costs = costs.flatten(1).numpy()
         self._prices: np.ndarray | None = None
         taken = np.zeros(table.num_cells, bool)
-        taken[table.cells[self.words]] = True
+        taken[table.cells[words]] = True
         mine = torch.from_numpy(taken)
         for some in torch.arange(n).split(_BLOCK):
-            costs = _own_costs(losses, some, counts[self.words[some]])
-            costs += torch.from_numpy(self.costs[some]).view_as(costs)
-            candidates = losses.candidates[some].cpu()
-            cells = candidates[:, :, None] * columns + torch.arange(columns)
-            known = mine[cells.clamp(min=0)] & (candidates >= 0)[:, :, None]
-            now = torch.from_numpy(table.coordinates[self.words[some], -1])[:, None]
-            costs = costs.flatten(1) - costs[:, 0].gather(1, now)  # less the present one
-            known = known.flatten(1) & torch.isfinite(costs)
-            self.cells[some] = cells.flatten(1).int().masked_fill(~known, -1).numpy()
-            self.costs[some] = costs.float().numpy()
+            prefixes = candidates[some][:, :, None]
+            cells = prefixes * columns + torch.arange(columns)
+            known = mine[cells.clamp(min=0)] & (prefixes >= 0) & torch.isfinite(costs[some])
+            self.cells[some] = cells.int().masked_fill(~known, -1).flatten(1).numpy()
 
     @staticmethod
     def bytes_needed(candidates: int, columns: int) -> int:
@@ -173,10 +189,30 @@ class Market:
         )
 
 
-def _own_costs(losses: CellLosses, some: Tensor, counts: np.ndarray) -> Tensor:
+def measured_costs(
+    table: WordTable, counts: Tensor, losses: CellLosses, neighbours: Neighbours | None
+) -> Tensor:
+    """Returns what cells cost words beyond their present ones, as :class:`Market` takes it.
+
+    Args:
+        table: in force.
+        counts: (V,) occurrences of the words.
+        losses: of the words that may move, over the whole text.
+        neighbours: what presence costs others, or None where words have no features.
+    """
+    costs = _presence(losses, neighbours)
+    words = losses.words.cpu()
+    now = torch.from_numpy(table.coordinates[words.numpy(), -1].astype(np.int64))
+    for some in torch.arange(len(words)).split(_BLOCK):
+        paid = _own_costs(losses, some, counts.cpu()[words[some]]) + costs[some]
+        costs[some] = (paid - paid[torch.arange(len(some)), 0, now[some]][:, None, None]).float()
+    return costs
+
+
+def _own_costs(losses: CellLosses, some: Tensor, counts: Tensor) -> Tensor:
     """Returns the first two parts of costs, (n, K, R_k) in float64 nats."""
     kept = losses.kept[some].cpu().double()
-    scale = torch.from_numpy(counts).double() / kept.clamp(min=1) / RESOLUTION
+    scale = counts.double() / kept.clamp(min=1) / RESOLUTION
     return losses.losses[some].cpu().double() * scale[:, None, None]
 
 

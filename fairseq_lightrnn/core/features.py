@@ -286,6 +286,12 @@ class FurtherTables(WordFeature):
         words = torch.arange(first.num_words, device=first.coordinates.device)
         return self._sum_scores(self.project(query), _coordinates(words, self.tables))
 
+    def score_table(self, query: Tensor, number: int) -> tuple[Tensor, ...]:
+        """Scores what one of the tables is made of: k tensors (N, R_i), by queries (N, e)."""
+        sizes = cast(Seats, self.tables[number]).shape
+        vectors = self.output_vectors[number * sum(sizes) :][: sum(sizes)]
+        return F.linear(query, vectors).split(sizes, dim=1)
+
     def _coordinates_of(self, members: Tensor) -> list[Tensor]:
         """Returns what :func:`_coordinates` yields of the words of all rows, int32 of (rows, C).
 

@@ -81,12 +81,12 @@ class WordHead:
     @property
     def further_tables(self) -> list[Seats]:
         """Further tables of the words."""
-        return [] if self._further is None else list(self._further.tables)
+        return [] if self._further is None else cast(list[Seats], [*self._further.tables])
 
     @property
     def further_input_tables(self) -> list[Seats]:
         """Those that words are read by, where they are others."""
-        return [] if self._further is None else list(self._further.kept_tables)
+        return [] if self._further is None else cast(list[Seats], [*self._further.kept_tables])
 
     @property
     def _further(self) -> FurtherTables | None:

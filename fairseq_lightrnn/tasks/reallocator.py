@@ -28,8 +28,8 @@ from fairseq_lightrnn.models.word_head import WordHead
 from fairseq_lightrnn.workers import rank, table_of_first_worker, world_size
 
 if TYPE_CHECKING:
-    from fairseq_lightrnn.allocation.descent import Text
     from fairseq_lightrnn.allocation.paper import Reallocation
+    from fairseq_lightrnn.allocation.reread import Text
 
 __all__ = ["Reallocator", "log_reallocation"]
 
@@ -138,7 +138,7 @@ class Reallocator:
 
     def _text(self, model: nn.Module) -> tuple[Text, int]:
         """Returns the training split, as the model reads it, and the bytes that it may take."""
-        from fairseq_lightrnn.allocation.descent import Text
+        from fairseq_lightrnn.allocation.reread import Text
 
         words: WordHead = model.decoder.words  # type: ignore[assignment,union-attr]
 
@@ -165,23 +165,39 @@ class Reallocator:
         """Takes a step that lowers the loss over the training split, and reports it."""
         from fairseq_lightrnn.allocation.descent import lower_loss
 
-        done = lower_loss(words.head, gathered, text, memory, int(words.round))
+        seconds: dict[str, float] = {}
+        done = lower_loss(words.head, gathered, text, memory, int(words.round), seconds)
         if rank() > 0:
             return None
         tokens = gathered.tokens
-        return {
+        tables = [words.table, *words.further_tables]
+        steps = [
+            {
+                "moved": step.moved,
+                "loss_after": step.loss_after / tokens,
+                "predicted_gain": step.predicted_gain / tokens,
+                "gap": step.gap / tokens,
+                "halvings": step.halvings,
+                "table": table.table().digest(),
+            }
+            for table, step in zip(tables, done, strict=False)  # further tables may stay
+        ]
+        report: dict[str, Any] = {
             "objective": "true-loss",
-            "moved": done.moved,
             "words": words.table.num_words,
             "tokens": tokens,
-            "loss_before": done.loss_before / tokens,
-            "loss_after": done.loss_after / tokens,
-            "predicted_gain": done.predicted_gain / tokens,
-            "gap": done.gap / tokens,
-            "halvings": done.halvings,
-            "table": words.table.table().digest(),
-            "seconds": done.seconds,
+            "loss_before": done[0].loss_before / tokens,
+            **steps[0],
+            "seconds": seconds,
         }
+        if steps[1:]:
+            report |= {
+                "loss_after": done[-1].loss_after / tokens,
+                "predicted_gain": sum(step.predicted_gain for step in done) / tokens,
+                "gap": sum(step.gap for step in done) / tokens,
+                "tables": steps,
+            }
+        return report
 
     def _solve(self, words: WordHead, gathered: Gathered, memory: int) -> Reallocation:
         """Finds the words' new cells, as the flags ask for."""
@@ -334,9 +350,14 @@ def _effect(report: dict[str, Any]) -> str:
             f"cost {report['cost_before']:.5f} -> {report['cost_after']:.5f} nats per word, lower "
             f"bound {report['lower_bound']:.5f}, gap {report['gap']:.2e}"
         )
-    before, after = report["loss_before"], report["loss_after"]
-    halved = f", moves halved {report['halvings']} times" if report["halvings"] else ""
-    return (
-        f"loss {before:.5f} -> {after:.5f} nats per word, gain {before - after:.5f} (predicted "
-        f"{report['predicted_gain']:.5f}), gap {report['gap']:.2e}{halved}"
-    )
+    effects, before = [], report["loss_before"]
+    for number, step in enumerate(report.get("tables", [report])):
+        moved = f"further table {number}: {step['moved']} words moved, " if number else ""
+        after = step["loss_after"]
+        halved = f", moves halved {step['halvings']} times" if step["halvings"] else ""
+        effects.append(
+            f"{moved}loss {before:.5f} -> {after:.5f} nats per word, gain {before - after:.5f} "
+            f"(predicted {step['predicted_gain']:.5f}), gap {step['gap']:.2e}{halved}"
+        )
+        before = after
+    return "; ".join(effects)

@@ -303,7 +303,6 @@ class TableTask:
         self._reallocation_seconds += end - start
         if report is None:
             return
-        table = words.table.table()
         share = self._reallocation_seconds / (end - (self._started or start))
         report |= {
             "epoch": epoch,
@@ -311,8 +310,8 @@ class TableTask:
             "seconds": {part: round(spent, 3) for part, spent in report["seconds"].items()},
             "share_of_training": round(share, 5),
         }
-        log_reallocation(title, report, table)
-        self.tables.save(table, epoch)
+        log_reallocation(title, report, words.table.table())
+        self.tables.save_all(words)
         self.tables.add_report(report)
 
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:

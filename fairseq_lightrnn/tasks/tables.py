@@ -143,11 +143,15 @@ class TaskTables:
 
     def save_missing(self, words: WordHead) -> None:
         """Writes the tables of a training that goes on from elsewhere into its own folder."""
-        if (Path(self.args.save_dir) / "word_table.txt").exists():
-            return
-        self.save(words.table.table(), int(words.epoch))
+        if not (Path(self.args.save_dir) / "word_table.txt").exists():
+            self.save_all(words)
+
+    def save_all(self, words: WordHead) -> None:
+        """Writes the tables in force as those of the last epoch that words were moved after."""
+        epoch = int(words.epoch)
+        self.save(words.table.table(), epoch)
         for number, seats in enumerate(words.further_tables, 1):
-            self.save(seats.table(), int(words.epoch), f"further_word_table{number}")
+            self.save(seats.table(), epoch, f"further_word_table{number}")
 
     def add_report(self, report: dict[str, Any]) -> None:
         """Adds a reallocation to ``reallocations.jsonl``, in place of one after the same epoch.

@@ -1,0 +1,79 @@
+"""A text that a reallocation reads again and again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fairseq_lightrnn.core.conditioning import Context
+from fairseq_lightrnn.core.head import ComponentHead
+
+__all__ = ["Text"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that can be read again and again; each worker has batches of its own.
+
+    Attributes:
+        outputs: reads what :func:`gather_statistics` takes.
+        contexts: reads what :func:`gather_cell_losses` takes.
+        device: through which workers exchange tensors.
+        check: reads outputs of another text, by which a new table is measured; None for the same.
+    """
+
+    outputs: Callable[[], Iterable[tuple[Tensor, Tensor, Tensor]]]
+    contexts: Callable[[], Iterable[tuple[int, Tensor, Context]]]
+    device: torch.device | str
+    check: Callable[[], Iterable[tuple[Tensor, Tensor, Tensor]]] | None = None
+
+    def remembered(self, head: ComponentHead, memory: float) -> Text:
+        """Returns the same text, which the network reads once if its contexts fit into memory.
+
+        Args:
+            head: predicts words, which are read by another table than the one that moves.
+            memory: bytes that contexts may take; a text of more is read again each time.
+        """
+        contexts = _Remembered(head, self.contexts, memory)
+        return Text(contexts.outputs, contexts.read, self.device, self.check)
+
+
+class _Remembered:
+    """Contexts that are kept once they have been read, unless they take too much memory."""
+
+    def __init__(
+        self,
+        head: ComponentHead,
+        contexts: Callable[[], Iterable[tuple[int, Tensor, Context]]],
+        memory: float,
+    ) -> None:
+        self.head = head
+        self._contexts = contexts
+        self._memory = memory
+        self._kept: list[tuple[int, Tensor, Context]] | None = None
+
+    def read(self) -> Iterator[tuple[int, Tensor, Context]]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept, left = [], self._memory
+        for number, words, context in self._contexts():
+            context = self.head.to_extend(context)
+            left -= context.num_bytes
+            if left >= 0:
+                kept.append((number, words, context))
+            else:  # too much: the text is read again each time
+                kept.clear()
+                self._memory = left = -math.inf
+            yield number, words, context
+        if left >= 0:
+            self._kept = kept
+
+    def outputs(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for _, words, context in self.read():
+            hidden = self.head.hidden_of(context, words)
+            yield words, hidden, self.head.softmax(hidden, words)
