@@ -66,9 +66,9 @@ class TableConfig(FairseqDataclass):
     keep_input_table: bool = field(
         default=False,
         metadata={
-            "help": "read words by the initial table for good, so that reallocation moves them in "
-            "the table that predicts them alone and unsettles nothing that was learnt of reading "
-            "(default: on where a reallocation by the true loss can have it so, which is in models "
+            "help": "read words by the initial tables for good, so that reallocation moves them in "
+            "the tables that predict them alone and unsettles nothing that was learnt of reading; "
+            "words move in further tables only with it (default: on where a reallocation by the true loss can have it so, which is in models "
             "but the paper's whose input and output vectors are not shared)"
         },
     )

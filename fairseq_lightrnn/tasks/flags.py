@@ -43,8 +43,8 @@ class TableTaskConfig(FairseqDataclass):
     reallocate_epochs: Optional[str] = field(
         default=None,
         metadata={
-            "help": "re-seat the words after these epochs, such as 3,6 or 2-5 (default: the table "
-            "stays)"
+            "help": "re-seat the words after these epochs, such as 3,6 or 2-5 (default: the tables "
+            "stay)"
         },
     )
     reallocation_objective: ChoiceEnum(["true-loss", "row-first", "joint"]) = field(  # type: ignore[valid-type]
