@@ -8,24 +8,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tiny_models import CONDITIONERS, HIDDEN, TABLES, build
+from tiny_models import KINDS, PAD, TABLES, build, single_precision
 from torch import nn
 
-from fairseq_lightrnn.core.conditioning import Recurrent
+from fairseq_lightrnn.core.decoder import Decoder
 from fairseq_lightrnn.export.formats import graph_files
 from fairseq_lightrnn.export.graphs import decoder_graphs
-from fairseq_lightrnn.export.model import pack_words, table_cells
+from fairseq_lightrnn.export.model import describe, pack_words, table_cells
 from fairseq_lightrnn.runtime.folder import WORDS, write_folder
+from fairseq_lightrnn.runtime.memory import memory_of
 from fairseq_lightrnn.runtime.model import ExportedModel
 from fairseq_lightrnn.runtime.network import Network, OnnxGraphs
 from fairseq_lightrnn.runtime.seating import Seating
 from fairseq_lightrnn.runtime.torch_graphs import TorchGraphs
 from fairseq_lightrnn.runtime.vocabulary import Vocabulary, front_code
 
-LAYERS = 2
 CASES = [
     (kind, words, shape, extras)
-    for kind in CONDITIONERS
+    for kind in KINDS
     for words, shape in TABLES
     for extras in (True, False)
 ]
@@ -58,9 +58,12 @@ def export(
     quantise: str = "none",
     scale: float = 1.0,
 ) -> Exported:
-    """Exports a random model; its words are numbered in another order."""
-    decoder = build(kind, words, shape, scale=scale, extras=extras).float()
-    if len(shape) == 1:  # every word has vectors of its own: further tables are refused there
+    """Exports a random model, or one that is given; its words are numbered in another order."""
+    decoder = kind
+    if kind in KINDS:
+        decoder = single_precision(build(kind, words, shape, scale=scale, extras=extras))
+    # Every word has vectors of its own: further tables are refused there.
+    if len(shape) == 1 and isinstance(decoder, Decoder):
         for part in (decoder.reader, decoder.head.softmax):
             part.features = nn.ModuleList(list(part.features)[:2])
     order = np.random.default_rng(words).permutation(words)
@@ -69,9 +72,10 @@ def export(
     cells = table_cells(decoder, order)
     seating = Seating(shape, cells["cells"], cells.get("input_cells"), cells.get("further_cells"))
     graphs_of = TorchGraphs(files) if form == "torch" else OnnxGraphs(files, 1)
-    composition = "recurrent" if kind is Recurrent else "gated"
-    network = Network(graphs_of, seating, composition, LAYERS, HIDDEN)
-    return Exported(decoder, network, np.argsort(order), order, files)
+    number, says = np.argsort(order), describe(decoder)
+    memory = memory_of({"model": says, "padding": int(number[PAD])})
+    network = Network(graphs_of, seating, says["composition"], memory, says["width"])
+    return Exported(decoder, network, number, order, files)
 
 
 def text_model(found: Exported, carried: bool = False) -> ExportedModel:
@@ -81,15 +85,10 @@ def text_model(found: Exported, carried: bool = False) -> ExportedModel:
 
 def description(found: Exported, carried: bool = False) -> dict[str, Any]:
     """What the JSON file of an exported model says of it."""
-    seating = found.network.seating
     return {
         "graphs": "onnx", "quantize": "none", "carry_hidden_state": carried, "start": [0],
-        "end": 0, "unknown": 1, "signature": {"model": "tiny"},
-        "model": {
-            "composition": "recurrent" if found.network.recurrent else "gated",
-            "shape": list(seating.shape), "layers": LAYERS, "width": HIDDEN,
-            "words": len(seating.coordinates),
-        },
+        "end": 0, "unknown": 1, "padding": int(found.number[PAD]), "signature": {"model": "tiny"},
+        "model": {**describe(found.decoder), "words": len(found.order)},
         "files": {"read.onnx": {"sha256": hashlib.sha256(found.files["read.onnx"]).hexdigest()}},
     }  # fmt: skip
 

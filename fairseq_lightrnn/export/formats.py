@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fairseq_lightrnn.export.graphs import Graph
+from fairseq_lightrnn.export.pieces import Graph
 from fairseq_lightrnn.runtime.torch_graphs import OUTPUTS
 
 __all__ = ["FORMATS", "OPSETS", "QUANTISATIONS", "check_format", "graph_files"]
@@ -136,12 +136,14 @@ def _torch_file(graph: Graph) -> bytes:
     sizes: dict[str, Any] = {}
     inputs, shapes = dict(graph.inputs), {}
     for name, free in graph.free.items():
-        if "T" in free.values():  # torch.export has no loop over time: a single step
+        # torch.export has no loop over time: a single step of an LSTM
+        one_step = "T" in free.values() and "cell" in graph.inputs
+        if one_step:
             inputs[name] = inputs[name][:, :1]
         shapes[name] = {
             axis: sizes.setdefault(size, torch.export.Dim(size))
             for axis, size in free.items()
-            if size != "T"
+            if not (one_step and size == "T")
         }
     file = io.BytesIO()
     with warnings.catch_warnings():

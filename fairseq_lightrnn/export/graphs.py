@@ -5,7 +5,8 @@ and a table can grow without them. ``k`` is the number of a word's components, `
 texts, ``added`` is 0, or -inf where a value leads to no word, and whatever else is to be added.
 
 - ``read``: a step of a word for ``T = 1``, a block of words for more. Reads vectors by their places
-  (N, T, P), their sum each time, with the states (N, layers, d) before and after.
+  (N, T, P), their sum each time, with the states (N, layers, d) before and after. Of a transformer
+  see :mod:`fairseq_lightrnn.export.transformer_graph`.
 - ``first``: what the outputs (N, d) say of a word's first component, and what its later ones will
   be predicted with.
 - ``expand1`` …: log-probabilities of the values of a later component after prefixes (N, i), for two
@@ -15,201 +16,125 @@ texts, ``added`` is 0, or -inf where a value leads to no word, and whatever else
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import _VF, Tensor, nn
 
 from fairseq_lightrnn.core.conditioning import Gated
 from fairseq_lightrnn.core.decoder import Decoder
-from fairseq_lightrnn.core.features import FurtherTables, OwnNumbers, WordBias, find_feature
-from fairseq_lightrnn.core.network import FeedForward
+from fairseq_lightrnn.core.features import (
+    FurtherTables,
+    OwnNumbers,
+    WordBias,
+    WordFeature,
+    find_feature,
+)
+from fairseq_lightrnn.core.head import ComponentHead
+from fairseq_lightrnn.export.pieces import (
+    Graph,
+    Linear,
+    LookUp,
+    Stored,
+    WordReader,
+    feed_forward,
+    feed_on,
+    make_graph,
+    read_inputs,
+)
+from fairseq_lightrnn.export.transformer_graph import transformer_read_graph
+from fairseq_lightrnn.models.lightrnn_transformer import TransformerText
 
-__all__ = ["Graph", "decoder_graphs"]
+__all__ = ["decoder_graphs"]
 
 
-class Graph(NamedTuple):
-    """A graph to be written.
-
-    Attributes:
-        module: computes it.
-        inputs: an example of each, by the names of the module's arguments and in their order;
-            integers are int32.
-        outputs: their names.
-        free: for each input the axes that may have any size, and their names.
-    """
-
-    module: nn.Module
-    inputs: Mapping[str, Tensor]
-    outputs: Sequence[str]
-    free: Mapping[str, Mapping[int, str]]
-
-
-def decoder_graphs(decoder: Decoder, order: Tensor, half: bool = False) -> dict[str, Graph]:
+def decoder_graphs(
+    decoder: Decoder | TransformerText, order: Tensor, half: bool = False
+) -> dict[str, Graph]:
     """Cuts a decoder into graphs.
 
     Args:
         decoder: in evaluation mode, without a source text.
         order: the words in the order in which they are to be numbered, integers of shape (V,).
         half: store numbers in half precision; computed is in single precision nevertheless.
+
+    Raises:
+        ValueError: if a transformer has a part that no graph is known of.
     """
     dtype = torch.float16 if half else torch.float32
-    graphs = {"read": _read_graph(decoder), "first": _first_graph(decoder)}
+    is_transformer = isinstance(decoder, TransformerText)
+    read = transformer_read_graph(decoder) if is_transformer else _read_graph(decoder)
+    graphs = {"read": read, "first": _first_graph(decoder.head)}
     for component in range(1, decoder.head.table.num_components):
-        graphs[f"expand{component}"] = _expand_graph(decoder, component)
-    for name, values in _words_own(decoder).items():
-        module = _LookUp(values.index_select(0, order))
-        graphs[name] = _graph(module, {"words": ("N", None)}, [name])
+        graphs[f"expand{component}"] = _expand_graph(decoder.head, component)
+    for name, values in _words_own(decoder.head.softmax.features).items():
+        module = LookUp(values.index_select(0, order))
+        graphs[name] = make_graph(module, {"words": ("N", None)}, [name])
     for graph in graphs.values():
         graph.module.requires_grad_(False).to(dtype).eval()
     return graphs
 
 
-_Size = int | str | None
-_EXAMPLE = 2  # of an axis that may have any size
-
-
-def _graph(
-    module: nn.Module, inputs: Mapping[str, tuple[Any, ...]], outputs: Sequence[str]
-) -> Graph:
-    """Makes a graph of inputs' sizes: names of free axes, numbers, last None for integers."""
-    examples, free = {}, {}
-    for name, sizes in inputs.items():
-        kind = torch.int32 if sizes[-1] is None else torch.float32
-        axes = [size for size in sizes if size is not None]
-        shape = [_EXAMPLE if isinstance(size, str) else size for size in axes]
-        examples[name] = torch.zeros(shape, dtype=kind)
-        free[name] = {axis: size for axis, size in enumerate(axes) if isinstance(size, str)}
-    return Graph(module, examples, outputs, free)
-
-
-def _words_own(decoder: Decoder) -> dict[str, Tensor]:
+def _words_own(features: Sequence[WordFeature]) -> dict[str, Tensor]:
     """Returns what is stored for every word, (V, …), by name."""
-    features = decoder.head.softmax.features
     bias, own = find_feature(features, WordBias), find_feature(features, OwnNumbers)
     result = {} if bias is None else {"bias": bias.bias.data}
     return result if own is None else {**result, "numbers": own.numbers.data}
 
 
-class _Stored(nn.Module):
-    """Numbers that may be stored in half precision, and compute in single precision."""
-
-    def __init__(self, values: Tensor) -> None:
-        super().__init__()
-        self.values = nn.Parameter(values.detach().clone())
-
-    def forward(self) -> Tensor:
-        return self.values.float()
-
-
-class _Linear(nn.Module):
-    """``x W + b``: one product of matrices, which every quantiser knows."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.weight = _Stored(weight.T.contiguous())
-        self.bias = None if bias is None else _Stored(bias)
-
-    @classmethod
-    def of(cls, layer: nn.Linear) -> _Linear:
-        """Takes over a layer."""
-        return cls(layer.weight, layer.bias)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        outputs = inputs @ self.weight()
-        return outputs if self.bias is None else outputs + self.bias()
-
-
-class _LookUp(nn.Module):
-    """Rows of a matrix by their numbers."""
-
-    def __init__(self, values: Tensor) -> None:
-        super().__init__()
-        self.values = nn.Parameter(values.detach().clone())
-
-    def forward(self, words: Tensor) -> Tensor:
-        return self.values[words.long()].float()
-
-
-class _Read(nn.Module):
+class _Read(WordReader):
     def __init__(self, decoder: Decoder) -> None:
-        super().__init__()
-        reader, network = decoder.reader, decoder.network
-        further = find_feature(reader.features, FurtherTables)
-        own = find_feature(reader.features, OwnNumbers)
-        vectors: list[Tensor] = [reader.vectors.weight]
-        vectors += [] if further is None else [further.input_vectors]
-        vectors += [vectors[0].new_zeros(1, reader.vectors.dim)]
-        self.vectors = _LookUp(torch.cat([one.detach() for one in vectors]))
-        self.projection = None if own is None else _Linear.of(own.projection)
+        super().__init__(decoder.reader)
+        network = decoder.network
         self.layers = network.num_layers
-        self.weights = nn.ModuleList(_Stored(cast(Tensor, one)) for one in network._flat_weights)
-        self.ffn = _feed_forward(decoder.head.conditioner.ffn)
+        self.weights = nn.ModuleList(Stored(cast(Tensor, one)) for one in network._flat_weights)
+        self.ffn = feed_forward(decoder.head.conditioner.ffn)
 
     def forward(
         self, places: Tensor, hidden: Tensor, cell: Tensor, numbers: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        inputs = self.vectors(places).sum(dim=2)
-        if self.projection is not None:
-            inputs = inputs + self.projection(cast(Tensor, numbers))
+        inputs = self.look_up(places, numbers)
         state = hidden.transpose(0, 1).contiguous(), cell.transpose(0, 1).contiguous()
         weights = [weight() for weight in self.weights]
         outputs, after, cells = _VF.lstm(
             inputs, state, weights, True, self.layers, 0.0, False, False, True
         )
-        if self.ffn is not None:
-            inner, outer = self.ffn
-            outputs = outputs + outer(torch.relu(inner(outputs)))
+        outputs = feed_on(self.ffn, outputs)
         return outputs, after.transpose(0, 1), cells.transpose(0, 1)
 
 
-def _feed_forward(ffn: FeedForward | None) -> nn.ModuleList | None:
-    return None if ffn is None else nn.ModuleList([_Linear.of(ffn.inner), _Linear.of(ffn.outer)])
-
-
 def _read_graph(decoder: Decoder) -> Graph:
-    reader, layers = decoder.reader, decoder.network.num_layers
-    further = find_feature(reader.features, FurtherTables)
-    own = find_feature(reader.features, OwnNumbers)
-    components = reader.num_components
-    of_others = 0 if further is None else len(further.tables) * components
-    places = of_others + (components if decoder.head.conditioner.steps == 1 else 1)
-    state = ("N", layers, decoder.network.hidden_size)
-    inputs: dict[str, tuple[Any, ...]] = {
-        "places": ("N", "T", places, None), "hidden": state, "cell": state,
-    }  # fmt: skip
-    if own is not None:
-        inputs["numbers"] = ("N", "T", own.numbers.size(1))
-    return _graph(_Read(decoder), inputs, ["outputs", "next_hidden", "next_cell"])
+    state = ("N", decoder.network.num_layers, decoder.network.hidden_size)
+    components = decoder.reader.num_components if decoder.head.conditioner.steps == 1 else 1
+    inputs = read_inputs(decoder.reader, components, {"hidden": state, "cell": state})
+    return make_graph(_Read(decoder), inputs, ["outputs", "next_hidden", "next_cell"])
 
 
 class _First(nn.Module):
     """Predicts first components; see :meth:`ComponentSoftmax.logits` and :class:`Gated`."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, head: ComponentHead) -> None:
         super().__init__()
-        softmax, conditioner = decoder.head.softmax, decoder.head.conditioner
+        softmax, conditioner = head.softmax, head.conditioner
         self.only = softmax.table.num_components == 1
-        self.logits = _Linear(*softmax.component(0))
+        self.logits = Linear(*softmax.component(0))
         transforms: Any = conditioner.transforms if isinstance(conditioner, Gated) else []
-        self.transforms = nn.ModuleList(_Linear.of(one) for one in transforms)
+        self.transforms = nn.ModuleList(Linear.of(one) for one in transforms)
         own = find_feature(softmax.features, OwnNumbers)
         further = find_feature(softmax.features, FurtherTables)
-        self.own = None if own is None else _Linear.of(own.query)
+        self.own = None if own is None else Linear.of(own.query)
         # Of a table of one component, where a value is a cell.
         cells = softmax.table.words
-        self.of_words = _Linear(own.numbers[cells]) if own is not None and self.only else None
+        self.of_words = Linear(own.numbers[cells]) if own is not None and self.only else None
         self.further = None
         if further is not None:
-            self.further = nn.ModuleList(
-                [_Linear.of(further.query), _Linear(further.output_vectors)]
-            )
+            self.further = nn.ModuleList([Linear.of(further.query), Linear(further.output_vectors)])
 
     def forward(self, outputs: Tensor, added: Tensor) -> tuple[Tensor, ...]:
         logits = self.logits(outputs) + added
         if self.of_words is not None:
-            logits = logits + self.of_words(cast(_Linear, self.own)(outputs))
+            logits = logits + self.of_words(cast(Linear, self.own)(outputs))
         results = [torch.log_softmax(logits, dim=1)]
         if len(self.transforms):
             results.append(torch.stack([one(outputs) for one in self.transforms], dim=1))
@@ -221,29 +146,29 @@ class _First(nn.Module):
         return tuple(results)
 
 
-def _first_graph(decoder: Decoder) -> Graph:
-    softmax = decoder.head.softmax
-    module = _First(decoder)
+def _first_graph(head: ComponentHead) -> Graph:
+    softmax = head.softmax
+    module = _First(head)
     outputs = ["log_probs"]
     outputs += ["projections"] if len(module.transforms) else []
     outputs += ["query"] if module.own is not None and not module.only else []
     outputs += ["scores"] if module.further is not None else []
     inputs = {"outputs": ("N", softmax.vectors.dim), "added": ("N", softmax.table.shape[0])}
-    return _graph(module, inputs, outputs)
+    return make_graph(module, inputs, outputs)
 
 
 class _Expand(nn.Module):
     """Predicts a later component; see :meth:`ComponentSoftmax.logits` and :class:`Gated`."""
 
-    def __init__(self, decoder: Decoder, component: int) -> None:
+    def __init__(self, head: ComponentHead, component: int) -> None:
         super().__init__()
-        softmax, conditioner = decoder.head.softmax, decoder.head.conditioner
-        self.logits = _Linear(*softmax.component(component))
+        softmax, conditioner = head.softmax, head.conditioner
+        self.logits = Linear(*softmax.component(component))
         self.starts: Tensor
         self.gates = None
         if isinstance(conditioner, Gated):
             gates: Any = conditioner.gates[component - 1]
-            self.gates = _LookUp(gates.weight)
+            self.gates = LookUp(gates.weight)
             self.register_buffer("starts", gates.starts.to(torch.int32), persistent=False)
         last = component + 1 == softmax.table.num_components
         features = softmax.features if last else ()
@@ -275,14 +200,14 @@ class _Expand(nn.Module):
         return torch.log_softmax(logits, dim=1)
 
 
-def _expand_graph(decoder: Decoder, component: int) -> Graph:
-    softmax = decoder.head.softmax
-    module = _Expand(decoder, component)
+def _expand_graph(head: ComponentHead, component: int) -> Graph:
+    softmax = head.softmax
+    module = _Expand(head, component)
     size = softmax.table.shape[component]
     inputs: dict[str, tuple[Any, ...]] = {
         "hidden": ("N", softmax.vectors.dim), "added": ("N", size),
     }  # fmt: skip
-    if isinstance(decoder.head.conditioner, Gated):
+    if isinstance(head.conditioner, Gated):
         inputs["prefix"] = ("N", component, None)
     if module.own:
         own = find_feature(softmax.features, OwnNumbers).numbers.size(1)
@@ -293,4 +218,4 @@ def _expand_graph(decoder: Decoder, component: int) -> Graph:
         inputs |= {
             "scores": ("N", len(further.output_vectors)), "seats": ("N", size, places, None),
         }  # fmt: skip
-    return _graph(module, inputs, ["log_probs"])
+    return make_graph(module, inputs, ["log_probs"])

@@ -18,13 +18,14 @@ from fairseq_lightrnn.export.formats import check_format, graph_files
 from fairseq_lightrnn.export.graphs import decoder_graphs
 from fairseq_lightrnn.export.page import page_files
 from fairseq_lightrnn.language_model import LanguageModel
+from fairseq_lightrnn.models.lightrnn_transformer import TransformerText
 from fairseq_lightrnn.runtime.cells import code_cells
 from fairseq_lightrnn.runtime.folder import WORDS, pack, write_folder
 from fairseq_lightrnn.runtime.model import ExportedModel
 from fairseq_lightrnn.runtime.vocabulary import front_code
 from fairseq_lightrnn.version import __version__
 
-__all__ = ["DEFAULT_OPSET", "export_model", "pack_words", "table_cells"]
+__all__ = ["DEFAULT_OPSET", "describe", "export_model", "pack_words", "table_cells"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def export_model(
     """Writes a model as a folder that :class:`ExportedModel` reads.
 
     Args:
-        model: with an LSTM.
+        model: of any kind.
         folder: made if it does not exist; an export in it is overwritten.
         form: ``onnx``; ``torch``, programs of torch.export; or ``web``, a page for a browser.
         quantise: ``none``, ``fp16``, ``int8`` or ``int4``: how numbers are stored.
@@ -56,12 +57,7 @@ def export_model(
         ValueError: if the model or what is asked for cannot be exported.
     """
     check_format(form, quantise, opset)
-    decoder = model.decoder
-    if not isinstance(decoder, Decoder):
-        raise ValueError(
-            "models with an LSTM can be exported; a transformer has no state of a fixed size that "
-            "one step could hand to the next"
-        )
+    decoder: Decoder | TransformerText = model.decoder
     order, shared, rest = front_code(model.dictionary.symbols)
     number_of = np.empty_like(order)
     number_of[order] = np.arange(len(order))
@@ -69,18 +65,10 @@ def export_model(
     graphs = decoder_graphs(decoder, torch.from_numpy(order), quantise == "fp16")
     files |= graph_files(graphs, form, quantise, opset)
     dictionary = model.dictionary
-    further = find_feature(decoder.head.softmax.features, FurtherTables)
     description: dict[str, Any] = {
         "graphs": "torch" if form == "torch" else "onnx",
         "quantize": quantise,
-        "model": {
-            "composition": "recurrent" if _is_recurrent(decoder) else "gated",
-            "shape": list(decoder.head.table.shape),
-            "layers": decoder.network.num_layers,
-            "width": decoder.network.hidden_size,
-            "words": len(dictionary),
-            "further_tables": 0 if further is None else len(further.tables),
-        },
+        "model": {**describe(decoder), "words": len(dictionary)},
         "start": number_of[model.start].tolist(),
         "end": int(number_of[dictionary.eos()]),
         "unknown": int(number_of[dictionary.unk()]),
@@ -92,6 +80,8 @@ def export_model(
             "version": __version__,
         },
     }
+    if isinstance(decoder, TransformerText):
+        description["padding"] = int(number_of[dictionary.pad()])
     if form != "torch":
         description["opset"] = opset
     exported = ExportedModel.from_parts(description, files)
@@ -99,11 +89,30 @@ def export_model(
     return write_folder(folder, files, description, page_files() if form == "web" else {})
 
 
-def _is_recurrent(decoder: Decoder) -> bool:
-    return isinstance(decoder.head.conditioner, Recurrent)
+def describe(decoder: Decoder | TransformerText) -> dict[str, Any]:
+    """Returns what a runner has to know of a network."""
+    further = find_feature(decoder.head.softmax.features, FurtherTables)
+    description = {
+        "composition": "recurrent" if isinstance(decoder.head.conditioner, Recurrent) else "gated",
+        "shape": list(decoder.head.table.shape),
+        "further_tables": 0 if further is None else len(further.tables),
+        "width": decoder.head.softmax.vectors.dim,
+    }
+    if isinstance(decoder, Decoder):
+        return {**description, "layers": decoder.network.num_layers}
+    transformer = decoder.decoder
+    return {
+        **description,
+        "network": "transformer",
+        "layers": transformer.num_layers,
+        "embed_dim": transformer.embed_dim,
+        "positions": transformer.max_positions(),
+    }
 
 
-def pack_words(decoder: Decoder, order: np.ndarray, shared: np.ndarray, rest: np.ndarray) -> bytes:
+def pack_words(
+    decoder: Decoder | TransformerText, order: np.ndarray, shared: np.ndarray, rest: np.ndarray
+) -> bytes:
     """Returns the file of words: how they are spelt, front-coded, and where they sit."""
     cells = table_cells(decoder, order)
     if "further_cells" in cells:
@@ -111,7 +120,7 @@ def pack_words(decoder: Decoder, order: np.ndarray, shared: np.ndarray, rest: np
     return pack({"shared": shared, "rest": rest, **cells})
 
 
-def table_cells(decoder: Decoder, order: np.ndarray) -> dict[str, np.ndarray]:
+def table_cells(decoder: Decoder | TransformerText, order: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the cells of the words, in the order of their numbers, in each table."""
     table = decoder.head.table
     cells = {"cells": table.table().cells[order]}

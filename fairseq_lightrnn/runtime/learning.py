@@ -60,16 +60,25 @@ def read_each(
     numbers: list[int] = []
     positions: list[Position] = []
     position = start = model.begin(1)
+    last: int | None = None  # is read where a word comes after it
     for sentence in sentences:
         if not model.carry_hidden_state:
-            position = start
+            position, last = start, None
         ids = [*model.encode(" ".join(sentence))[1].tolist(), model.end]
         for number in ids:
-            positions.append(position)
-            position, _ = model.network.read(position, np.array([[number]]))
+            if last is not None:
+                position, _ = model.network.read(position, np.array([[last]]))
+            positions.append(model.network.to_predict(position))
+            last = number
         tokens += [*sentence, model.vocabulary[model.end]]
         numbers += ids
-    every = Position(*(np.concatenate(parts) for parts in zip(*positions, strict=True)))
+    every = Position(
+        np.concatenate([one.output for one in positions]),
+        {
+            name: np.concatenate([one.state[name] for one in positions])
+            for name in positions[0].state
+        },
+    )
     return tokens, np.array(numbers, dtype=np.int64), every
 
 

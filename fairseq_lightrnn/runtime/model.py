@@ -19,6 +19,7 @@ from fairseq_lightrnn.runtime.learning import (
     with_words_moved,
 )
 from fairseq_lightrnn.runtime.learnt import Learnt, load, save
+from fairseq_lightrnn.runtime.memory import memory_of
 from fairseq_lightrnn.runtime.network import Graphs, Network, OnnxGraphs, Position
 from fairseq_lightrnn.runtime.new_words import with_new_words
 from fairseq_lightrnn.runtime.score import Score
@@ -91,7 +92,7 @@ class ExportedModel(TextModel):
         else:
             graphs = OnnxGraphs(files, threads)
         network = Network(
-            graphs, seating, numbers["composition"], numbers["layers"], numbers["width"]
+            graphs, seating, numbers["composition"], memory_of(description), numbers["width"]
         )
         return cls(description, vocabulary, network)
 
@@ -116,7 +117,16 @@ class ExportedModel(TextModel):
 
         None among the lines asks for the scores of all before it, of a text whose next line may be
         long in coming.
+
+        Raises:
+            ValueError: if a transformer is to carry a hidden state, or a sentence is longer than
+                what it can look back on.
         """
+        if carry_hidden_state and not self.network.memory.carries:
+            raise ValueError(
+                "--carry-hidden-state: this model, a transformer, has no hidden state to carry; "
+                "leave it out"
+            )
         limit = READ_AT_ONCE * (1 if carry_hidden_state else _BUFFERED_BATCHES)
         position = self.begin(1)
         group: list[tuple[list[str], np.ndarray]] = []
@@ -129,7 +139,9 @@ class ExportedModel(TextModel):
             if group and (line is None or words >= limit):
                 if carry_hidden_state:
                     together = np.concatenate([ids for _, ids in group])
-                    position, scores = self._score(position, together[None], [len(together)])
+                    position, scores = self._score(
+                        position, together[None], [len(together)], goes_on=True
+                    )
                     ends = np.cumsum([len(ids) for _, ids in group])[:-1]
                     parts = np.split(scores[0], ends)
                 else:
@@ -155,16 +167,26 @@ class ExportedModel(TextModel):
         return results
 
     def _score(
-        self, position: Position, words: np.ndarray, lengths: Sequence[int]
+        self,
+        position: Position,
+        words: np.ndarray,
+        lengths: Sequence[int],
+        goes_on: bool = False,
     ) -> tuple[Position, np.ndarray]:
-        """Scores words (N, T), of each text so many: (N, T, k)."""
+        """Scores words (N, T), of each text so many: (N, T, k).
+
+        The position is that after them where the text goes on.
+        """
         texts, longest = words.shape
         result = np.zeros((texts, longest, self.network.components))
         real = np.arange(longest) < np.array(lengths)[:, None]
         step = max(1, READ_AT_ONCE // texts)
         for start in range(0, longest, step):
             block = words[:, start : start + step]
-            position, outputs = self.network.read(position, block)
+            if goes_on or start + step < longest:
+                position, outputs = self.network.read(position, block)
+            else:
+                outputs = self.network.outputs(position, block)
             text, place = np.nonzero(real[:, start : start + step])
             for first in range(0, len(text), _PREDICTED_AT_ONCE):
                 where = text[first : first + _PREDICTED_AT_ONCE]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from fairseq_lightrnn.runtime.learnt import Learnt
+from fairseq_lightrnn.runtime.memory import Memory, State, put_texts
 from fairseq_lightrnn.runtime.seating import Seating
 
 __all__ = ["Context", "Graphs", "Network", "OnnxGraphs", "Position"]
@@ -80,17 +81,21 @@ class Position(NamedTuple):
 
     Attributes:
         output: of the network after the last word, (N, d).
-        hidden: state of the network, (N, layers, d).
-        cell: likewise.
+        state: what it reads on from; see :class:`Memory`.
     """
 
     output: np.ndarray
-    hidden: np.ndarray
-    cell: np.ndarray
+    state: State
 
     def select(self, index: Any) -> Position:
         """Picks, repeats or reorders the texts."""
-        return Position(*(part[index] for part in self))
+        state = {name: part[index] for name, part in self.state.items()}
+        return Position(self.output[index], state)
+
+    def put(self, index: np.ndarray, new: Position) -> Position:
+        """Replaces some of the texts."""
+        state = {name: put_texts(part, index, new.state[name]) for name, part in self.state.items()}
+        return Position(put_texts(self.output, index, new.output), state)
 
 
 class Context(NamedTuple):
@@ -112,17 +117,17 @@ class Network:
         graphs: of :mod:`fairseq_lightrnn.export.graphs`.
         seating: of the words.
         composition: ``recurrent`` or ``gated``.
-        layers: of the recurrent network.
-        dim: d, its width.
+        memory: what it keeps of words.
+        dim: d, the width of its outputs.
     """
 
     def __init__(
-        self, graphs: Graphs, seating: Seating, composition: str, layers: int, dim: int
+        self, graphs: Graphs, seating: Seating, composition: str, memory: Memory, dim: int
     ) -> None:
         self.graphs = graphs
         self.seating = seating
         self.recurrent = composition == "recurrent"
-        self.layers = layers
+        self.memory = memory
         self.dim = dim
         self.components = len(seating.shape)
         self.steps = self.components if self.recurrent else 1
@@ -196,8 +201,8 @@ class Network:
 
     def begin(self, texts: int) -> Position:
         """Returns where texts are before any word, even before those that all texts begin with."""
-        state = np.zeros((texts, self.layers, self.dim), dtype=np.float32)
-        return Position(np.zeros((texts, self.dim), dtype=np.float32), state, state)
+        output = np.zeros((texts, self.dim), dtype=np.float32)
+        return Position(output, self.memory.begin(texts))
 
     def read(self, position: Position, words: np.ndarray) -> tuple[Position, np.ndarray]:
         """Reads words (N, T).
@@ -205,14 +210,14 @@ class Network:
         Returns:
             The position after them; and the outputs of the network that predict each component of
             each of them, (N, T, steps, d): those after the last word are in the position.
+
+        Raises:
+            ValueError: if a text gets longer than what the network can look back on.
         """
         texts, length = words.shape
         places = self._places[words]  # (N, T, steps, P)
-        inputs = {
-            "places": places.reshape(texts, length * self.steps, -1),
-            "hidden": position.hidden,
-            "cell": position.cell,
-        }
+        state = self.memory.inputs(position.state, words)
+        inputs = {"places": places.reshape(texts, length * self.steps, -1), **state}
         if self.graphs.has("numbers"):
             numbers = self._numbers(words)
             of_steps = np.zeros((texts, length, self.steps, numbers.shape[-1]), dtype=np.float32)
@@ -220,9 +225,18 @@ class Network:
             inputs["numbers"] = of_steps.reshape(texts, length * self.steps, -1)
         found = self.graphs.run("read", inputs)
         outputs = found["outputs"]
-        after = Position(outputs[:, -1], found["next_hidden"], found["next_cell"])
+        after = Position(outputs[:, -1], self.memory.after(state, found))
         before = np.concatenate([position.output[:, None], outputs[:, :-1]], axis=1)
         return after, before.reshape(texts, length, self.steps, -1)
+
+    def outputs(self, position: Position, words: np.ndarray) -> np.ndarray:
+        """Returns the outputs that :meth:`read` does, and reads no more words than they need."""
+        if self.steps > 1:
+            return self.read(position, words)[1]
+        before = np.zeros((len(words), 0, 1, self.dim), dtype=np.float32)
+        if words.shape[1] > 1:
+            position, before = self.read(position, words[:, :-1])
+        return np.concatenate([before, position.output[:, None, None]], axis=1)
 
     def _numbers(self, words: np.ndarray) -> np.ndarray:
         flat = words.reshape(-1).astype(np.int32)
@@ -231,11 +245,14 @@ class Network:
         numbers[~known] = 0
         return numbers.reshape(*words.shape, -1)
 
+    def to_predict(self, position: Position) -> Position:
+        """Returns what of a position next words are predicted with."""
+        return position if self.recurrent else Position(position.output, {})
+
     def first(self, position: Position) -> Context:
         """Predicts the first components of the next words."""
         context = self._first(position.output)
-        if self.recurrent:
-            context.carried.update(hidden=position.hidden, cell=position.cell)
+        context.carried.update(self.to_predict(position).state)
         return context
 
     def _first(self, outputs: np.ndarray) -> Context:

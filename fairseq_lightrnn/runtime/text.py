@@ -65,7 +65,7 @@ class Text:
         prefixes: what there is of each, from the beginning of a sentence.
 
     Attributes:
-        position: where they are: hidden states to be kept, or put back.
+        position: where they are: what the network keeps of them, to be kept, or put back.
     """
 
     def __init__(self, model: TextModel, prefixes: Sequence[str]) -> None:
@@ -85,7 +85,6 @@ class Text:
 
     def _read(self, words: Sequence[np.ndarray]) -> None:
         """Reads texts of different lengths: all as far as the shortest, and so on."""
-        parts = [part.copy() for part in self.position]
         lengths = np.array([len(one) for one in words])
         longest = int(lengths.max())
         padded = np.zeros((len(words), longest), dtype=np.int64)
@@ -94,15 +93,13 @@ class Text:
         done = 0
         for length in np.unique(lengths[lengths > 0]).tolist():
             active = np.flatnonzero(lengths >= length)
-            position = Position(*(part[active] for part in parts))
+            position = self.position.select(active)
             step = max(1, READ_AT_ONCE // len(active))
             for start in range(done, length, step):
                 block = padded[active, start : min(start + step, length)]
                 position, _ = self.model.network.read(position, block)
-            for part, new in zip(parts, position, strict=True):
-                part[active] = new
+            self.position = self.position.put(active, position)
             done = length
-        self.position = Position(*parts)
 
     def next_words(self, k: int = 10) -> list[list[tuple[str, float]]]:
         """Returns each text's k most probable next words with their probabilities, exactly."""
@@ -170,8 +167,7 @@ class Text:
             if not len(going):
                 return
             position, _ = self.model.network.read(self.position.select(going), words[:, None])
-            for part, new in zip(self.position, position, strict=True):
-                part[going] = new
+            self.position = self.position.put(going, position)
 
     def _draw(
         self,

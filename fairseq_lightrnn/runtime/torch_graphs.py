@@ -51,9 +51,9 @@ class TorchGraphs:
 
     def run(self, name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See :meth:`Graphs.run`."""
-        if name != "read" or inputs["places"].shape[1] == 1:
+        if "hidden" not in inputs or name != "read" or inputs["places"].shape[1] == 1:
             return self._run(name, inputs)
-        # torch.export has no loop over time: here ``read`` is a step of a word.
+        # torch.export has no loop over time: here ``read`` of an LSTM is a step of a word.
         sequences = {"places", "numbers"} & inputs.keys()
         now, outputs = dict(inputs), []
         for step in range(inputs["places"].shape[1]):
