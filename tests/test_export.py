@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 from tiny_exports import CASES, Exported, export
-from tiny_models import CONDITIONERS, log_probs, slow_log_probs, words_of
+from tiny_models import KINDS, log_probs, slow_log_probs, words_of
 
 from fairseq_lightrnn.core.conditioning import Gated, Recurrent
 from fairseq_lightrnn.export.formats import check_format
 from fairseq_lightrnn.runtime.search import every_word
 
-TORCH = [(Recurrent, 10, (4, 4)), (Gated, 20, (3, 3, 3)), (Gated, 13, (13,))]
+TORCH = [
+    (Recurrent, 10, (4, 4)), (Gated, 20, (3, 3, 3)), (Gated, 13, (13,)),
+    ("transformer", 20, (3, 3, 3)), ("transformer", 10, (4, 4)),
+]  # fmt: skip
 
 
 def compare(found: Exported, tolerance: float) -> None:
@@ -49,12 +52,13 @@ def test_programs_of_torch_say_so_too(kind: Any, words: int, shape: tuple[int, .
 
 
 @pytest.mark.parametrize("form", ["onnx", "torch"])
-def test_half_precision_is_close(form: str) -> None:
-    compare(export(Gated, 24, (2, 3, 4), form=form, quantise="fp16", scale=0.3), 2e-2)
+@pytest.mark.parametrize("kind", [Gated, "transformer"])
+def test_half_precision_is_close(kind: Any, form: str) -> None:
+    compare(export(kind, 24, (2, 3, 4), form=form, quantise="fp16", scale=0.3), 2e-2)
 
 
 @pytest.mark.parametrize("quantise, tolerance", [("int8", 0.1), ("int4", 0.5)])
-@pytest.mark.parametrize("kind", CONDITIONERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_quantised_is_near_and_still_adds_up(kind: Any, quantise: str, tolerance: float) -> None:
     found = export(kind, 10, (4, 4), quantise=quantise, scale=0.3)
     compare(found, tolerance)

@@ -21,12 +21,17 @@ from fairseq_lightrnn.commands import exported as run_command
 from fairseq_lightrnn.language_model import LanguageModel
 from fairseq_lightrnn.runtime.model import ExportedModel
 
+TRANSFORMER = {
+    "arch": "lightrnn_transformer_lm",
+    **{name: v for name, v in TINY_TRANSFORMER.items() if not name.startswith("encoder")},
+}
 KINDS: dict[str, dict[str, Any]] = {
     "paper": {"arch": "lightrnn_lm"},
     "own numbers": {"arch": "lightrnn_lm_gated", "word_dim": 3},
     "further tables": {"arch": "lightrnn_lm_gated", "further_tables": "2", "num_layers": 2},
     "three components": {"arch": "lightrnn_lm", "table_shape": "4x4x4"},
     "softmax": {"arch": "lightrnn_lm", "table_shape": "1d"},
+    "transformer": {**TRANSFORMER, "word_dim": 3},
 }  # fmt: skip
 FLAGS = {"further tables": ["--keep-input-table"], "three components": ["--carry-hidden-state"]}
 TEXTS = ["w1 w8 unheard-of", "", "w3 w21 w5 w5 w7 w9 w11", "w2"]
@@ -67,8 +72,17 @@ def one(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def short(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a transformer that can look back on 12 words."""
+    checkpoint, folder = tmp_path_factory.mktemp("trained"), tmp_path_factory.mktemp("x") / "model"
+    trained(data, checkpoint, tokens_per_sample=12, **TRANSFORMER)
+    export_command.main([str(checkpoint), "-o", str(folder)])
+    return folder
+
+
 def test_scores_are_the_checkpoints(pair: Any) -> None:
-    for carried in (False, True):
+    for carried in (False, True) if pair.model.decoder.carries_state else (False,):
         theirs = pair.model.score(TEXTS, carry_hidden_state=carried)
         ours = pair.exported.score(TEXTS, carry_hidden_state=carried)
         for one, two in zip(theirs, ours, strict=True):
@@ -235,12 +249,22 @@ def test_a_mixed_up_folder_is_refused(one: Path, pair: Any, tmp_path: Path) -> N
         run_command.main([str(tmp_path), "next"])
 
 
-def test_a_transformer_is_refused(data: Path, tmp_path: Path) -> None:
-    flags = {n: v for n, v in TINY_TRANSFORMER.items() if not n.startswith("encoder")}
-    trained(data, tmp_path / "trained", arch="lightrnn_transformer_lm", **flags)
-    with pytest.raises(SystemExit, match="models with an LSTM can be exported"):
-        export_command.main([str(tmp_path / "trained"), "-o", str(tmp_path / "model")])
-    assert not (tmp_path / "model").exists()
+@pytest.mark.parametrize(
+    "text, arguments, message",
+    [
+        ("w1 " * 12, ["next"], "a text of more than 12 words, its beginning included, is longer"),
+        ("w1 " * 12, ["score"], "a text of more than 12 words"),
+        ("w1", ["sample", "--max-words", "20"], "a text of more than 12 words"),
+        ("w1", ["score", "--carry-hidden-state"], "has no hidden state to carry; leave it out"),
+    ],
+)
+def test_a_transformer_looks_back_so_far_and_no_further(
+    short: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, text: str, arguments: list[str],
+    message: str,
+) -> None:  # fmt: skip
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, capsys, text, short, *arguments)
+    run(monkeypatch, capsys, "w1 " * 11, short, "score")
 
 
 def test_flags_of_the_export_are_checked_first(tmp_path: Path) -> None:

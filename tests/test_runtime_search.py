@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 from tiny_exports import Exported, export
-from tiny_models import CONDITIONERS
+from tiny_models import KINDS
 
 from fairseq_lightrnn.core.conditioning import Gated
 from fairseq_lightrnn.runtime.network import Position
@@ -14,7 +14,7 @@ from fairseq_lightrnn.runtime.search import draw, draw_words, every_word, top_wo
 
 CASES = [
     (kind, words, shape)
-    for kind in CONDITIONERS
+    for kind in KINDS
     for words, shape in [(13, (13,)), (90, (10, 10)), (110, (5, 5, 5))]
 ]
 

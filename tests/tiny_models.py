@@ -66,7 +66,7 @@ def build(
     its own where it can have one.
     """
     if kind == "transformer":
-        return build_transformer(words, shape, seed, scale, extras)
+        return build_transformer(words, shape, seed, scale, extras, **more)
     decoder = build_recurrent(kind, words, shape, seed, extras, **more).eval()
     with torch.no_grad():
         for parameter in decoder.parameters():
@@ -136,14 +136,15 @@ def transformer_flags(shape: tuple[int, ...], **flags: Any) -> TransformerLMConf
 
 
 def build_transformer(
-    words: int, shape: tuple[int, ...], seed: int, scale: float, extras: bool
+    words: int, shape: tuple[int, ...], seed: int, scale: float, extras: bool, **flags: Any
 ) -> TransformerText:
     """See :func:`build`."""
     torch.manual_seed(seed)
-    cfg = transformer_flags(
-        shape, word_dim=3 * extras, further_tables=str(2 * extras * (len(shape) > 1)),
-        output_ffn_dim=UNITS * extras, keep_input_table=extras,
-    )  # fmt: skip
+    of_words = {
+        "word_dim": 3 * extras, "further_tables": str(2 * extras * (len(shape) > 1)),
+        "output_ffn_dim": UNITS * extras, "keep_input_table": extras,
+    }  # fmt: skip
+    cfg = transformer_flags(shape, **{**of_words, **flags})
     model = LightRNNTransformerLanguageModel.build_model(cfg, language_task(words))
     model.double().eval()
     head = model.decoder.words
