@@ -254,7 +254,7 @@ def test_a_mixed_up_folder_is_refused(one: Path, pair: Any, tmp_path: Path) -> N
     [
         ("w1 " * 12, ["next"], "a text of more than 12 words, its beginning included, is longer"),
         ("w1 " * 12, ["score"], "a text of more than 12 words"),
-        ("w1 " * 11 + "\n" + "w1 " * 11, ["sample", "--top-k", "9"], "a text of more than 12 words"),
+        ("w1 " * 11 + "\n" + "w1 " * 11, ["sample", "--seed", "1"], "a text of more than 12 words"),
         ("w1", ["score", "--carry-hidden-state"], "has no hidden state to carry; leave it out"),
     ],
 )
