@@ -67,6 +67,7 @@ def export(
         for part in (decoder.reader, decoder.head.softmax):
             part.features = nn.ModuleList(list(part.features)[:2])
     order = np.random.default_rng(words).permutation(words)
+    order = np.append(order[order != PAD], PAD)  # texts begin with the first, never with padding
     graphs = decoder_graphs(decoder, torch.from_numpy(order), quantise == "fp16")
     files = graph_files(graphs, form, quantise, 17)
     cells = table_cells(decoder, order)

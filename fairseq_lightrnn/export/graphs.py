@@ -63,8 +63,10 @@ def decoder_graphs(
         ValueError: if a transformer has a part that no graph is known of.
     """
     dtype = torch.float16 if half else torch.float32
-    is_transformer = isinstance(decoder, TransformerText)
-    read = transformer_read_graph(decoder) if is_transformer else _read_graph(decoder)
+    if isinstance(decoder, TransformerText):
+        read = transformer_read_graph(decoder)
+    else:
+        read = _read_graph(decoder)
     graphs = {"read": read, "first": _first_graph(decoder.head)}
     for component in range(1, decoder.head.table.num_components):
         graphs[f"expand{component}"] = _expand_graph(decoder.head, component)

@@ -182,8 +182,10 @@ class _Read(WordReader):
             hidden = hidden + self.positions((number * shown).int())
         hidden = hidden if self.norm_in is None else self.norm_in(hidden)
         visible, made = _visible(seen, shown), []
-        for number, layer in enumerate(self.layers):
-            hidden, *new = layer(hidden, keys[:, number], values[:, number], visible)
+        for layer, old_keys, old_values in zip(
+            self.layers, keys.unbind(1), values.unbind(1), strict=True
+        ):
+            hidden, *new = layer(hidden, old_keys, old_values, visible)
             made.append(new)
         for layer in (self.norm_out, self.project_out):
             hidden = hidden if layer is None else layer(hidden)

@@ -117,7 +117,7 @@ def put_texts(part: np.ndarray, index: np.ndarray, new: np.ndarray) -> np.ndarra
     """Replaces what an array (N, …) holds of some texts; it grows where the new is larger."""
     sizes = np.maximum(part.shape[1:], new.shape[1:])
     result = np.zeros((len(part), *sizes), dtype=part.dtype)
-    result[tuple(map(slice, part.shape))] = part
+    result[tuple(slice(size) for size in part.shape)] = part
     result[index] = 0
-    result[(index, *map(slice, new.shape[1:]))] = new
+    result[(index, *(slice(size) for size in new.shape[1:]))] = new
     return result
