@@ -25,7 +25,7 @@ def found(request: pytest.FixtureRequest) -> Exported:
 
 
 def positions(found: Exported, texts: int) -> Position:
-    words = np.random.default_rng(1).integers(len(found.order), size=(texts, 3))
+    words = np.random.default_rng(1).integers(len(found.order) - 1, size=(texts, 3))
     return found.network.read(found.network.begin(texts), words)[0]
 
 

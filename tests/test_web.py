@@ -27,6 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "own numbers": {"arch": "lightrnn_lm_gated", "word_dim": 3},
     "further tables": {"arch": "lightrnn_lm_gated", "further_tables": "2"},
     "three components": {"arch": "lightrnn_lm_gated", "table_shape": "4x4x4"},
+    "transformer": {"arch": "lightrnn_transformer_lm", "word_dim": 3},
 }
 WORDS = "[...document.querySelectorAll('#suggestions span')].map(one => one.textContent)"
 QUANTISED = {"own numbers": "int8", "further tables": "int4", "paper": "fp16"}
@@ -110,6 +111,19 @@ def test_typing_changes_what_is_suggested(page: ExportedModel, browser: Browser)
     assert float(browser.evaluate("document.getElementById('latency').value").split()[0]) > 0
     browser.type("zzz")
     assert browser.wait("document.getElementById('state').textContent.includes('zzz')")
+
+
+def test_a_transformers_text_has_an_end(page: ExportedModel, browser: Browser) -> None:
+    if page.network.memory.carries:
+        pytest.skip("an LSTM reads on for ever")
+    clear(browser)
+    text = "w1 w8 " * 5
+    browser.type(text)
+    assert suggested(browser, names(page.next_words(text, 10)))
+    browser.type("w1 w8 ")
+    assert browser.wait("document.getElementById('state').textContent.includes('of more than 12')")
+    clear(browser)
+    assert suggested(browser, names(page.next_words("", 10)))
 
 
 def test_the_keyboard_alone_will_do(page: ExportedModel, browser: Browser) -> None:

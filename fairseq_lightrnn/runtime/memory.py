@@ -119,5 +119,6 @@ def put_texts(part: np.ndarray, index: np.ndarray, new: np.ndarray) -> np.ndarra
     result = np.zeros((len(part), *sizes), dtype=part.dtype)
     result[tuple(slice(size) for size in part.shape)] = part
     result[index] = 0
-    result[(index, *(slice(size) for size in new.shape[1:]))] = new
+    place: list[Any] = [index, *(slice(size) for size in new.shape[1:])]
+    result[tuple(place)] = new
     return result

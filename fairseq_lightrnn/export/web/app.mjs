@@ -33,7 +33,12 @@ function suggest() {
     by("latency").value = `${milliseconds.toFixed(1)} ms`;
     by("opened").value = String(opened);
     by("state").textContent = words.length ? "" : `No word begins with “${typed}”.`;
-  });
+  }).catch(failed);
+}
+
+function failed(error) {
+  by("suggestions").replaceChildren();
+  by("state").textContent = String(error.message ?? error);
 }
 
 function accept(word, typed) {
@@ -99,6 +104,6 @@ try {
   suggest();
   document.documentElement.dataset.ready = "yes";
 } catch (error) {
-  by("state").textContent = String(error.message ?? error);
+  failed(error);
   document.documentElement.dataset.ready = "failed";
 }

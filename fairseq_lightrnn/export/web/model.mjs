@@ -191,8 +191,9 @@ export class Model {
   }
 
   async seat(arrays) {
-    const { shape, composition, layers, width } = this.description.model;
+    const { shape, composition, layers, width, network } = this.description.model;
     Object.assign(this, { shape, layers, width, recurrent: composition === "recurrent" });
+    this.lookBack = network === "transformer";
     this.size = shape.reduce((sum, size) => sum + size, 0);
     this.columns = shape[shape.length - 1];
     this.cells = arrays.cells;
@@ -243,8 +244,39 @@ export class Model {
   }
 
   begin() {
+    const output = new Float32Array(this.width);
+    if (this.lookBack) return { output, slots: [] };
     const zeros = new Float32Array(this.layers * this.width);
-    return { hidden: zeros, cell: zeros, output: new Float32Array(this.width) };
+    return { hidden: zeros, cell: zeros, output };
+  }
+
+  // What a transformer reads one more word with: see runtime/memory.py. Texts share their slots.
+  lookedBackOn(slots, word) {
+    const { embed_dim: dim, positions } = this.description.model;
+    const shown = Number(word !== this.description.padding);
+    const seen = Float32Array.from(slots, (slot) => slot.shown);
+    if (seen.reduce((sum, one) => sum + one, shown) > positions) {
+      throw new Error(
+        `A text of more than ${positions} words, its beginning included, is longer than the ` +
+          "model can look back on.",
+      );
+    }
+    const stacked = (name) => {
+      const result = new Float32Array(this.layers * slots.length * dim);
+      slots.forEach((slot, n) => {
+        for (let layer = 0; layer < this.layers; layer++) {
+          const vector = slot[name].subarray(layer * dim, (layer + 1) * dim);
+          result.set(vector, (layer * slots.length + n) * dim);
+        }
+      });
+      return [result, [1, this.layers, slots.length, dim]];
+    };
+    return {
+      keys: stacked("keys"),
+      values: stacked("values"),
+      seen: [seen, [1, slots.length]],
+      shown: [Float32Array.of(shown), [1, 1]],
+    };
   }
 
   // Reads steps of vectors: `places` (N·T·P) of N texts, with states (N, layers, d).
@@ -293,6 +325,14 @@ export class Model {
       this.ownNumbers = found.length;
       numbers = new Float32Array(steps * found.length);
       numbers.set(found, (steps - 1) * found.length);
+    }
+    if (this.lookBack) {
+      const inputs = this.lookedBackOn(state.slots, word);
+      inputs.places = [Int32Array.from(flat), [1, 1, flat.length]];
+      if (numbers) inputs.numbers = [numbers, [1, 1, numbers.length]];
+      const { outputs, more_keys: keys, more_values: values } = await this.run("read", inputs);
+      const slot = { keys: keys.data, values: values.data, shown: inputs.shown[0][0] };
+      return { output: outputs.data, slots: [...state.slots, slot] };
     }
     const [outputs, hidden, cell] = await this.readPlaces(
       1, steps, Int32Array.from(flat), numbers, state.hidden, state.cell,
