@@ -121,6 +121,11 @@ def test_a_text_is_as_long_as_there_are_positions() -> None:
     for ask in (model.score, model.next_words, model.learn):
         with pytest.raises(ValueError, match="a text of more than 64 words"):
             ask(f"{longest} w002")
+    text = model.text(["w002", longest])
+    before = text.log_probs()
+    with pytest.raises(ValueError, match="a text of more than 64 words"):
+        text.add(["w003", "w003 w004"])  # neither is read in part
+    np.testing.assert_array_equal(text.log_probs(), before)
     with pytest.raises(ValueError, match="a text of more than 64 words"):
         model.sample(longest, count=20, max_words=2, seed=1)
 

@@ -30,7 +30,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "transformer": {"arch": "lightrnn_transformer_lm", "word_dim": 3},
 }
 WORDS = "[...document.querySelectorAll('#suggestions span')].map(one => one.textContent)"
-QUANTISED = {"own numbers": "int8", "further tables": "int4", "paper": "fp16"}
+QUANTISED = {"own numbers": "int8", "further tables": "int4", "paper": "fp16",
+    "transformer": "int8",
+}  # fmt: skip
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

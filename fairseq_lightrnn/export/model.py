@@ -43,7 +43,7 @@ def export_model(
     """Writes a model as a folder that :class:`ExportedModel` reads.
 
     Args:
-        model: of any kind.
+        model: an LSTM or a transformer.
         folder: made if it does not exist; an export in it is overwritten.
         form: ``onnx``; ``torch``, programs of torch.export; or ``web``, a page for a browser.
         quantise: ``none``, ``fp16``, ``int8`` or ``int4``: how numbers are stored.

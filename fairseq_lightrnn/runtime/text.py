@@ -90,16 +90,16 @@ class Text:
         padded = np.zeros((len(words), longest), dtype=np.int64)
         for row, one in zip(padded, words, strict=True):
             row[: len(one)] = one
-        done = 0
+        whole, done = self.position, 0
         for length in np.unique(lengths[lengths > 0]).tolist():
             active = np.flatnonzero(lengths >= length)
-            position = self.position.select(active)
+            position = whole.select(active)
             step = max(1, READ_AT_ONCE // len(active))
             for start in range(done, length, step):
                 block = padded[active, start : min(start + step, length)]
                 position, _ = self.model.network.read(position, block)
-            self.position = self.position.put(active, position)
-            done = length
+            whole, done = whole.put(active, position), length
+        self.position = whole
 
     def next_words(self, k: int = 10) -> list[list[tuple[str, float]]]:
         """Returns each text's k most probable next words with their probabilities, exactly."""

@@ -51,7 +51,7 @@ class TorchGraphs:
 
     def run(self, name: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See :meth:`Graphs.run`."""
-        if "hidden" not in inputs or name != "read" or inputs["places"].shape[1] == 1:
+        if name != "read" or "hidden" not in inputs or inputs["places"].shape[1] == 1:
             return self._run(name, inputs)
         # torch.export has no loop over time: here ``read`` of an LSTM is a step of a word.
         sequences = {"places", "numbers"} & inputs.keys()
