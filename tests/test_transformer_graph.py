@@ -66,7 +66,7 @@ def test_every_option_is_computed_as_fairseq_does(flags: dict[str, Any]) -> None
     expected = theirs(found, words)
     numbers = found.number[words.numpy()]
     for pieces in ([], [4], [1] * 8):
-        np.testing.assert_allclose(ours(found, numbers, *pieces), expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(ours(found, numbers, *pieces), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("flags", [{}, {"decoder_learned_pos": True}])
@@ -75,9 +75,9 @@ def test_programs_of_torch_read_so_too(flags: dict[str, Any]) -> None:
     numbers = found.number[words.numpy()]
     for pieces in ([], [3], [1] * 5):
         scores = ours(found, numbers, *pieces)
-        np.testing.assert_allclose(scores, theirs(found, words), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(scores, theirs(found, words), rtol=1e-5, atol=1e-5)
     alone = ours(found, numbers[:1], 1, 2)
-    np.testing.assert_allclose(alone, theirs(found, words[:1]), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(alone, theirs(found, words[:1]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("flags", [{}, {"decoder_learned_pos": True}])
@@ -87,7 +87,7 @@ def test_nobody_looks_at_padding(flags: dict[str, Any]) -> None:
     numbers = found.number[words.numpy()]
     for pieces in ([], [3], [1] * 6):
         scores = ours(found, numbers, *pieces)
-        np.testing.assert_allclose(scores, theirs(found, words), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(scores, theirs(found, words), rtol=1e-5, atol=1e-5)
 
 
 def test_texts_of_different_lengths_are_read_together() -> None:
@@ -99,13 +99,15 @@ def test_texts_of_different_lengths_are_read_together() -> None:
     expected = [
         model.text(f"{one} {two}").log_probs() for one, two in zip(texts, more, strict=True)
     ]
-    np.testing.assert_allclose(text.log_probs(), np.concatenate(expected), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(text.log_probs(), np.concatenate(expected), rtol=1e-5, atol=1e-5)
     text.add("w004")
     alone = model.text("w005 w004").log_probs()
-    np.testing.assert_allclose(text.log_probs()[2:3], alone, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(text.log_probs()[2:3], alone, rtol=1e-5, atol=1e-5)
     together = model.score(texts)
     for one, score in zip(texts, together, strict=True):
-        np.testing.assert_allclose(model.score(one).log_probs, score.log_probs, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(
+            model.score(one).log_probs, score.log_probs, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_a_text_is_as_long_as_there_are_positions() -> None:
