@@ -80,6 +80,12 @@ def test_other_versions_are_refused(folder: Path) -> None:
         read_folder(folder)
 
 
+def test_folders_of_version_2_are_read(folder: Path) -> None:
+    path = folder / "model.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2}))
+    assert read_folder(folder)[1] == FILES
+
+
 def test_nothing_else_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="holds something else"):

@@ -41,9 +41,7 @@ def build_words(
         features.append(OwnNumbers(num_words, settings.word_dim - 1, input_dim, output_dim))
     if settings.further_tables:
         sizes = settings.further_tables, num_words, shape, input_dim, output_dim
-        features.append(
-            FurtherTables(*sizes, shared=shared, keep_input=settings.keep_input_table)
-        )
+        features.append(FurtherTables(*sizes, shared=shared, keep_input=settings.keep_input_table))
     table = PredictedTable(num_words, shape)
     seats = Seats(num_words, shape) if settings.keep_input_table else table
     vectors = ComponentVectors(shape, input_dim)

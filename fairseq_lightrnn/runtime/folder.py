@@ -19,7 +19,8 @@ __all__ = ["DESCRIPTION", "WORDS", "model_digest", "pack", "read_folder", "unpac
 DESCRIPTION = "model.json"
 WORDS = "words.npz"
 _FORMAT = "fairseq_lightrnn export"
-_VERSION = 2
+_VERSION = 3
+_READABLE = 2, 3  # in those of version 2 no word moved in further tables
 
 
 def write_folder(
@@ -86,7 +87,7 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         hashes = {name: str(entry["sha256"]) for name, entry in files.items()}
     except (ValueError, TypeError, LookupError, AttributeError):
         raise ValueError(f"{path}: is damaged, or not of an exported model") from None
-    if version != _VERSION:
+    if version not in _READABLE:
         raise ValueError(f"{path}: was written by another version ({version}); export it again")
     contents = {}
     for name, digest in hashes.items():
