@@ -113,7 +113,8 @@ def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
     """Packs arrays of integers from 0 on into a compressed ``.npz``.
 
     Wider ones than a byte are stored as planes, first all lowest bytes, since that is what deflate
-    makes something of: 19-bit numbers take 19 bits.
+    makes something of: 19-bit numbers take 19 bits. They stand in row-major order, the only one
+    that the browser reads.
     """
     stored = {}
     for name, array in arrays.items():
@@ -121,7 +122,7 @@ def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
         while array.size and int(array.max()) >> (8 * planes):
             planes += 1
         shifts = 8 * np.arange(planes).reshape(-1, *[1] * array.ndim)
-        stored[name] = (array[None] >> shifts).astype(np.uint8)
+        stored[name] = (array[None] >> shifts).astype(np.uint8, order="C")
     file = io.BytesIO()
     # numpy's savez_compressed, but at the strongest level and without the time of writing.
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
