@@ -66,8 +66,7 @@ def export(
     order = np.random.default_rng(words).permutation(words)
     graphs = decoder_graphs(decoder, torch.from_numpy(order), quantise == "fp16")
     files = graph_files(graphs, form, quantise, 17)
-    cells = table_cells(decoder, order)
-    seating = Seating(shape, cells["cells"], cells.get("input_cells"), cells.get("further_cells"))
+    seating = Seating(shape, **table_cells(decoder, order))
     graphs_of = TorchGraphs(files) if form == "torch" else OnnxGraphs(files, 1)
     composition = "recurrent" if kind is Recurrent else "gated"
     network = Network(graphs_of, seating, composition, LAYERS, HIDDEN)
