@@ -210,6 +210,19 @@ def coordinates(model: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in model.items() if name.endswith(".coordinates")}
 
 
+def move_in_further_tables(folder: Path) -> None:
+    """Moves the words at random in those further tables that a model predicts them by."""
+    path = folder / "checkpoint_best.pt"
+    state = load(path)
+    moved = [name for name in coordinates(state["model"]) if ".tables." in name]
+    assert moved
+    for seed, name in enumerate(moved):
+        value = state["model"][name]
+        order = torch.randperm(len(value), generator=torch.Generator().manual_seed(seed))
+        state["model"][name] = value[order]
+    torch.save(state, path)
+
+
 def table_of(path: Path, shape: tuple[int, ...], side: str = "decoder") -> WordTable:
     """Returns the table that a checkpoint's model predicts words by, or reads the source's by."""
     found = coordinates(load(path)["model"])

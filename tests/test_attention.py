@@ -55,15 +55,15 @@ def slow_log_prob(decoder: Decoder, words: list[int], state: Any, memory: Memory
     def vector(component: int, value: int) -> Tensor:
         return reader.vectors.weight[sum(shape[:component]) + value]
 
-    def cells(word: int) -> list[int]:
+    def cells(word: int, tables: Any) -> list[int]:
         found = []
-        for number, table in enumerate(further.tables):
+        for number, table in enumerate(tables):
             for component, value in enumerate(table.table().coordinates[word].tolist()):
                 found.append(number * sum(shape) + sum(shape[:component]) + value)
         return found
 
     def features(word: int) -> Tensor:
-        vectors = further.input_vectors[cells(word)].sum(0)
+        vectors = further.input_vectors[cells(word, further.kept_tables or further.tables)].sum(0)
         return own.projection.weight @ own.numbers[word] + vectors
 
     def read(x: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -91,7 +91,7 @@ def slow_log_prob(decoder: Decoder, words: list[int], state: Any, memory: Memory
                 if component == components - 1:
                     logit = logit + bias.bias[other]
                     logit = logit + own.numbers[other] @ (own.query.weight @ base)
-                    vectors = further.output_vectors[cells(other)].sum(0)
+                    vectors = further.output_vectors[cells(other, further.tables)].sum(0)
                     logit = logit + vectors @ (further.query.weight @ base)
                 logits[row[component]] = logit
         total = torch.logsumexp(torch.stack(list(logits.values())), 0)

@@ -41,10 +41,10 @@ class StepByStep:
     def vector(self, vectors: ComponentVectors, component: int, value: int) -> Tensor:
         return vectors.weight[sum(self.shape[:component]) + value]
 
-    def further_cells(self, word: int) -> list[int]:
-        """The vectors that a word has in further tables."""
+    def further_cells(self, word: int, tables: Any) -> list[int]:
+        """The vectors that a word has in some further tables."""
         places = []
-        for number, table in enumerate(self.further.tables):
+        for number, table in enumerate(tables):
             start = number * sum(self.shape)
             for component, value in enumerate(table.table().coordinates[word].tolist()):
                 places.append(start + sum(self.shape[:component]) + value)
@@ -54,7 +54,8 @@ class StepByStep:
         if self.own is None:
             return 0.0
         vector = self.own.projection.weight @ self.own.numbers[word]
-        return vector + self.further.input_vectors[self.further_cells(word)].sum(0)
+        read_by = self.further.kept_tables or self.further.tables
+        return vector + self.further.input_vectors[self.further_cells(word, read_by)].sum(0)
 
     def read(self, vector: Tensor) -> Tensor:
         output, self.state = self.decoder.network(vector.view(1, 1, -1), self.state)
@@ -114,7 +115,8 @@ class StepByStep:
                 if component == len(self.shape) - 1 and self.own is not None:
                     query = self.own.query.weight @ base
                     logit = logit + self.bias.bias[other] + self.own.numbers[other] @ query
-                    vectors = self.further.output_vectors[self.further_cells(other)].sum(0)
+                    places = self.further_cells(other, self.further.tables)
+                    vectors = self.further.output_vectors[places].sum(0)
                     logit = logit + vectors @ (self.further.query.weight @ base)
                 logits[value] = logit
         chosen = logits[self.coordinates[word][component]]

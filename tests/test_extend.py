@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fairseq_run import train
+import torch
+from fairseq_run import move_in_further_tables, train
 
 from fairseq_lightrnn.commands import extend
 from fairseq_lightrnn.core.features import FurtherTables, WordBias
+from fairseq_lightrnn.core.seats import Seats
 from fairseq_lightrnn.core.table import WordTable
 from fairseq_lightrnn.language_model import LanguageModel
 from fairseq_lightrnn.resizing import grown_shape
@@ -22,6 +24,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "further tables": {"arch": "lightrnn_lm_gated", "further_tables": "2"},
     "three components": {"arch": "lightrnn_lm", "table_shape": "5x5x4"},
     "input table": {"arch": "lightrnn_lm_gated", "table_shape": "10x6"},
+    "input tables": {"arch": "lightrnn_lm_gated", "further_tables": "2"},
+    "input tables with room": {
+        "arch": "lightrnn_lm_gated", "further_tables": "2", "table_shape": "10x6"
+    },
     "softmax": {"arch": "lightrnn_lm", "table_shape": "1d"},
 }  # fmt: skip
 NEW = ("5", "9", "13", "17")
@@ -46,8 +52,10 @@ def checkpoint(
     request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    more = ["--keep-input-table"] if request.param == "input table" else []
+    more = ["--keep-input-table"] if "input" in request.param else []
     train(data, folder, *more, max_epoch=4, **KINDS[request.param])
+    if "input tables" in request.param:
+        move_in_further_tables(folder)
     return folder
 
 
@@ -99,6 +107,30 @@ def test_new_words_get_cells_and_old_ones_keep_their_probabilities(extended: Any
     assert new.dictionary.count[-1] == min(counts.values())
     for prefix in ("", "w1", "w1 w8 w3"):
         check_ratios(old, new, prefix)
+
+
+def check_tables(old: LanguageModel, new: LanguageModel) -> None:
+    """Every word has a cell in every table, and the words that stay are read as they were."""
+    for table in new.model.modules():
+        if isinstance(table, Seats):
+            assert len(set(table.table().cells.tolist())) == len(new.dictionary)
+    for word in set(old.dictionary.symbols) & set(new.dictionary.symbols):
+        torch.testing.assert_close(new.embedding(word), old.embedding(word))
+
+
+def test_new_words_get_cells_in_all_tables(extended: Any) -> None:
+    check_tables(*extended[:2])
+
+
+def test_new_words_are_read_where_they_are_predicted_or_near(extended: Any) -> None:
+    old, new, _ = extended
+    words = new.model.decoder.words
+    for predicted, read in zip(words.further_tables, words.further_input_tables, strict=False):
+        taken = read.table().cells[: len(old.dictionary)]
+        free = np.setdiff1d(np.arange(read.table().num_cells), taken)
+        first = predicted.table().cells[len(old.dictionary)]
+        distance = abs(read.table().cells[len(old.dictionary)] - first)
+        assert distance == np.abs(free - first).min()
 
 
 def test_new_words_are_as_frequent_as_in_their_text(extended: Any) -> None:
@@ -176,6 +208,7 @@ def test_words_are_dropped(checkpoint: Path, tmp_path: Path) -> None:
     )
     assert len(new.dictionary) == len(old.dictionary) - 2
     assert "w1" not in new.dictionary.indices
+    check_tables(old, new)
     after, before = probabilities(new, "w3"), probabilities(old, "w3")
     assert sum(after.values()) == pytest.approx(1, abs=1e-5)
     for words in by_prefix(new).values():

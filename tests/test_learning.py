@@ -86,6 +86,17 @@ def test_new_words_take_from_their_row_alone(model: ExportedModel) -> None:
         assert (ratios < 1 + 1e-4).all()
 
 
+def test_new_words_take_empty_cells_of_every_table(model: ExportedModel) -> None:
+    before = model.network.seating.empty()
+    seat(model)
+    assert model.learnt.cells.shape == (len(before), 2)
+    for cells, empty in zip(model.learnt.cells, before, strict=True):
+        assert empty[cells].all()
+        empty[cells] = False
+    assert (model.network.seating.empty() == before).all()
+    assert (before.sum(axis=1) == before[0].sum()).all()
+
+
 @pytest.mark.parametrize("kind", CONDITIONERS)
 def test_a_seat_is_the_best_of_all_seats(kind: Any) -> None:
     model = text_model(export(kind, 10, (4, 4), scale=0.6))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fairseq_run import train
+from fairseq_run import move_in_further_tables, train
 from scipy.stats import chisquare
 
 from fairseq_lightrnn.commands import export as export_command
@@ -25,11 +25,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "paper": {"arch": "lightrnn_lm"},
     "own numbers": {"arch": "lightrnn_lm_gated", "word_dim": 3},
     "further tables": {"arch": "lightrnn_lm_gated", "further_tables": "2", "num_layers": 2},
+    "input tables": {"arch": "lightrnn_lm_gated", "further_tables": "2"},
     "three components": {"arch": "lightrnn_lm", "table_shape": "4x4x4"},
     "softmax": {"arch": "lightrnn_lm", "table_shape": "1d"},
     "transformer": {"arch": "lightrnn_transformer_lm", "word_dim": 3},
 }  # fmt: skip
-FLAGS = {"further tables": ["--keep-input-table"], "three components": ["--carry-hidden-state"]}
+FLAGS = {
+    "input tables": ["--keep-input-table"], "further tables": ["--keep-input-table"],
+    "three components": ["--carry-hidden-state"],
+}  # fmt: skip
 TEXTS = ["w1 w8 unheard-of", "", "w3 w21 w5 w5 w7 w9 w11", "w2"]
 
 
@@ -49,6 +53,8 @@ def pair(
         *FLAGS.get(request.param, []),
         **KINDS[request.param],
     )
+    if request.param == "input tables":
+        move_in_further_tables(checkpoint)
     folder = tmp_path_factory.mktemp("exported") / "model"
     export_command.main([str(checkpoint), "-o", str(folder), "--text", str(data / "../valid.txt")])
     return SimpleNamespace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -26,6 +27,14 @@ def test_numbers_survive_packing(numbers: list[int]) -> None:
 def test_nineteen_bits_take_nineteen_bits() -> None:
     cells = np.random.default_rng(0).permutation(1 << 18)
     assert len(pack({"cells": cells})) < 18.5 / 8 * len(cells)
+
+
+def test_all_stand_in_row_major_order() -> None:
+    array = np.asfortranarray(np.arange(600).reshape(20, 30))
+    with np.load(io.BytesIO(pack({"a": array}))) as stored:
+        planes = stored["a"]
+    assert planes.flags.c_contiguous
+    assert (planes[0] + 256 * planes[1].astype(int)).tolist() == array.tolist()
 
 
 def test_equal_content_gives_equal_bytes() -> None:
@@ -78,6 +87,12 @@ def test_other_versions_are_refused(folder: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 9}))
     with pytest.raises(ValueError, match="another version"):
         read_folder(folder)
+
+
+def test_folders_of_version_2_are_read(folder: Path) -> None:
+    path = folder / "model.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2}))
+    assert read_folder(folder)[1] == FILES
 
 
 def test_nothing_else_is_overwritten(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, Browser
-from fairseq_run import train
+from fairseq_run import move_in_further_tables, train
 
 from fairseq_lightrnn.commands import export
 from fairseq_lightrnn.export.page import page_files
@@ -26,6 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "paper": {"arch": "lightrnn_lm"},
     "own numbers": {"arch": "lightrnn_lm_gated", "word_dim": 3},
     "further tables": {"arch": "lightrnn_lm_gated", "further_tables": "2"},
+    "input tables": {"arch": "lightrnn_lm_gated", "further_tables": "2"},
     "three components": {"arch": "lightrnn_lm_gated", "table_shape": "4x4x4"},
     "transformer": {"arch": "lightrnn_transformer_lm", "word_dim": 3},
 }
@@ -60,7 +61,10 @@ def page(
     except ValueError as error:
         pytest.skip(str(error))
     checkpoint, folder = tmp_path_factory.mktemp("trained"), tmp_path_factory.mktemp("x") / "web"
-    train(data, checkpoint, max_epoch=2, **KINDS[request.param])
+    more = ["--keep-input-table"] if request.param == "input tables" else []
+    train(data, checkpoint, *more, max_epoch=2, **KINDS[request.param])
+    if request.param == "input tables":
+        move_in_further_tables(checkpoint)
     export.main([
         str(checkpoint), "-o", str(folder), "--format", "web",
         "--quantize", QUANTISED.get(request.param, "none"),

@@ -70,8 +70,7 @@ def export(
     order = np.append(order[order != PAD], PAD)  # texts begin with the first, never with padding
     graphs = decoder_graphs(decoder, torch.from_numpy(order), quantise == "fp16")
     files = graph_files(graphs, form, quantise, 17)
-    cells = table_cells(decoder, order)
-    seating = Seating(shape, cells["cells"], cells.get("input_cells"), cells.get("further_cells"))
+    seating = Seating(shape, **table_cells(decoder, order))
     graphs_of = TorchGraphs(files) if form == "torch" else OnnxGraphs(files, 1)
     number, says = np.argsort(order), describe(decoder)
     memory = memory_of({"model": says, "padding": int(number[PAD])})

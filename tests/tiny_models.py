@@ -62,8 +62,8 @@ def build(
 ) -> Any:
     """A random model in double precision and evaluation mode.
 
-    With ``extras`` it has every feature of words and a feed-forward layer; and an input table of
-    its own where it can have one.
+    With ``extras`` it has every feature of words and a feed-forward layer; and input tables of
+    their own where it can have them.
     """
     if kind == "transformer":
         return build_transformer(words, shape, seed, scale, extras, **more)
@@ -94,13 +94,12 @@ def build_recurrent(
     torch.manual_seed(seed)
     table = PredictedTable(words, shape)
     own_table = extras and kind is Gated
-    further = FurtherTables(
-        2, words, shape, DIM, HIDDEN, keep_input=own_table, query_dim=HIDDEN - 1
-    )
+    sizes = words, shape, DIM, HIDDEN
+    further = FurtherTables(2, *sizes, keep_input=own_table, query_dim=HIDDEN - 1)
     features: list[WordFeature] = [WordBias(words), OwnNumbers(words, 2, DIM, HIDDEN), further]
     seats = Seats(words, shape) if own_table else table
-    kept: Any = [seats, *further.kept_tables] if own_table else []
-    shuffle_tables([table, *kept, *further.tables], seed)
+    read_by = [seats] if own_table else []
+    shuffle_tables([table, *read_by, *further.tables, *further.kept_tables], seed)
     features = features if extras else []
     reader = Reader(seats, ComponentVectors(shape, DIM), features, component_dropout)
     softmax = ComponentSoftmax(table, ComponentVectors(shape, HIDDEN), features)
@@ -148,9 +147,9 @@ def build_transformer(
     model = LightRNNTransformerLanguageModel.build_model(cfg, language_task(words))
     model.double().eval()
     head = model.decoder.words
-    input_table = [head.input_table] if head.input_table is not None else []
-    tables = [*head.further_input_tables, *head.further_tables]
-    shuffle_tables([head.table, *input_table, *tables], seed)
+    read_by = [head.input_table] if head.input_table is not None else []
+    tables = [head.table, *read_by, *head.further_tables, *head.further_input_tables]
+    shuffle_tables(tables, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "layer_norm" not in name:

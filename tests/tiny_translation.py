@@ -72,8 +72,9 @@ def build(
     job = task(source or dictionary(11, "s"), dictionary(words))
     model: Any = MODEL_REGISTRY[architecture].build_model(cfg, job)
     own = model.decoder.words
-    input_table = [own.input_table] if own.input_table is not None else []
-    for number, table in enumerate([own.table, *input_table, *own.further_tables]):
+    read_by = [own.input_table] if own.input_table is not None else []
+    tables = [own.table, *read_by, *own.further_tables, *own.further_input_tables]
+    for number, table in enumerate(tables):
         cells = np.random.default_rng((words, number)).permutation(table.table().cells)
         table.seat(WordTable.from_cells(cells, shape))
     model.double().eval()

@@ -180,9 +180,8 @@ class _Effects:
     def own(self, prefixes: Tensor) -> Tensor:
         """Returns what words cost themselves with prefixes (W, K): (W, K, R_k)."""
         costs = self.of_last.new_zeros(*prefixes.shape, self.of_last.size(1))
-        for some in (
-            (self.which >= 0).nonzero().squeeze(1).split(max(1, _AT_ONCE // costs[0].numel()))
-        ):
+        known = (self.which >= 0).nonzero().squeeze(1)
+        for some in known.split(max(1, _AT_ONCE // costs[0].numel())):
             words, norm = self.which[some], self.norm[some]
             # log Z⁻ - s0
             left = norm + log_one_minus(self.logits[some, words] - norm) - self.rest[some, words]

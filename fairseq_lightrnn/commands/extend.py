@@ -19,12 +19,14 @@ from fairseq_lightrnn.checkpoint import find_checkpoint, load_state, save_state
 from fairseq_lightrnn.commands.run import command
 from fairseq_lightrnn.commands.text import read_texts
 from fairseq_lightrnn.core.decoder import Decoder
-from fairseq_lightrnn.core.features import FurtherTables, WordBias, find_feature
+from fairseq_lightrnn.core.features import WordBias
 from fairseq_lightrnn.core.seats import Seats
 from fairseq_lightrnn.language_model import LanguageModel
 from fairseq_lightrnn.models.vocabulary import vocabulary_digest
+from fairseq_lightrnn.models.word_head import WordHead
 from fairseq_lightrnn.new_words import Seated, count_new_words, seat_new_words
 from fairseq_lightrnn.resizing import grown_shape, resize
+from fairseq_lightrnn.runtime.seating import nearest_empty
 
 __all__ = ["main"]
 
@@ -124,30 +126,36 @@ def _resized(
     shape: tuple[int, ...],
 ) -> dict[str, torch.Tensor]:
     """Returns the parameters of the new model, its words seated."""
-    decoder = model.decoder
-    further = find_feature(decoder.reader.features, FurtherTables)
-    tables: list[Seats] = [] if further is None else [*further.tables]  # type: ignore[list-item]
+    decoder, tables = model.decoder, model.model.decoder.words.further_tables
     taken = [_cells(table, kept, shape) for table in (decoder.head.table, *tables)]
     seated = seat_new_words(model, words, lines, shape, taken[0], taken[1:]) if words else Seated(
         *(np.zeros((len(tables), 0) if i == 1 else 0, dtype=np.int64) for i in range(4))
     )  # fmt: skip
+    cells = _new_cells(model.model.decoder.words, seated, kept, shape)
     columns = shape[-1] - decoder.head.table.shape[-1]
     result = resize(model.model, state, kept, len(words), columns)
     for name, module in model.model.named_modules(remove_duplicate=False):
         key = f"{name}.coordinates"
         if isinstance(module, Seats) and key in result and words:
-            if module in tables:
-                cells = seated.further_cells[tables.index(module)]
-            elif module is decoder.head.table:
-                cells = seated.cells
-            else:
-                cells = _beside(seated.cells, _cells(module, kept, shape), shape)
-            coordinates = np.stack(np.unravel_index(cells, shape), axis=1)
+            coordinates = np.stack(np.unravel_index(cells[module], shape), axis=1)
             result[key][-len(words) :] = torch.from_numpy(coordinates)
         if isinstance(module, WordBias) and f"{name}.bias" in result and words:
             result[f"{name}.bias"][-len(words) :] = torch.from_numpy(seated.biases)
         if module is decoder.head.softmax and columns and len(seated.column_biases):
             result[f"{name}.bias"][-columns:] = torch.from_numpy(seated.column_biases)
+    return result
+
+
+def _new_cells(
+    words: WordHead, seated: Seated, kept: torch.Tensor, shape: tuple[int, ...]
+) -> dict[Seats, np.ndarray]:
+    """Returns the cells of the new words in each table."""
+    cells = [seated.cells, *seated.further_cells]
+    result = dict(zip([words.table, *words.further_tables], cells, strict=True))
+    if words.input_table is not None:
+        read_by = [words.input_table, *words.further_input_tables]
+        for table, predicted in zip(read_by, cells, strict=True):
+            result[table] = _beside(predicted, _cells(table, kept, shape), shape)
     return result
 
 
@@ -166,8 +174,7 @@ def _beside(cells: np.ndarray, taken: np.ndarray, shape: tuple[int, ...]) -> np.
     free[taken] = False
     result = []
     for cell in cells.tolist():
-        empty = np.flatnonzero(free)
-        nearest = int(empty[np.abs(empty - cell).argmin()])
+        nearest = nearest_empty(free, cell)
         free[nearest] = False
         result.append(nearest)
     return np.array(result, dtype=np.int64)

@@ -32,6 +32,7 @@ from fairseq_lightrnn.files import whole_file
 from fairseq_lightrnn.language_model import find_device
 from fairseq_lightrnn.models.flags import parse_shape, settle
 from fairseq_lightrnn.models.word_head import WordHead
+from fairseq_lightrnn.tasks.flags import REALLOCATION_MEMORY
 from fairseq_lightrnn.tasks.reallocator import Reallocator, log_reallocation
 
 __all__ = ["main"]
@@ -67,7 +68,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--words", type=int, metavar="N",
         help="seat words by about this many words of text, and measure the new table of true-loss "
         "by as many others (default: all)")  # fmt: skip
-    add("--memory", type=float, default=8.0, metavar="GIB",
+    add("--memory", type=float, default=REALLOCATION_MEMORY, metavar="GIB",
         help="GiB that statistics, costs and memories of the text may take, besides some 300 bytes "
         "a word (default: %(default)s)")  # fmt: skip
     add("--export", metavar="DIR", help="also write the statistics, the table and the output "

@@ -116,12 +116,17 @@ def pack_words(
     """Returns the file of words: how they are spelt, front-coded, and where they sit."""
     cells = table_cells(decoder, order)
     if "further_cells" in cells:
-        cells |= code_cells(cells["further_cells"], math.prod(decoder.head.table.shape))
+        read_by = cells.pop("further_input_cells", None)
+        size = math.prod(decoder.head.table.shape)
+        cells |= code_cells(cells["further_cells"], size, read_by)
     return pack({"shared": shared, "rest": rest, **cells})
 
 
 def table_cells(decoder: Decoder | TransformerText, order: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the cells of the words, in the order of their numbers, in each table."""
+    """Returns the cells of the words, in the order of their numbers, in each table.
+
+    They have the names of :class:`Seating`'s arguments.
+    """
     table = decoder.head.table
     cells = {"cells": table.table().cells[order]}
     if decoder.reader.seats is not table:
@@ -129,6 +134,9 @@ def table_cells(decoder: Decoder | TransformerText, order: np.ndarray) -> dict[s
     further = find_feature(decoder.head.softmax.features, FurtherTables)
     if further is not None:
         cells["further_cells"] = np.stack([one.table().cells[order] for one in further.tables])
+        read_by = [one.table().cells[order] for one in further.kept_tables]
+        if read_by:
+            cells["further_input_cells"] = np.stack(read_by)
     return cells
 
 

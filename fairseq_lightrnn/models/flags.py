@@ -68,8 +68,9 @@ class TableConfig(FairseqDataclass):
         metadata={
             "help": "read words by the initial tables for good, so that reallocation moves them in "
             "the tables that predict them alone and unsettles nothing that was learnt of reading; "
-            "words move in further tables only with it (default: on where a reallocation by the true loss can have it so, which is in models "
-            "but the paper's whose input and output vectors are not shared)"
+            "words move in further tables only with it (default: on where a reallocation by the "
+            "true loss can have it so, which is in models but the paper's whose input and output "
+            "vectors are not shared)"
         },
     )
     output_ffn_dim: Optional[int] = field(

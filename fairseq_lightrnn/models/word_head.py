@@ -89,9 +89,8 @@ class WordHead:
         return [] if self._further is None else cast(list[Seats], [*self._further.kept_tables])
 
     @property
-    def _further(self) -> FurtherTables | None:
-        found: FurtherTables | None = find_feature(self.head.softmax.features, FurtherTables)
-        return found
+    def _further(self) -> Any:
+        return find_feature(self.head.softmax.features, FurtherTables)
 
     def log_probs(self, features: Tensor, words: Tensor) -> Tensor:
         """Scores words by the features that predict them.

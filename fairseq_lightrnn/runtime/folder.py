@@ -19,7 +19,8 @@ __all__ = ["DESCRIPTION", "WORDS", "model_digest", "pack", "read_folder", "unpac
 DESCRIPTION = "model.json"
 WORDS = "words.npz"
 _FORMAT = "fairseq_lightrnn export"
-_VERSION = 2
+_VERSION = 3
+_READABLE = 2, 3  # in those of version 2 no word moved in further tables
 
 
 def write_folder(
@@ -86,7 +87,7 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         hashes = {name: str(entry["sha256"]) for name, entry in files.items()}
     except (ValueError, TypeError, LookupError, AttributeError):
         raise ValueError(f"{path}: is damaged, or not of an exported model") from None
-    if version != _VERSION:
+    if version not in _READABLE:
         raise ValueError(f"{path}: was written by another version ({version}); export it again")
     contents = {}
     for name, digest in hashes.items():
@@ -112,7 +113,8 @@ def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
     """Packs arrays of integers from 0 on into a compressed ``.npz``.
 
     Wider ones than a byte are stored as planes, first all lowest bytes, since that is what deflate
-    makes something of: 19-bit numbers take 19 bits.
+    makes something of: 19-bit numbers take 19 bits. They stand in row-major order, the only one
+    that the browser reads.
     """
     stored = {}
     for name, array in arrays.items():
@@ -120,7 +122,7 @@ def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
         while array.size and int(array.max()) >> (8 * planes):
             planes += 1
         shifts = 8 * np.arange(planes).reshape(-1, *[1] * array.ndim)
-        stored[name] = (array[None] >> shifts).astype(np.uint8)
+        stored[name] = (array[None] >> shifts).astype(np.uint8, order="C")
     file = io.BytesIO()
     # numpy's savez_compressed, but at the strongest level and without the time of writing.
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:

@@ -23,7 +23,7 @@ class Learnt:
 
     Attributes:
         words: N new words, numbered behind the model's own as they come.
-        cells: of these, integers of shape (2 + M, N); see :meth:`Seating.empty`.
+        cells: of these, integers of shape (T, N); see :meth:`Seating.empty`.
         biases: that these were seated with, (N,).
         moved: the numbers of C words, new ones among them, that were moved since, in their order.
         added: to the biases of those, (C,).
@@ -42,7 +42,7 @@ class Learnt:
         """Returns what a model has learnt at first.
 
         Args:
-            tables: that a word has a cell in, 2 + M.
+            tables: that a word has a cell in, T.
             size: e.
         """
         return cls(

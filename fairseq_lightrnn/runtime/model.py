@@ -78,12 +78,9 @@ class ExportedModel(TextModel):
         """Puts a model together from what its JSON file says and the contents of the others."""
         numbers, arrays = description["model"], unpack(files[WORDS])
         vocabulary = Vocabulary(arrays["shared"], arrays["rest"])
-        seating = Seating(
-            numbers["shape"],
-            arrays["cells"],
-            arrays.get("input_cells"),
-            decode_cells(arrays, math.prod(numbers["shape"])),
-        )
+        further = decode_cells(arrays, math.prod(numbers["shape"]))
+        read_by = arrays.get("input_cells")
+        seating = Seating(numbers["shape"], arrays["cells"], read_by, *further)
         graphs: Graphs
         if description["graphs"] == "torch":
             from fairseq_lightrnn.runtime.torch_graphs import TorchGraphs

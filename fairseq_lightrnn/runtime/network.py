@@ -139,8 +139,7 @@ class Network:
         # those that were moved, (V,), 0 for all others; and of each place its numbers.
         self._moved: tuple[np.ndarray, np.ndarray] | None = None
         # Behind all vectors that words are read by stands one of zeros.
-        further = seating.seats.shape[1] // self.components
-        self._nothing = sum(seating.shape) * (1 + further)
+        self._nothing = sum(seating.shape) * (1 + seating.further)
         self._places = self._input_places()
         # Where some values lead to no word: 0 or -inf, (prefixes, R_i).
         self._added = [self._masks(component) for component in range(self.components)]
@@ -182,10 +181,10 @@ class Network:
 
     def _input_places(self) -> np.ndarray:
         """Returns where to read the vectors of each step of each word: (V, steps, P)."""
-        seating = self.seating
-        own, others = seating.places, seating.seats + sum(seating.shape)
+        every = self.seating.places
         if not self.recurrent:
-            return np.concatenate([own, others], axis=1)[:, None]
+            return every[:, None]
+        own, others = np.split(every, [self.components], axis=1)
         shape = len(own), self.components, 1 + others.shape[1]
         places: np.ndarray = np.full(shape, self._nothing, dtype=np.int32)
         places[:, :, 0] = own

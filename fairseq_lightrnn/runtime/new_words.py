@@ -15,6 +15,7 @@ import numpy as np
 
 from fairseq_lightrnn.runtime.learnt import Learnt
 from fairseq_lightrnn.runtime.network import Network, Position
+from fairseq_lightrnn.runtime.seating import nearest_empty
 
 __all__ = ["with_new_words"]
 
@@ -84,10 +85,10 @@ def _best_seat(
         others: some positions of the text.
         scale: how many each of those stands for.
     """
-    empty = network.seating.empty()
+    empty, end = network.seating.empty(), 2 + network.seating.further
     if not empty[0].any():
         return None
-    further = _further_cells(network, here, empty[2:])
+    further = _further_cells(network, here, empty[2:end])
     trial = network.with_one_everywhere(further)
     prefixes = _prefixes(trial, here, empty[0])
     if not len(prefixes):
@@ -103,10 +104,10 @@ def _best_seat(
     best = int(losses.argmin())
     prefix = prefixes[row[best]]
     cell = int(np.ravel_multi_index((*prefix.tolist(), int(column[best])), network.seating.shape))
-    # It is read by the same cell, or the nearest empty one of a table for reading alone.
-    to_read = np.flatnonzero(empty[1])
-    nearest = int(to_read[np.abs(to_read - cell).argmin()])
-    return _Seat([cell, nearest, *further], float(bias[best]))
+    read_by = nearest_empty(empty[1], cell)
+    # No rows are left if words are read by the further tables that they are predicted by.
+    beside = [nearest_empty(*one) for one in zip(empty[end:], further, strict=False)]
+    return _Seat([cell, read_by, *further, *beside], float(bias[best]))
 
 
 def _further_cells(network: Network, here: Position, empty: np.ndarray) -> list[int]:

@@ -8,7 +8,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["Seating"]
+__all__ = ["Seating", "nearest_empty"]
+
+
+def nearest_empty(free: np.ndarray, cell: int) -> int:
+    """Returns the empty cell that is the nearest to a cell in row-major order.
+
+    There a new word is read, in a table for reading alone, that is predicted in the cell.
+
+    Args:
+        free: which cells are empty, booleans.
+        cell: returned if it is empty itself.
+    """
+    empty = np.flatnonzero(free)
+    return int(empty[np.abs(empty - cell).argmin()])
 
 
 class Seating:
@@ -19,12 +32,15 @@ class Seating:
         cells: of the words in the table that they are predicted by, integers of shape (V,).
         input_cells: in the table that they are read by; by default the same.
         further_cells: in further tables, integers of shape (M, V).
+        further_input_cells: in those that they are read by; by default the same.
 
     Attributes:
         coordinates: of the words in the table that they are predicted by, int32 (V, k).
         words: the word of each cell, int32 of shape (prefixes, R_k), -1 where there is none.
-        seats: where words' vectors of further tables are, int32 (V, M·k).
-        places: where the vectors are that words are read by, int32 (V, k).
+        seats: where the vectors of further tables are that words are predicted with, int32
+            (V, M·k).
+        places: where the vectors are that words are read by, those of further tables behind those
+            of the first, int32 (V, (1 + M)·k).
     """
 
     def __init__(
@@ -33,34 +49,42 @@ class Seating:
         cells: np.ndarray,
         input_cells: np.ndarray | None = None,
         further_cells: np.ndarray | None = None,
+        further_input_cells: np.ndarray | None = None,
     ) -> None:
         self.shape = tuple(shape)
-        self.coordinates = self._coordinates(cells)
+        starts, size = self._starts, len(self.shape)
+        further = np.zeros((0, len(cells)), np.int32) if further_cells is None else further_cells
+        predicted = self._places([cells, *further])
+        self.coordinates = predicted[:, :size] - starts[:-1]
+        self.seats: np.ndarray = predicted[:, size:] - starts[-1]
         words = np.full(math.prod(self.shape), -1, dtype=np.int32)
         words[cells] = np.arange(len(cells), dtype=np.int32)
         self.words = words.reshape(-1, self.shape[-1])
-        starts = self._starts
-        read_by = self.coordinates if input_cells is None else self._coordinates(input_cells)
-        self.places = read_by + starts[:-1]
-        further = np.zeros((0, len(cells)), np.int32) if further_cells is None else further_cells
-        tables = [
-            self._coordinates(of_table) + starts[:-1] + number * starts[-1]
-            for number, of_table in enumerate(further)
-        ]
-        nothing = np.zeros((len(cells), 0), dtype=np.int32)
-        self.seats: np.ndarray = np.concatenate([nothing, *tables], axis=1)
+        self._reads_apart = further_input_cells is not None
+        read_by = further if further_input_cells is None else further_input_cells
+        self.places = self._places([cells if input_cells is None else input_cells, *read_by])
+
+    @property
+    def further(self) -> int:
+        """M, the number of further tables."""
+        return self.seats.shape[1] // len(self.shape)
 
     @property
     def tables(self) -> int:
-        """How many cells a word has: see :meth:`empty`."""
-        return 2 + self.seats.shape[1] // len(self.shape)
+        """T, how many cells a word has: see :meth:`empty`."""
+        return 2 + self.further * (1 + self._reads_apart)
 
     @property
     def _starts(self) -> np.ndarray:
         return np.cumsum([0, *self.shape], dtype=np.int32)
 
-    def _coordinates(self, cells: np.ndarray) -> np.ndarray:
-        return np.stack(np.unravel_index(cells, self.shape), axis=1).astype(np.int32)
+    def _places(self, tables: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns where the vectors of words' cells are, table by table, int32."""
+        starts, places = self._starts, []
+        for number, cells in enumerate(tables):
+            coordinates = np.stack(np.unravel_index(cells, self.shape), axis=1).astype(np.int32)
+            places.append(coordinates + starts[:-1] + number * starts[-1])
+        return np.concatenate(places, axis=1)
 
     def number(self, prefix: np.ndarray) -> np.ndarray:
         """Numbers prefixes (N, i) in row-major order: (N,)."""
@@ -70,18 +94,19 @@ class Seating:
         return number
 
     def empty(self) -> np.ndarray:
-        """Tells which cells are empty, bool (2 + M, cells).
+        """Tells which cells are empty, bool (T, cells).
 
         In the table that words are predicted by, in that they are read by, which may be the same,
-        and in each further one.
+        in each further one; and in each further one that they are read by, if those are others.
         """
         starts, size = self._starts, len(self.shape)
-        tables = [self.coordinates, self.places - starts[:-1]]
-        for number in range(self.tables - 2):
-            seats = self.seats[:, number * size : (number + 1) * size]
-            tables.append(seats - starts[:-1] - number * starts[-1])
-        result = np.ones((len(tables), self.words.size), dtype=bool)
-        for of_table, coordinates in zip(result, tables, strict=True):
+        places = [self.coordinates + starts[:-1], self.places[:, :size], self.seats]
+        if self._reads_apart:
+            places.append(self.places[:, size:])
+        every = np.concatenate(places, axis=1) % starts[-1]
+        result = np.ones((self.tables, self.words.size), dtype=bool)
+        for number, of_table in enumerate(result):
+            coordinates = every[:, number * size : (number + 1) * size] - starts[:-1]
             of_table[self.number(coordinates)] = False
         return result
 
@@ -89,9 +114,11 @@ class Seating:
         """Returns a seating with N more words, whose cells are in the order of :meth:`empty`.
 
         Args:
-            cells: integers of shape (2 + M, N).
+            cells: integers of shape (T, N); (2 + M, N) of words that are not read.
         """
-        more = Seating(self.shape, cells[0], cells[1], cells[2:])
+        end = 2 + self.further
+        read_by = cells[end:] if len(cells) > end else None
+        more = Seating(self.shape, cells[0], cells[1], cells[2:end], read_by)
         result = copy.copy(self)
         for name in ("coordinates", "places", "seats"):
             both = np.concatenate([getattr(self, name), getattr(more, name)])

@@ -17,6 +17,7 @@ from fairseq_lightrnn.tasks.schedule import reallocation_epochs
 
 __all__ = [
     "INITIAL_TABLES",
+    "REALLOCATION_MEMORY",
     "NEEDS",
     "Need",
     "TableTaskConfig",
@@ -28,6 +29,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 INITIAL_TABLES = ("random", "frequency", "cooccurrence")
+REALLOCATION_MEMORY = 8.0
+"""GiB that a reallocation may take unless told otherwise."""
 
 
 @dataclass
@@ -65,7 +68,7 @@ class TableTaskConfig(FairseqDataclass):
         },
     )
     reallocation_memory: float = field(
-        default=8.0,
+        default=REALLOCATION_MEMORY,
         metadata={
             "help": "GiB that a reallocation's statistics, costs and memories of the text may "
             "take, besides some 300 bytes a word; statistics that do not fit go to a file in the "
@@ -152,7 +155,7 @@ def _needs_independent_texts(flag: str, given: Callable[[Any], Any]) -> Need:
 NEEDS = (
     _needs_schedule("--reallocation-objective", "true-loss"),
     _needs_schedule("--reallocation-words"),
-    _needs_schedule("--reallocation-memory", "8.0"),
+    _needs_schedule("--reallocation-memory", str(REALLOCATION_MEMORY)),
     Need(
         "--random-block-lengths",
         lambda args, model: getattr(args, "random_block_lengths", False),

@@ -67,7 +67,7 @@ function integers(npy) {
   return result;
 }
 
-// Cells of words in further tables, one table after the other, as in runtime/cells.py.
+// Cells that words are read by in further tables, one table after the other: runtime/cells.py.
 function furtherCells(arrays, tables, size) {
   const words = arrays.cells.length;
   const result = new Int32Array(tables * words);
@@ -92,6 +92,13 @@ function furtherCells(arrays, tables, size) {
     }
   }
   return result;
+}
+
+// Those that they are predicted by: other ones for words that moved.
+function cellsInForce({ moved, moved_cells: cells }, read) {
+  if (!moved) return read;
+  let next = 0;
+  return read.map((cell, place) => (moved[place] ? cells[next++] : cell));
 }
 
 function compare(one, two) {
@@ -203,22 +210,32 @@ export class Model {
     for (let word = 0; word < this.cells.length; word++) this.words[this.cells[word]] = word;
     this.tables = this.description.model.further_tables;
     const further = furtherCells(arrays, this.tables, total);
-    const components = shape.length;
-    this.seats = new Int32Array(this.cells.length * this.tables * components);
-    for (let word = 0; word < this.cells.length; word++) {
-      for (let table = 0; table < this.tables; table++) {
-        const place = this.coordinates(further[table * this.cells.length + word]);
-        let start = table * this.size;
-        for (let i = 0; i < components; i++) {
-          this.seats[(word * this.tables + table) * components + i] = start + place[i];
-          start += shape[i];
-        }
-      }
-    }
+    const inForce = cellsInForce(arrays, further);
+    this.seats = this.seatsOf(inForce);
+    this.inputSeats = inForce === further ? this.seats : this.seatsOf(further);
     if (this.sessions.bias) {
       const every = Int32Array.from(this.cells, (_, word) => word);
       this.bias = (await this.run("bias", { words: [every, [every.length]] })).bias.data;
     }
+  }
+
+  // Where words' vectors of further tables are, word by word.
+  seatsOf(cells) {
+    const { shape, tables } = this;
+    const components = shape.length;
+    const words = this.cells.length;
+    const seats = new Int32Array(words * tables * components);
+    for (let word = 0; word < words; word++) {
+      for (let table = 0; table < tables; table++) {
+        const place = this.coordinates(cells[table * words + word]);
+        let start = table * this.size;
+        for (let i = 0; i < components; i++) {
+          seats[(word * tables + table) * components + i] = start + place[i];
+          start += shape[i];
+        }
+      }
+    }
+    return seats;
   }
 
   coordinates(cell) {
@@ -308,7 +325,7 @@ export class Model {
     });
     const perWord = this.tables * components;
     const others = Array.from(
-      this.seats.subarray(word * perWord, (word + 1) * perWord),
+      this.inputSeats.subarray(word * perWord, (word + 1) * perWord),
       (seat) => this.size + seat,
     );
     const nothing = this.size * (1 + this.tables);
