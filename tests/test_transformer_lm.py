@@ -112,7 +112,7 @@ class TestResume:
         records = train(data, whole, *switches, **flags)
         train(data, resumed, *switches, restore_file=whole / "checkpoint1.pt", **flags)
         assert_same_training(whole / "checkpoint2.pt", resumed / "checkpoint2.pt")
-        assert len(coordinates(load(whole / "checkpoint2.pt")["model"])) == 4
+        assert len(coordinates(load(whole / "checkpoint2.pt")["model"])) == 6
         loss = eval_lm(
             data, whole / "checkpoint2.pt", "--gen-subset", "valid", "--tokens-per-sample", 12
         )
