@@ -326,7 +326,6 @@ def main() -> None:
     if args.worker:
         worker(args)
         return
-    args.out.mkdir(parents=True, exist_ok=True)
     results = measure_each(
         args.out / _MEASURED, args.sizes, args.systems,
         lambda system, size: measure(system, size, args),

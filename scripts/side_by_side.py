@@ -98,7 +98,7 @@ def measure_each(
     """Measures systems with vocabularies of some sizes, those left out that were measured before.
 
     Args:
-        kept: the file of all records, to which each is added when it is there.
+        kept: the file of all records, to which each is added when it is there; its folder is made.
         sizes: words.
         systems: names.
         measure: returns the record of a system and a size, which names them.
@@ -106,6 +106,7 @@ def measure_each(
     Returns:
         All records of the file.
     """
+    kept.parent.mkdir(parents=True, exist_ok=True)
     systems = list(systems)
     for size in sizes:
         for system in systems:

@@ -117,9 +117,10 @@ def lower_loss(
     with steps.timed("costs"):
         occurrences = Occurrences(head, counts, _OCCURRENCES, memory // 4)
         gather_occurrences(text.contexts(), occurrences, text.device)
+    words = steps.movers(CANDIDATES)
     for number, seats in enumerate(further.tables):
         of_table = seed * len(further.tables) + number
-        market = partial(_further_market, steps, occurrences, further, number, of_table)
+        market = partial(_further_market, occurrences, further, number, words, of_table)
         done.append(steps.take(cast(Seats, seats), done[-1].loss_after, market))
     return done
 
@@ -208,8 +209,7 @@ class _Steps:
 def _market(steps: _Steps, statistics: AllocationStatistics, seed: int) -> Market | None:
     """Measures what cells of the first table cost words: returns that on the first worker."""
     head, counts, text = steps.head, steps.counts, steps.text
-    prefixes = head.table.number(head.table.coordinates[:, :-1].long())
-    count = min(CANDIDATES, len(prefixes.unique()))
+    count = min(CANDIDATES, len(head.table.prefixes.unique()))
     words = steps.movers(count)
     candidates = numbers_of_first_worker(
         lambda: candidate_prefixes(statistics, head.softmax, words, count, seed),
@@ -230,12 +230,11 @@ def _market(steps: _Steps, statistics: AllocationStatistics, seed: int) -> Marke
 
 
 def _further_market(
-    steps: _Steps, occurrences: Occurrences, further: FurtherTables, number: int, seed: int
+    occurrences: Occurrences, further: FurtherTables, number: int, words: Tensor, seed: int
 ) -> Market | None:
     """Does so for a further table, by a sample of the occurrences, which the first worker has."""
     if rank() > 0:
         return None
-    words = steps.movers(CANDIDATES)
     candidates, costs = further_costs(occurrences, further, number, words, seed=seed)
     table = cast(Seats, further.tables[number]).table()
     return Market(table, words.cpu().numpy(), candidates, costs)

@@ -29,12 +29,11 @@ from torch import Tensor
 
 from fairseq_lightrnn.allocation.cell_costs import log_one_minus, prefix_coordinates
 from fairseq_lightrnn.allocation.neighbours import MOST_LOGIT
-from fairseq_lightrnn.allocation.occurrences import Occurrences, Seen
+from fairseq_lightrnn.allocation.occurrences import Occurrences
 from fairseq_lightrnn.allocation.true_loss import CANDIDATES, choose_prefixes
 from fairseq_lightrnn.core.features import FurtherTables
 from fairseq_lightrnn.core.seats import PredictedTable, Seats
 from fairseq_lightrnn.core.softmax import at_least_float32
-from fairseq_lightrnn.core.table import prefix_number
 
 __all__ = ["further_costs"]
 
@@ -66,8 +65,7 @@ def further_costs(
         over the whole text less that of the present cell, (n, K, R_k); on the CPU.
     """
     head, seats = occurrences.head, cast(Seats, further.tables[number])
-    coordinates = seats.coordinates.long()
-    prefixes = cast(Tensor, prefix_number(coordinates[:, :-1], seats.shape))
+    prefixes, last_of = seats.prefixes, seats.coordinates[:, -1].long()
     untaken = torch.ones(math.prod(seats.shape[:-1]), dtype=torch.bool, device=words.device)
     untaken[prefixes] = False
     count = min(count, int((~untaken).sum()))
@@ -78,14 +76,27 @@ def further_costs(
     index[words] = torch.arange(len(words), device=words.device)
     place = list(head.softmax.features).index(further)
     generator = torch.Generator().manual_seed(seed)
+    columns = head.table.coordinates[:, -1].long()
     for prefix in range(math.prod(head.table.shape[:-1])):
         seen, movers = occurrences.of(prefix), _movers(head.table, prefix, index)
         if not len(seen.words) or not len(movers.words):
             continue
         *parts, of_last = further.score_table(cast(Tensor, seen.queries[place]), number)
         of_prefixes = at_least_float32(_sums(parts))
-        present, last = prefixes[movers.words], coordinates[movers.words, -1]
-        effects = _Effects.of(seen, movers, of_prefixes, at_least_float32(of_last), present, last)
+        present, last = prefixes[movers.words], last_of[movers.words]
+        mover_of = words.new_full((head.table.shape[-1],), -1)
+        mover_of[movers.columns] = torch.arange(len(last), device=words.device)
+        logits = seen.logits[:, movers.columns]
+        of_last = at_least_float32(of_last)
+        effects = _Effects(
+            logits,
+            rest=logits - of_prefixes[:, present] - of_last[:, last],
+            norm=torch.logsumexp(seen.logits, dim=1),
+            which=mover_of[columns[seen.words]],
+            weights=seen.weights,
+            of_prefixes=of_prefixes,
+            of_last=of_last,
+        )
         steep = effects.slopes().masked_fill_(untaken, math.inf)
         chosen = choose_prefixes(steep, present, count, generator)
         found = effects.own(chosen) + effects.others(chosen)
@@ -150,24 +161,6 @@ class _Effects:
     weights: Tensor
     of_prefixes: Tensor
     of_last: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        seen: Seen,
-        movers: _Movers,
-        of_prefixes: Tensor,
-        of_last: Tensor,
-        present: Tensor,
-        last: Tensor,
-    ) -> _Effects:
-        """Puts together what is known; the W words have the cells (present, last) now."""
-        logits = seen.logits[:, movers.columns]
-        rest = logits - of_prefixes[:, present] - of_last[:, last]
-        same = seen.words[:, None] == movers.words
-        which = torch.where(same.any(1), same.int().argmax(1), -1)
-        norm = torch.logsumexp(seen.logits, dim=1)
-        return cls(logits, rest, norm, which, seen.weights, of_prefixes, of_last)
 
     def slopes(self) -> Tensor:
         """Returns how the loss rises with what each prefix gives each word, (W, A)."""

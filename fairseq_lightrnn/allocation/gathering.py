@@ -162,9 +162,10 @@ def gather_cell_losses(
     """
     chosen = []
     for number, words, context in batches:
-        losses.add(words, context, _draws(number, words)[0])
+        draws = _draws(number, words)
+        losses.add(words, context, draws[0])
         if occurrences is not None:
-            chosen.append(occurrences.choose(words, context, _draws(number, words)[1]))
+            chosen.append(occurrences.choose(words, context, draws[1]))
     if world_size() > 1:
         for tensor in (losses.losses, losses.kept):
             for block in tensor.split(_SENT_WORDS):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Occurrences:
         self, head: ComponentHead, counts: Tensor, most: int, memory: float = math.inf
     ) -> None:
         self.head = head
-        self._prefixes = cast(Tensor, head.table.number(head.table.coordinates[:, :-1].long()))
+        self._prefixes = head.table.prefixes
         while most > 1 and counts.clamp(max=most).sum() * 4 * self.row_size > memory:
             most //= 2
         self._chances = occurrence_shares(counts, most)

@@ -63,7 +63,7 @@ def candidate_prefixes(
         Numbers of prefixes, int32 of shape (n, K), the present one first.
     """
     table = softmax.table
-    present = table.number(table.coordinates[:, :-1].long())
+    present = table.prefixes
     taken = torch.zeros(math.prod(table.shape[:-1]), dtype=torch.bool, device=present.device)
     taken[present] = True
     device = statistics.sums.device
@@ -201,10 +201,10 @@ def measured_costs(
         neighbours: what presence costs others, or None where words have no features.
     """
     costs = _presence(losses, neighbours)
-    words = losses.words.cpu()
+    words, counts = losses.words.cpu(), counts.cpu()
     now = torch.from_numpy(table.coordinates[words.numpy(), -1].astype(np.int64))
     for some in torch.arange(len(words)).split(_BLOCK):
-        paid = _own_costs(losses, some, counts.cpu()[words[some]]) + costs[some]
+        paid = _own_costs(losses, some, counts[words[some]]) + costs[some]
         costs[some] = (paid - paid[torch.arange(len(some)), 0, now[some]][:, None, None]).float()
     return costs
 

@@ -47,6 +47,11 @@ class Seats(nn.Module):
         """k, the number of coordinates of a word."""
         return len(self.shape)
 
+    @property
+    def prefixes(self) -> Tensor:
+        """The number of the prefix of each word, all its coordinates but the last: int64 (V,)."""
+        return cast(Tensor, prefix_number(self.coordinates[:, :-1].long(), self.shape))
+
     def table(self) -> WordTable:
         """Returns the word table in force."""
         return WordTable(self.coordinates.cpu().numpy(), self.shape)

@@ -311,7 +311,7 @@ class TableTask:
             "share_of_training": round(share, 5),
         }
         log_reallocation(title, report, words.table.table())
-        self.tables.save_all(words)
+        self.tables.save_all(words, further="tables" in report)  # where they moved
         self.tables.add_report(report)
 
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:

@@ -146,11 +146,16 @@ class TaskTables:
         if not (Path(self.args.save_dir) / "word_table.txt").exists():
             self.save_all(words)
 
-    def save_all(self, words: WordHead) -> None:
-        """Writes the tables in force as those of the last epoch that words were moved after."""
+    def save_all(self, words: WordHead, further: bool = True) -> None:
+        """Writes the tables in force as those of the last epoch that words were moved after.
+
+        Args:
+            words: of the model.
+            further: write further tables too.
+        """
         epoch = int(words.epoch)
         self.save(words.table.table(), epoch)
-        for number, seats in enumerate(words.further_tables, 1):
+        for number, seats in enumerate(words.further_tables if further else (), 1):
             self.save(seats.table(), epoch, f"further_word_table{number}")
 
     def add_report(self, report: dict[str, Any]) -> None:
