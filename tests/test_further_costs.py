@@ -32,7 +32,7 @@ class Costs:
 
     def __init__(self, sample: Sample, number: int) -> None:
         self.sample, self.number = sample, number
-        self.counts = sample.gathered().statistics.counts.long()
+        self.counts = sample.statistics().counts.long()
         self.words = self.counts.nonzero().squeeze(1)
         self.further: FurtherTables = sample.further
         self.seats = self.further.tables[number]
@@ -137,8 +137,8 @@ def test_words_move_in_further_tables_and_the_loss_falls(kind, words, shape):
     tables = [sample.head.table, *further.tables]
     old = [table.table() for table in tables]
     kept = [table.table() for table in further.kept_tables]
-    before = sample.loss()
-    done = lower_loss(sample.head, sample.gathered(), sample.text)
+    before = sample.loss() / sample.tokens
+    done = lower_loss(sample.head, sample.statistics(), sample.text)
     assert len(done) == 3
     for table, was, step in zip(tables, old, done, strict=True):
         assert step.loss_before == pytest.approx(before)
@@ -146,7 +146,7 @@ def test_words_move_in_further_tables_and_the_loss_falls(kind, words, shape):
         assert step.moved == (table.table().cells != was.cells).sum()
         before = step.loss_after
     assert sum(step.moved for step in done[1:]) > 0
-    assert before == pytest.approx(sample.loss())
+    assert before == pytest.approx(sample.loss() / sample.tokens)
     assert [table.table() for table in further.kept_tables] == kept
 
 
@@ -154,5 +154,5 @@ def test_tables_that_words_are_read_by_stay():
     sample = Sample(Recurrent, 24, (5, 5), extras=True, scale=0.7)
     further = sample.further
     old = [table.table() for table in further.tables]
-    assert len(lower_loss(sample.head, sample.gathered(), sample.text)) == 1
+    assert len(lower_loss(sample.head, sample.statistics(), sample.text)) == 1
     assert [table.table() for table in further.tables] == old

@@ -20,7 +20,9 @@ WORKER = """
 import sys
 import numpy as np, torch
 from fairseq_lightrnn.allocation.assignment import SolverOptions
-from fairseq_lightrnn.allocation.gathering import gather_statistics, statistics_storage
+from fairseq_lightrnn.allocation.gathering import (
+    gather_statistics, measure_loss, statistics_storage,
+)
 from fairseq_lightrnn.allocation.paper import reallocate
 from fairseq_lightrnn.core.table import WordTable, default_shape
 from fairseq_lightrnn.workers import table_of_first_worker
@@ -37,30 +39,32 @@ random = torch.Generator().manual_seed(1)
 vectors = [torch.randn(size, 16, generator=random) for size in shape]
 biases = [torch.randn(size, generator=random) for size in shape]
 cells = torch.randperm(num_words, generator=random).numpy()
-batches = []
+batches, scores = [], []
 for length in [5, 3, 8, 2, 7, 4, 6]:  # seven batches: workers have different numbers of them
     words = torch.randint(4, num_words, (3, length), generator=random)
     words[0, -2:] = padding
     words = words[words != padding]
     hidden = torch.randn(len(words), 2, 16, generator=random)
-    batches.append((words, hidden, -torch.rand(len(words), 2, generator=random)))
+    batches.append((words, hidden))
+    scores.append(-torch.rand(len(words), 2, generator=random))
 size = (num_words, 2, 16)
 table = table_of_first_worker(
     lambda: WordTable.from_cells(cells, shape), num_words, shape, "cpu"
 )
 assert np.array_equal(table.cells, cells)
 with statistics_storage(memory, size, f"{folder}/spill{rank}") as storage:
-    gathered = gather_statistics(batches[rank::world], *size, "cpu", storage.arguments)
+    statistics = gather_statistics(batches[rank::world], *size, "cpu", storage.arguments)
+    losses = measure_loss(scores[rank::world], 2, "cpu")
     if rank == 0:
         options = SolverOptions(memory=storage.memory)
-        found = reallocate(table, gathered.statistics, vectors, biases, options=options)
+        found = reallocate(table, statistics, vectors, biases, options=options)
         np.savez(
-            f"{folder}/result{world}.npz", sums=gathered.statistics.sums.numpy(),
-            counts=gathered.statistics.counts.numpy(), losses=gathered.losses.numpy(),
-            cells=found.table.cells, dtype=str(gathered.statistics.sums.dtype),
+            f"{folder}/result{world}.npz", sums=statistics.sums.numpy(),
+            counts=statistics.counts.numpy(), losses=losses.numpy(),
+            cells=found.table.cells, dtype=str(statistics.sums.dtype),
         )
     else:
-        low, high = gathered.statistics.word_range
+        low, high = statistics.word_range
         assert high - low <= -(-num_words // world), "a worker keeps its own words only"
 if world > 1:
     torch.distributed.destroy_process_group()  # or its threads may abort the end of the process

@@ -18,7 +18,7 @@ from fairseq_lightrnn.allocation.cell_costs import CellLosses, occurrence_shares
 from fairseq_lightrnn.allocation.descent import lower_loss
 from fairseq_lightrnn.allocation.gathering import gather_cell_losses, gather_statistics
 from fairseq_lightrnn.allocation.neighbours import Neighbours
-from fairseq_lightrnn.allocation.reread import Text
+from fairseq_lightrnn.allocation.reread import Remembered, Text
 from fairseq_lightrnn.allocation.true_loss import Market, candidate_prefixes, measured_costs
 from fairseq_lightrnn.core.conditioning import Gated, Recurrent
 from fairseq_lightrnn.core.features import FurtherTables, find_feature
@@ -47,8 +47,11 @@ class Sample:
     def outputs(self):
         for text in self.texts:
             hidden = self.decoder(text).hidden.flatten(0, 1)
-            words = text[:, 1:].flatten()
-            yield words, hidden, self.head.softmax(hidden, words)
+            yield text[:, 1:].flatten(), hidden
+
+    def log_probs(self):
+        for words, hidden in self.outputs():
+            yield self.head.softmax(hidden, words)
 
     def contexts(self):
         for number, text in enumerate(self.texts):
@@ -65,12 +68,16 @@ class Sample:
 
     @property
     def text(self) -> Text:
-        return Text(self.outputs, self.contexts, "cpu")
+        return Text(self.outputs, self.contexts, self.log_probs, "cpu")
 
-    def gathered(self):
+    def statistics(self):
         table = self.head.table
         size = table.num_words, table.num_components, self.head.softmax.vectors.dim
         return gather_statistics(self.outputs(), *size, "cpu")
+
+    @property
+    def tokens(self) -> int:
+        return sum(text[:, 1:].numel() for text in self.texts)
 
     def loss(self) -> float:
         return -sum(float(log_probs(self.decoder, text).sum()) for text in self.texts)
@@ -83,10 +90,10 @@ class Sample:
         return loss
 
     def cell_losses(self, candidates: int = 99):
-        gathered = self.gathered()
-        counts = gathered.statistics.counts
+        statistics = self.statistics()
+        counts = statistics.counts
         words = counts.nonzero().squeeze(1)
-        chosen = candidate_prefixes(gathered.statistics, self.head.softmax, words, candidates)
+        chosen = candidate_prefixes(statistics, self.head.softmax, words, candidates)
         losses = CellLosses(self.head, words, chosen.long(), occurrence_shares(counts)[words])
         neighbours = None
         if len(self.head.softmax.features):
@@ -106,16 +113,16 @@ def test_a_remembered_text_is_the_same_and_read_once(kind, words, shape, memory)
         reads.append(1)
         return sample.contexts()
 
-    text = Text(sample.outputs, contexts, "cpu").remembered(sample.head, memory)
+    remembered = Remembered(sample.head, contexts, memory)
     for _ in range(2):
-        for found, expected in zip(text.outputs(), sample.outputs(), strict=True):
+        for found, expected in zip(remembered.log_probs(), sample.log_probs(), strict=True):
             torch.testing.assert_close(found, expected)
-    for found, expected in zip(text.contexts(), sample.contexts(), strict=True):
+    for found, expected in zip(remembered.read(), sample.contexts(), strict=True):
         torch.testing.assert_close(found[2].output, expected[2].output)
     assert len(reads) == (1 if memory == math.inf else 3)
     other = np.random.default_rng(0).permutation(np.array(sample.head.table.table().cells))
     sample.head.table.seat(WordTable.from_cells(other, shape))
-    for found, expected in zip(text.outputs(), sample.outputs(), strict=True):
+    for found, expected in zip(remembered.outputs(), sample.outputs(), strict=True):
         torch.testing.assert_close(found, expected)  # of the table in force
 
 
@@ -226,13 +233,13 @@ def test_without_features_any_table_costs_what_its_loss_is(kind, words, shape):
 @pytest.mark.parametrize("extras", [False, True])
 def test_a_step_never_raises_the_loss(kind, words, shape, extras):
     sample = Sample(kind, words, shape, extras, scale=0.7)
-    before = sample.loss()
-    for done in lower_loss(sample.head, sample.gathered(), sample.text):
+    before = sample.loss() / sample.tokens
+    for done in lower_loss(sample.head, sample.statistics(), sample.text):
         assert done.loss_before == pytest.approx(before)
         assert done.loss_after < before if done.moved else done.loss_after == done.loss_before
         assert done.gap >= 0
         before = done.loss_after
-    assert before == pytest.approx(sample.loss())
+    assert before == pytest.approx(sample.loss() / sample.tokens)
 
 
 @pytest.mark.parametrize("kind", [Gated, "transformer"])
@@ -271,19 +278,18 @@ def test_a_step_that_does_not_pay_is_halved_or_taken_back(limit):
     sample = Sample(Gated, 24, (5, 5), extras=True, scale=0.7)
     old = sample.head.table.table()
 
-    def outputs():
+    def log_probs():
         moved = int((sample.head.table.table().cells != old.cells).sum())
-        for words, hidden, scores in sample.outputs():
-            yield words, hidden, scores - (10.0 if moved > limit else 0.0)
+        return (scores - (10.0 if moved > limit else 0.0) for scores in sample.log_probs())
 
-    text = Text(outputs, sample.contexts, "cpu")
-    done, *further = lower_loss(sample.head, sample.gathered(), text)
+    text = Text(sample.outputs, sample.contexts, log_probs, "cpu")
+    done, *further = lower_loss(sample.head, sample.statistics(), text)
     new = sample.head.table.table()
     assert done.moved == (new.cells != old.cells).sum() <= limit
     assert done.halvings > 0
     assert (done.loss_after < done.loss_before) == (done.moved > 0)
     assert done.moved > 0 or limit < 10
-    assert further[-1].loss_after == pytest.approx(sample.loss())
+    assert further[-1].loss_after == pytest.approx(sample.loss() / sample.tokens)
 
 
 def test_a_sample_is_checked_by_other_text():
@@ -293,14 +299,13 @@ def test_a_sample_is_checked_by_other_text():
         other.decoder = sample.decoder
         other.head = sample.head
         other.texts = [words_of((3, 9), 24, 9 + seed)]
-        scale = 4.0  # as many words of it
-        before = other.loss() * scale
-        text = Text(sample.outputs, sample.contexts, "cpu", other.outputs)
-        for done in lower_loss(sample.head, sample.gathered(), text):
+        before = other.loss() / other.tokens
+        text = Text(sample.outputs, sample.contexts, other.log_probs, "cpu")
+        for done in lower_loss(sample.head, sample.statistics(), text):
             assert done.loss_before == pytest.approx(before)
             assert done.loss_after < before if done.moved else done.loss_after == done.loss_before
             before = done.loss_after
-        assert before == pytest.approx(other.loss() * scale)
+        assert before == pytest.approx(other.loss() / other.tokens)
 
 
 WORKER = """
@@ -322,9 +327,10 @@ sample = Sample(Gated, 24, (5, 5), extras=True, scale=0.7)
 def mine(batches):
     return (batch for number, batch in enumerate(batches) if number % world == rank)
 with torch.no_grad():
-    text = Text(lambda: mine(sample.outputs()), lambda: mine(sample.contexts()), "cpu")
-    gathered = gather_statistics(text.outputs(), 24, 2, sample.head.softmax.vectors.dim, "cpu")
-    done = lower_loss(sample.head, gathered, text)
+    readers = sample.outputs, sample.contexts, sample.log_probs
+    text = Text(*(lambda read=read: mine(read()) for read in readers), "cpu")
+    statistics = gather_statistics(text.outputs(), 24, 2, sample.head.softmax.vectors.dim, "cpu")
+    done = lower_loss(sample.head, statistics, text)
 np.savez(
     f"{folder}/result{world}-{rank}.npz", cells=sample.head.table.cells,
     further=[table.coordinates.numpy() for table in sample.further.tables],

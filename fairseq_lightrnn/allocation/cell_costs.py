@@ -23,6 +23,8 @@ the sum over words is the loss itself of any table with the same occupied cells.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,6 +37,7 @@ from fairseq_lightrnn.core.softmax import at_least_float32
 __all__ = [
     "RESOLUTION",
     "CellLosses",
+    "FeaturedCells",
     "last_component",
     "log_one_minus",
     "occurrence_shares",
@@ -45,7 +48,8 @@ __all__ = [
 # of workers: multiples of 2**-16 nats. 400 losses of 64 nats stay within 32 bits.
 RESOLUTION = 1 << 16
 _MOST_NATS = 64.0
-OCCURRENCES = 256  # of a word that are looked at: of frequent words a sample
+_AT_ONCE = 1 << 21  # numbers
+OCCURRENCES = 64  # of a word that are looked at: of frequent words a sample
 
 
 def occurrence_shares(counts: Tensor, most: int = OCCURRENCES) -> Tensor:
@@ -106,6 +110,7 @@ class CellLosses:
         self.shares = shares
         self._index = words.new_full((head.table.num_words,), -1)
         self._index[words] = torch.arange(len(words), device=words.device)
+        self._features = FeaturedCells(head) if len(head.softmax.features) else None
         size = *candidates.shape, head.table.shape[-1]
         self.losses = torch.zeros(size, dtype=torch.int32, device=words.device)
         self.kept = torch.zeros(len(words), dtype=torch.int64, device=words.device)
@@ -124,56 +129,127 @@ class CellLosses:
         words, index = words[chosen], index[chosen]
         context = self.head.to_extend(context).select(chosen)
         first = component_log_probs(self.head, context, words.new_empty(len(words), 0))
-        context = context._replace(queries=self.head.softmax.project(context.queries))
-        own = None
-        for slot, prefixes in enumerate(self.candidates[index].unbind(1)):
-            some = (prefixes >= 0).nonzero().squeeze(1)
-            if len(some) == len(words):  # nothing to copy
-                losses, now = self._losses(words, context, prefixes, first, own)
-            else:
-                known = None if own is None else own[some]
-                parts = words[some], context.select(some), prefixes[some], first[some], known
-                losses, now = self._losses(*parts)
-            self.losses[:, slot].index_add_(0, index[some], losses)
-            own = now if slot == 0 else own
+        read = self._read(words, context)
+        # Each occurrence with each of its prefixes, those of a prefix side by side.
+        count, last = self.losses.shape[1:]
+        prefixes, pairs = self.candidates[index].flatten().sort(stable=True)
+        known = prefixes >= 0
+        step = max(1, _AT_ONCE // last)
+        for some, prefix in zip(pairs[known].split(step), prefixes[known].split(step), strict=True):
+            occurrence, slot = some // count, some % count
+            coordinates = prefix_coordinates(prefix, self.head.table.shape)
+            of_prefix, longer = last_component(
+                self.head, context.select(occurrence), coordinates, first[occurrence]
+            )
+            losses = self._last_losses(longer, coordinates, prefix, slot == 0, occurrence, read)
+            sums = self.losses.view(-1, last)
+            sums.index_add_(0, index[occurrence] * count + slot, _rounded(losses, of_prefix))
         self.kept += torch.bincount(index, minlength=len(self.kept))
 
-    def _losses(
+    def _read(self, words: Tensor, context: Context) -> _Read | None:
+        if self._features is None:
+            return None
+        queries = self._features.queries(context)
+        columns = self.head.table(words)[:, -1]
+        return _Read(queries, self._features.own(queries, words), columns)
+
+    def _last_losses(
         self,
-        words: Tensor,
         context: Context,
-        prefixes: Tensor,
-        first: Tensor,
-        own: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns the losses of words in the cells of one prefix each.
+        coordinates: Tensor,
+        prefix: Tensor,
+        present: Tensor,
+        occurrence: Tensor,
+        read: _Read | None,
+    ) -> Tensor:
+        """Returns the losses of words' last coordinates after prefixes, (N, R_k).
 
         Args:
-            words: (N,).
-            context: of the texts before them, with projected queries.
-            prefixes: (N,); without ``own`` these are the present ones.
-            first: log-probabilities of first components, (N, R_1).
-            own: (N,) what features add to the words' logits.
+            context: after these prefixes.
+            coordinates: of the prefixes, (N, k - 1).
+            prefix: their numbers, (N,) in order.
+            present: whether it is where the word sits now, (N,).
+            occurrence: which of those that were read it is, (N,).
+            read: these, or None where words have no features.
+        """
+        last = self.head.table.num_components - 1
+        base = self.head.softmax.vector_logits(last, context.output, coordinates)
+        base = at_least_float32(base)
+        if self._features is None or read is None:
+            return torch.log_softmax(base, dim=1).neg_()
+        logits = self._features.scores(read.queries[occurrence], prefix).add_(base)
+        norm = torch.logsumexp(logits, dim=1)  # log Z⁻, but where the word sits there
+        there = present.nonzero().squeeze(1)
+        columns = read.columns[occurrence[there]]
+        here = logits[there].gather(1, columns[:, None]).squeeze(1)
+        norm[there] += log_one_minus(here - norm[there])
+        return F.softplus(base.neg_().add_((norm - read.own[occurrence])[:, None]))
+
+
+class _Read(NamedTuple):
+    """Occurrences of words with features.
+
+    Attributes:
+        queries: what the vectors of words are multiplied with, (N, E).
+        own: what the features of the words themselves add, (N,).
+        columns: where the words sit in their prefixes, (N,).
+    """
+
+    queries: Tensor
+    own: Tensor
+    columns: Tensor
+
+
+class FeaturedCells:
+    """What features give the words of all cells, scored many queries of one prefix at a time.
+
+    Args:
+        head: predicts words, with features; nothing of it changes meanwhile.
+    """
+
+    def __init__(self, head: ComponentHead) -> None:
+        self.head = head
+        features, members = head.softmax.features, head.table.members  # (prefixes, R_k)
+        parts = [feature.vectors_of(members.flatten()).detach() for feature in features]
+        self._vectors = torch.cat(parts, dim=1).unflatten(0, members.shape)  # (prefixes, R_k, E)
+
+    @staticmethod
+    def bytes_needed(head: ComponentHead) -> int:
+        """Returns the memory that vectors of all cells take."""
+        word = head.table.members[0, :1]
+        of_one = sum(feature.vectors_of(word).nbytes for feature in head.softmax.features)
+        return head.table.members.numel() * of_one
+
+    def queries(self, context: Context) -> Tensor:
+        """Returns what the vectors of words are multiplied with, (N, E), of N texts."""
+        ones = context.output.new_ones(len(context.output), 1)
+        return torch.cat([ones if one is None else one for one in context.queries], dim=1)
+
+    def own(self, queries: Tensor, words: Tensor) -> Tensor:
+        """Scores one word for each query: (N,)."""
+        coordinates = self.head.table(words)
+        prefixes = self.head.table.number(coordinates[:, :-1])
+        vectors = self._vectors.flatten(0, 1)[prefixes * self._vectors.size(1) + coordinates[:, -1]]
+        return at_least_float32((queries * vectors).sum(dim=1))
+
+    def scores(self, queries: Tensor, prefixes: Tensor) -> Tensor:
+        """Scores the words of a prefix for each query.
+
+        Args:
+            queries: (N, E).
+            prefixes: their numbers, (N,) in order.
 
         Returns:
-            The losses (N, R_k) in multiples of 2^-16 nats, and ``own``.
+            Shape (N, R_k).
         """
-        head = self.head
-        prefix = prefix_coordinates(prefixes, head.table.shape)
-        of_prefix, context = last_component(head, context, prefix, first)
-        last = head.table.num_components - 1
-        base = at_least_float32(head.softmax.vector_logits(last, context.output, prefix))
-        if not len(head.softmax.features):
-            return _rounded(torch.log_softmax(base, dim=1).neg_(), of_prefix), None
-        featured = at_least_float32(head.softmax.projected_logits(context.queries, prefix))
-        logits = base + featured
-        norm = torch.logsumexp(logits, dim=1)  # log Z⁻
-        if own is None:
-            now = head.table(words)[:, -1:]
-            own = featured.gather(1, now).squeeze(1)
-            norm = norm + log_one_minus(logits.gather(1, now).squeeze(1) - norm)
-        others = base.neg_().add_((norm - own)[:, None])
-        return _rounded(F.softplus(others), of_prefix), own
+        found = queries.new_empty(len(queries), self._vectors.size(1))
+        numbers, sizes = torch.unique_consecutive(prefixes, return_counts=True)
+        start = 0
+        for number, size in zip(numbers.tolist(), sizes.tolist(), strict=True):
+            some = slice(start, start + size)
+            torch.mm(queries[some], self._vectors[number].T, out=found[some])
+            start += size
+        return at_least_float32(found)
 
 
 def _rounded(losses: Tensor, of_prefix: Tensor) -> Tensor:

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from fairseq_lightrnn.allocation.assignment import SolverOptions
-from fairseq_lightrnn.allocation.cell_costs import CellLosses, occurrence_shares
+from fairseq_lightrnn.allocation.cell_costs import CellLosses, FeaturedCells, occurrence_shares
 from fairseq_lightrnn.allocation.further_costs import further_costs
 from fairseq_lightrnn.allocation.gathering import (
-    Gathered,
     gather_cell_losses,
     gather_occurrences,
-    measure_losses,
+    measure_loss,
 )
 from fairseq_lightrnn.allocation.neighbours import Neighbours
 from fairseq_lightrnn.allocation.occurrences import Occurrences
@@ -55,11 +54,11 @@ _FRACTIONS = 1024  # in which workers tell each other a gain in nats
 
 @dataclass
 class Descent:
-    """What a step did in one table. Losses are totals over the text, in nats.
+    """What a step did in one table. Losses are in nats a word.
 
     Attributes:
         moved: number of words whose cell changed.
-        loss_before: with the old table, measured; by another text, as many words of it.
+        loss_before: with the old table, measured.
         loss_after: with the new one, measured; never above ``loss_before``.
         predicted_gain: by how much the loss was predicted to fall; 0 where nothing was moved.
         gap: no assignment to the cells that were looked at was predicted to gain more than this
@@ -78,7 +77,7 @@ class Descent:
 @torch.no_grad()
 def lower_loss(
     head: ComponentHead,
-    gathered: Gathered,
+    statistics: AllocationStatistics,
     text: Text,
     memory: int = SolverOptions.memory,
     seed: int = 0,
@@ -93,8 +92,8 @@ def lower_loss(
 
     Args:
         head: predicts words, in evaluation mode. Its tables are changed.
-        gathered: statistics and losses of the text with the tables in force.
-        text: is read once or a few times for the costs of cells, and once for each measurement.
+        statistics: of the text, with the table in force.
+        text: is read twice for the costs of cells, and part of it once for each measurement.
         memory: bytes that losses, samples and costs may take.
         seed: of the cells that words may get by chance; each step should have another.
         seconds: receives those of the parts of the work.
@@ -104,13 +103,12 @@ def lower_loss(
         knows.
     """
     counts = numbers_of_first_worker(
-        lambda: gathered.statistics.counts.round().long().cpu(),
+        lambda: statistics.counts.round().long().cpu(),
         (head.table.num_words,),
         text.device,
     ).to(head.table.coordinates.device)
     steps = _Steps(head, text, counts, memory, {} if seconds is None else seconds)
-    before = float(gathered.losses.sum()) if text.check is None else steps.measure()
-    done = [steps.take(head.table, before, partial(_market, steps, gathered.statistics, seed))]
+    done = [steps.take(head.table, steps.measure(), partial(_market, steps, statistics, seed))]
     further: FurtherTables | None = find_feature(head.softmax.features, FurtherTables)
     if further is None or not len(further.kept_tables):
         return done
@@ -150,19 +148,21 @@ class _Steps:
         yield
         self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - started
 
-    def movers(self, candidates: int) -> Tensor:
-        """Returns the words that may move to cells of so many prefixes, as memory allows."""
+    def movers(self, candidates: int, taken: int = 0) -> Tensor:
+        """Returns the words that may move to cells of so many prefixes, as memory allows.
+
+        Args:
+            candidates: prefixes of each.
+            taken: bytes that something else takes at the same time.
+        """
         size = Market.bytes_needed(candidates, self.head.table.shape[-1])
-        return _that_may_move(self.counts, self.memory // 2 // size)
+        return _that_may_move(self.counts, (self.memory - taken) // 2 // size)
 
     def measure(self) -> float:
-        """Returns the loss with the tables in force."""
-        text = self.text
+        """Returns the loss with the tables in force, in nats a word."""
+        components = self.head.table.num_components
         with self.timed("check"):
-            outputs = text.outputs() if text.check is None else text.check()
-            losses, words = measure_losses(outputs, self.head.table.num_components, text.device)
-        scale = 1.0 if text.check is None else float(self.counts.sum()) / words
-        return float(losses.sum()) * scale
+            return float(measure_loss(self.text.check(), components, self.text.device).sum())
 
     def take(
         self, seats: Seats, before: float, open_market: Callable[[], Market | None]
@@ -176,7 +176,7 @@ class _Steps:
         """
         with self.timed("costs"):
             market = open_market()
-        old, step = seats.table(), None
+        old, step, tokens = seats.table(), None, int(self.counts.sum())
 
         def propose() -> Tensor:
             nonlocal step
@@ -192,7 +192,8 @@ class _Steps:
                 size = (old.num_words + 1,)
                 found = numbers_of_first_worker(propose, size, self.text.device)
             new = WordTable.from_cells(found[:-1].numpy(), old.shape)
-            moved, predicted = int((new.cells != old.cells).sum()), float(found[-1]) / _FRACTIONS
+            moved = int((new.cells != old.cells).sum())
+            predicted = float(found[-1]) / _FRACTIONS / tokens
             if not moved:
                 break
             seats.seat(new)
@@ -202,7 +203,7 @@ class _Steps:
                 break
             seats.seat(old)
             moved, after, predicted = 0, before, 0.0
-        gap = 0.0 if step is None else step.gap
+        gap = 0.0 if step is None else step.gap / tokens
         return Descent(moved, before, after, predicted, gap, halving)
 
 
@@ -210,7 +211,7 @@ def _market(steps: _Steps, statistics: AllocationStatistics, seed: int) -> Marke
     """Measures what cells of the first table cost words: returns that on the first worker."""
     head, counts, text = steps.head, steps.counts, steps.text
     count = min(CANDIDATES, len(head.table.prefixes.unique()))
-    words = steps.movers(count)
+    words = steps.movers(count, FeaturedCells.bytes_needed(head))
     candidates = numbers_of_first_worker(
         lambda: candidate_prefixes(statistics, head.softmax, words, count, seed),
         (len(words), count),

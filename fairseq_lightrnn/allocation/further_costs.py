@@ -37,7 +37,7 @@ from fairseq_lightrnn.core.softmax import at_least_float32
 
 __all__ = ["further_costs"]
 
-_AT_ONCE = 1 << 22  # numbers
+_AT_ONCE = 1 << 20  # numbers
 
 
 @torch.no_grad()
@@ -186,14 +186,16 @@ class _Effects:
 
     def others(self, prefixes: Tensor) -> Tensor:
         """Returns what words cost others with prefixes (W, K): (W, K, R_k)."""
+        of_prefixes = self.of_prefixes.clamp(max=MOST_LOGIT).exp().T.contiguous()  # (A, n)
         of_last = self.of_last.clamp(max=MOST_LOGIT).exp()
+        # What each word would take of each occurrence but its own, were it not for the table.
+        rest = (self.rest - self.norm[:, None]).clamp_(max=MOST_LOGIT).exp_()
+        own = (self.which >= 0).nonzero().squeeze(1)
+        rest[own, self.which[own]] = 0.0
+        rest = rest.mul_(self.weights[:, None]).T.contiguous()  # (W, n)
+        costs = self.of_last.new_empty(*prefixes.shape, self.of_last.size(1))
         numbers = torch.arange(len(prefixes), device=prefixes.device)
-        costs = []
         for some in numbers.split(max(1, _AT_ONCE // (len(self.norm) * prefixes.size(1)))):
-            given = self.of_prefixes[:, prefixes[some].flatten()]
-            given = given.view(len(self.norm), *prefixes[some].shape)
-            given = given + (self.rest[:, some] - self.norm[:, None])[:, :, None]
-            taken = given.clamp_(max=MOST_LOGIT).exp_().mul_(self.weights[:, None, None])
-            taken.masked_fill_((self.which[:, None] == some)[:, :, None], 0.0)  # not for itself
-            costs.append((taken.flatten(1).T @ of_last).view(*prefixes[some].shape, -1))
-        return torch.cat(costs)
+            taken = of_prefixes[prefixes[some]].mul_(rest[some, None])  # (w, K, n)
+            torch.matmul(taken, of_last, out=costs[some[0] : some[-1] + 1])
+        return costs

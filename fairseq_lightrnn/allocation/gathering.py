@@ -24,12 +24,11 @@ from fairseq_lightrnn.core.conditioning import Context
 from fairseq_lightrnn.workers import rank, world_size
 
 __all__ = [
-    "Gathered",
     "Storage",
     "gather_cell_losses",
     "gather_occurrences",
     "gather_statistics",
-    "measure_losses",
+    "measure_loss",
     "Shares",
     "sample_shares",
     "statistics_storage",
@@ -41,6 +40,8 @@ logger = logging.getLogger(__name__)
 # Words whose statistics are sent at once; bounds the memory of the exchange.
 _SENT_WORDS = 1 << 14
 _GIB = 1 << 30
+# Words by which a new table is measured: a gain of 0.01 nats a word comes with an error of 0.001.
+CHECKED = 1 << 17
 
 
 def word_range(num_words: int, worker: int) -> tuple[int, int]:
@@ -48,35 +49,16 @@ def word_range(num_words: int, worker: int) -> tuple[int, int]:
     return num_words * worker // world_size(), num_words * (worker + 1) // world_size()
 
 
-@dataclass(frozen=True)
-class Gathered:
-    """What a pass over text gathered.
-
-    Attributes:
-        statistics: summed hidden outputs and counts over the text of all workers; of all words on
-            the first worker, of its own words on any other.
-        losses: the loss in nats of each component over all text, float64 of shape (k,).
-    """
-
-    statistics: AllocationStatistics
-    losses: Tensor
-
-    @property
-    def tokens(self) -> int:
-        """The number of words that were predicted."""
-        return int(self.statistics.counts.sum())
-
-
 @torch.no_grad()
 def gather_statistics(
-    outputs: Iterable[tuple[Tensor, Tensor, Tensor]],
+    outputs: Iterable[tuple[Tensor, Tensor]],
     num_words: int,
     num_components: int,
     dim: int,
     device: torch.device | str,
     storage: dict[str, Any] | None = None,
-) -> Gathered:
-    """Sums hidden outputs and losses over batches.
+) -> AllocationStatistics:
+    """Sums hidden outputs over batches.
 
     Every worker adds up the outputs of its own words only, batch after batch in the order in which
     one worker would have read them, so that the sums are the same for any number of workers. The
@@ -84,8 +66,8 @@ def gather_statistics(
 
     Args:
         outputs: of each of this worker's batches, from a model in evaluation mode: the words (N,)
-            that were to be predicted, the hidden outputs (N, k, d) that predict their components,
-            and the log-probabilities (N, k) of these.
+            that were to be predicted, and the hidden outputs (N, k, d) that predict their
+            components.
         num_words: V.
         num_components: k.
         dim: d.
@@ -93,54 +75,45 @@ def gather_statistics(
         storage: further arguments of :class:`AllocationStatistics`.
 
     Returns:
-        The statistics and losses of all workers together.
+        Sums and counts over the text of all workers; of all words on the first worker, of its own
+        words on any other.
     """
     own = word_range(num_words, rank())
     kept = (0, num_words) if rank() == 0 else own
     statistics = AllocationStatistics(
         num_words, num_components, dim, word_range=kept, **storage or {}
     )
-    losses = torch.zeros(num_components, dtype=torch.float64, device=device)
-
-    for words, hidden in _exchange(_measured(outputs, losses), (num_components, dim), device):
+    for words, hidden in _exchange(iter(outputs), (num_components, dim), device):
         if kept != own:  # the first worker holds all words, but adds up its own
             mine = words < own[1]
             words, hidden = words[mine], hidden[mine]
         statistics.add(words, hidden)
     if world_size() > 1:
-        torch.distributed.all_reduce(losses)
         _collect(statistics, device)
-    return Gathered(statistics, losses)
-
-
-def _measured(
-    outputs: Iterable[tuple[Tensor, Tensor, Tensor]], losses: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Passes words and hidden outputs on, and adds their losses up."""
-    for words, hidden, log_probs in outputs:
-        losses.sub_(log_probs.sum(0, dtype=torch.float64))
-        yield words, hidden
+    return statistics
 
 
 @torch.no_grad()
-def measure_losses(
-    outputs: Iterable[tuple[Tensor, Tensor, Tensor]],
-    num_components: int,
-    device: torch.device | str,
-) -> tuple[Tensor, int]:
-    """Sums the losses of all workers' batches.
+def measure_loss(
+    log_probs: Iterable[Tensor], num_components: int, device: torch.device | str
+) -> Tensor:
+    """Averages the losses of all workers' batches.
 
-    Takes the first, third and fifth argument of :func:`gather_statistics`, and returns what it
-    calls losses, and how many words were predicted.
+    Args:
+        log_probs: of the components of the words of each of this worker's batches, (N, k).
+        num_components: k.
+        device: through which workers exchange tensors.
+
+    Returns:
+        The loss of each component in nats a word, float64 of shape (k,).
     """
-    losses = torch.zeros(num_components, dtype=torch.float64, device=device)
-    number = torch.zeros(1, dtype=torch.int64, device=device)
-    for words, _ in _measured(outputs, losses):
-        number += len(words)
+    totals = torch.zeros(num_components + 1, dtype=torch.float64, device=device)
+    for scores in log_probs:
+        totals[:-1] -= scores.sum(0, dtype=torch.float64)
+        totals[-1] += len(scores)
     if world_size() > 1:
-        torch.distributed.all_reduce(losses)
-        torch.distributed.all_reduce(number)
-    return losses, int(number)
+        torch.distributed.all_reduce(totals)
+    return totals[:-1] / totals[-1]
 
 
 @torch.no_grad()
@@ -265,8 +238,7 @@ class Shares:
 
     Attributes:
         used: whether a batch is one of those that words are seated by.
-        checked: whether it is one of those that a new table is measured by: others, about as many,
-            where there are any.
+        checked: whether it is one of those that a new table is measured by.
     """
 
     used: Callable[[int], bool]
@@ -276,31 +248,38 @@ class Shares:
 def sample_shares(words: int | None, total: int, batches: int, in_order: bool) -> Shares:
     """Chooses batches that hold about a number of words, the first batch always among them.
 
-    What seats the words by a sample fits the sample, so that another one tells what it is worth.
+    A new table is measured by some ``CHECKED`` words. What seats the words by a sample of the text
+    fits that sample, so that these are then others, if there are any.
 
     Args:
-        words: about how many words to use; None uses all.
+        words: about how many words to seat words by; None uses all.
         total: the words of the split.
         batches: its batches.
         in_order: take the first batches, since each goes on where the one before stopped;
             otherwise they are spread evenly.
     """
-    if words is None or words >= total:
-        return Shares(lambda number: True, lambda number: True)
-    share = Fraction(words, total)
-    most = math.ceil(batches * share)
-
-    def used(number: int) -> bool:
-        if in_order:
-            return number < most
-        return math.ceil((number + 1) * share) > math.ceil(number * share)
+    words = total if words is None else min(words, total)
+    used = _spread(Fraction(words, total), batches, in_order)
+    share = min(Fraction(1), Fraction(CHECKED, words))
+    if words == total:
+        return Shares(used, _spread(share, batches, in_order))
+    most = math.ceil(batches * Fraction(words, total))
 
     def checked(number: int) -> bool:
         if in_order:
-            return most <= number < 2 * most
-        return number > 0 and used(number - 1) and not used(number)
+            return most <= number < most + math.ceil(most * share)
+        if number == 0 or used(number) or not used(number - 1):
+            return False
+        return _spread(share, most, False)(math.ceil(number * Fraction(words, total)) - 1)
 
     return Shares(used, checked if any(map(checked, range(batches))) else used)
+
+
+def _spread(share: Fraction, batches: int, in_order: bool) -> Callable[[int], bool]:
+    """Returns whether a batch is one of a share, the first ones or spread evenly."""
+    if in_order:
+        return lambda number: number < math.ceil(batches * share)
+    return lambda number: math.ceil((number + 1) * share) > math.ceil(number * share)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,8 @@ class Occurrences:
         coordinates = prefix_coordinates(numbers, self.head.table.shape)
         softmax, last = self.head.softmax, self.head.table.num_components - 1
         base = at_least_float32(softmax.vector_logits(last, hidden, coordinates))
-        logits = base + at_least_float32(softmax.feature_logits(queries, coordinates))
+        of_words = softmax.feature_logits_of(queries, self.head.table.members[prefix])
+        logits = base + at_least_float32(of_words)
         weights = (1 / self._chances[words]).to(base)
         return Seen(words, weights, queries, base, logits)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fairseq_lightrnn.core.conditioning import Context
 from fairseq_lightrnn.core.head import ComponentHead
 
-__all__ = ["Text"]
+__all__ = ["Remembered", "Text"]
 
 
 @dataclass(frozen=True)
@@ -22,28 +22,24 @@ class Text:
     Attributes:
         outputs: reads what :func:`gather_statistics` takes.
         contexts: reads what :func:`gather_cell_losses` takes.
+        check: reads what :func:`measure_loss` takes, of what a new table is measured by.
         device: through which workers exchange tensors.
-        check: reads outputs of another text, by which a new table is measured; None for the same.
     """
 
-    outputs: Callable[[], Iterable[tuple[Tensor, Tensor, Tensor]]]
+    outputs: Callable[[], Iterable[tuple[Tensor, Tensor]]]
     contexts: Callable[[], Iterable[tuple[int, Tensor, Context]]]
+    check: Callable[[], Iterable[Tensor]]
     device: torch.device | str
-    check: Callable[[], Iterable[tuple[Tensor, Tensor, Tensor]]] | None = None
-
-    def remembered(self, head: ComponentHead, memory: float) -> Text:
-        """Returns the same text, which the network reads once if its contexts fit into memory.
-
-        Args:
-            head: predicts words, which are read by another table than the one that moves.
-            memory: bytes that contexts may take; a text of more is read again each time.
-        """
-        contexts = _Remembered(head, self.contexts, memory)
-        return Text(contexts.outputs, contexts.read, self.device, self.check)
 
 
-class _Remembered:
-    """Contexts that are kept once they have been read, unless they take too much memory."""
+class Remembered:
+    """Contexts that are kept once they have been read, unless they take too much memory.
+
+    Args:
+        head: predicts words, which are read by another table than the one that moves.
+        contexts: reads what :func:`gather_cell_losses` takes.
+        memory: bytes that contexts may take; a text of more is read again each time.
+    """
 
     def __init__(
         self,
@@ -57,6 +53,7 @@ class _Remembered:
         self._kept: list[tuple[int, Tensor, Context]] | None = None
 
     def read(self) -> Iterator[tuple[int, Tensor, Context]]:
+        """Yields the same contexts each time, without what only reading on needs."""
         if self._kept is not None:
             yield from self._kept
             return
@@ -73,7 +70,12 @@ class _Remembered:
         if left >= 0:
             self._kept = kept
 
-    def outputs(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def outputs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the words (N,) and the hidden outputs (N, k, d) that predict them."""
         for _, words, context in self.read():
-            hidden = self.head.hidden_of(context, words)
-            yield words, hidden, self.head.softmax(hidden, words)
+            yield words, self.head.hidden_of(context, words)
+
+    def log_probs(self) -> Iterator[Tensor]:
+        """Yields the log-probabilities of their components, (N, k), with the table in force."""
+        for words, hidden in self.outputs():
+            yield self.head.softmax(hidden, words)

@@ -23,7 +23,8 @@ from fairseq import tasks
 from omegaconf import OmegaConf
 
 from fairseq_lightrnn import register  # noqa: F401
-from fairseq_lightrnn.allocation.gathering import Gathered, statistics_storage
+from fairseq_lightrnn.allocation.gathering import statistics_storage
+from fairseq_lightrnn.allocation.statistics import AllocationStatistics
 from fairseq_lightrnn.checkpoint import build_model, load_state, save_state
 from fairseq_lightrnn.commands.run import command
 from fairseq_lightrnn.core.conditioning import Recurrent
@@ -39,7 +40,7 @@ __all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
-Export = Callable[[Gathered], None]
+Export = Callable[[AllocationStatistics], None]
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -251,13 +252,13 @@ def _reshape(
 
     started = time.monotonic()
     words: WordHead = model.decoder.words
-    with Reallocator(task).gathered(model, tempfile.gettempdir()) as (gathered, _):
+    with Reallocator(task).gathered(model, tempfile.gettempdir()) as (statistics, _):
         export = _exporter(args, words)
         if export is not None:
-            export(gathered)
+            export(statistics)
         begun = time.monotonic()
-        table = table_of_statistics(gathered.statistics, shape)
-        counts = gathered.statistics.counts.cpu().numpy()
+        table = table_of_statistics(statistics, shape)
+        counts = statistics.counts.cpu().numpy()
     state["cfg"].model.table_shape = "x".join(map(str, shape))
     new = task.build_model(state["cfg"].model, from_checkpoint=True).to(args.device)
     _inherit(new, model, table, counts, f"--table-shape {args.table_shape}")
@@ -266,8 +267,7 @@ def _reshape(
         "old_shape": list(words.table.shape),
         "new_shape": list(shape),
         "words": table.num_words,
-        "tokens": gathered.tokens,
-        "loss_before": float(gathered.losses.sum()) / gathered.tokens,
+        "tokens": int(counts.sum()),
         "table": table.digest(),
         "seconds": {
             "statistics": begun - started,
@@ -328,16 +328,16 @@ def _exporter(args: argparse.Namespace, words: WordHead) -> Export | None:
         return None
     folder = Path(args.export)
 
-    def export(gathered: Gathered) -> None:
+    def export(statistics: AllocationStatistics) -> None:
         folder.mkdir(parents=True)
-        np.save(folder / "sums.npy", gathered.statistics.sums.float().numpy())
+        np.save(folder / "sums.npy", statistics.sums.float().numpy())
         table = words.table.table()
         outputs: dict[str, Any] = {}
         for component in range(table.num_components):
             vectors, biases = words.head.softmax.component(component)
             outputs[f"vectors{component}"] = vectors.detach().cpu().numpy()
             outputs[f"biases{component}"] = biases.detach().cpu().numpy()
-        counts = gathered.statistics.counts.numpy()
+        counts = statistics.counts.numpy()
         np.savez(
             folder / "rest.npz", cells=table.cells, shape=table.shape, counts=counts, **outputs
         )

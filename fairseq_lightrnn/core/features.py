@@ -126,9 +126,17 @@ class WordFeature(nn.Module):
         """Scores all V words: shape (N, V), or (1, V) of a feature that asks for no query."""
         raise NotImplementedError
 
+    def vectors_of(self, words: Tensor) -> Tensor:
+        """Returns what queries are multiplied with to score words (W,): (W, e).
+
+        Without a query, (W, 1): the scores.
+        """
+        raise NotImplementedError
+
     def score_words(self, query: Tensor | None, words: Tensor) -> Tensor:
         """Scores some words (W,) alike for all queries: (N, W), or (1, W) without a query."""
-        raise NotImplementedError
+        vectors = self.vectors_of(words)
+        return vectors.T if query is None else F.linear(query, vectors)
 
 
 def find_feature(features: Iterable[WordFeature], kind: type[Any]) -> Any:
@@ -157,9 +165,9 @@ class WordBias(WordFeature):
         """See :meth:`WordFeature.score_all`."""
         return self.bias[None]
 
-    def score_words(self, query: Tensor | None, words: Tensor) -> Tensor:
-        """See :meth:`WordFeature.score_words`."""
-        return self.bias[words][None]
+    def vectors_of(self, words: Tensor) -> Tensor:
+        """See :meth:`WordFeature.vectors_of`."""
+        return self.bias[words][:, None]
 
 
 class OwnNumbers(WordFeature):
@@ -194,9 +202,9 @@ class OwnNumbers(WordFeature):
         """See :meth:`WordFeature.score_all`."""
         return cast(Tensor, query) @ self.numbers.T
 
-    def score_words(self, query: Tensor | None, words: Tensor) -> Tensor:
-        """See :meth:`WordFeature.score_words`."""
-        return cast(Tensor, query) @ self.numbers[words].T
+    def vectors_of(self, words: Tensor) -> Tensor:
+        """See :meth:`WordFeature.vectors_of`."""
+        return self.numbers[words]
 
 
 class FurtherTables(WordFeature):
@@ -314,12 +322,13 @@ class FurtherTables(WordFeature):
         self._looked_up = now, places
         return places
 
-    def score_words(self, query: Tensor | None, words: Tensor) -> Tensor:
-        """See :meth:`WordFeature.score_words`."""
-        # Many queries of few words: their vectors are summed once, not their scores for each query.
-        numbers = self._numbers(words, self.tables)
-        vectors = [F.embedding(index, self.output_vectors) for index in numbers]
-        return F.linear(cast(Tensor, query), sum(vectors[1:], vectors[0]))
+    def vectors_of(self, words: Tensor) -> Tensor:
+        """See :meth:`WordFeature.vectors_of`."""
+        total: Tensor | None = None
+        for index in self._numbers(words, self.tables):
+            one = F.embedding(index, self.output_vectors)
+            total = one if total is None else total + one
+        return cast(Tensor, total)
 
     def _numbers(self, words: Tensor, tables: nn.ModuleList) -> Iterator[Tensor]:
         """Yields which of all vectors are theirs, in the order of :func:`_coordinates`."""

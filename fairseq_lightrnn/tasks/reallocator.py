@@ -16,8 +16,8 @@ from fairseq.utils import resolve_max_positions
 from torch import Tensor, nn
 
 from fairseq_lightrnn.allocation.gathering import (
-    Gathered,
     gather_statistics,
+    measure_loss,
     sample_shares,
     statistics_storage,
 )
@@ -30,6 +30,7 @@ from fairseq_lightrnn.workers import rank, table_of_first_worker, world_size
 if TYPE_CHECKING:
     from fairseq_lightrnn.allocation.paper import Reallocation
     from fairseq_lightrnn.allocation.reread import Text
+    from fairseq_lightrnn.allocation.statistics import AllocationStatistics
 
 __all__ = ["Reallocator", "log_reallocation"]
 
@@ -55,7 +56,7 @@ class Reallocator:
         model: nn.Module,
         title: str,
         folder: str,
-        export: Callable[[Gathered], None] | None = None,
+        export: Callable[[AllocationStatistics], None] | None = None,
     ) -> dict[str, Any] | None:
         """Puts a better table into force.
 
@@ -75,16 +76,16 @@ class Reallocator:
         logger.info(f"{title}: gathering statistics")
         started = time.monotonic()
         text, kept = self._text(model)
-        with self.gathered(model, folder, text) as (gathered, memory):
+        with self.gathered(model, folder, text) as (statistics, memory):
             if export is not None:
-                export(gathered)
+                export(statistics)
             begun = time.monotonic()
             if self.args.reallocation_objective == "true-loss":
                 logger.info(f"{title}: what cells cost")
-                report = self._lower_loss(words, gathered, text, memory - kept)
+                report = self._lower_loss(words, statistics, text, memory - kept)
             else:
                 logger.info(f"{title}: solving")
-                report = self._move_as_measured(words, gathered, memory)
+                report = self._move_as_measured(words, statistics, text, memory)
         if report is not None:
             report["seconds"] = {
                 "statistics": begun - started,
@@ -94,16 +95,18 @@ class Reallocator:
         return report
 
     def _move_as_measured(
-        self, words: WordHead, gathered: Gathered, memory: int
+        self, words: WordHead, statistics: AllocationStatistics, text: Text, memory: int
     ) -> dict[str, Any] | None:
         """Moves words by the costs that were measured before any moved, as the paper does."""
         report: dict[str, Any] | None = None
         table = words.table
+        losses = measure_loss(text.check(), table.num_components, text.device).tolist()
 
         def solve() -> WordTable:
             nonlocal report
-            found = self._solve(words, gathered, memory)
-            report = _report(found, gathered, str(self.args.reallocation_objective))
+            found = self._solve(words, statistics, memory)
+            objective = str(self.args.reallocation_objective)
+            report = _report(found, int(statistics.counts.sum()), losses, objective)
             return found.table
 
         device = table.coordinates.device
@@ -113,7 +116,7 @@ class Reallocator:
     @contextmanager
     def gathered(
         self, model: nn.Module, folder: str, text: Text | None = None
-    ) -> Iterator[tuple[Gathered, int]]:
+    ) -> Iterator[tuple[AllocationStatistics, int]]:
         """Yields the statistics of the training split, and the bytes left to a solver.
 
         Args:
@@ -131,52 +134,60 @@ class Reallocator:
             training = model.training
             model.eval()
             try:
-                gathered = gather_statistics(text.outputs(), *size, text.device, storage.arguments)
-                yield gathered, storage.memory
+                yield (
+                    gather_statistics(text.outputs(), *size, text.device, storage.arguments),
+                    storage.memory,
+                )
             finally:
                 model.train(training)
 
     def _text(self, model: nn.Module) -> tuple[Text, int]:
         """Returns the training split, as the model reads it, and the bytes that it may take."""
-        from fairseq_lightrnn.allocation.reread import Text
+        from fairseq_lightrnn.allocation.reread import Remembered, Text
 
         words: WordHead = model.decoder.words  # type: ignore[assignment,union-attr]
 
-        def outputs(check: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            for _, sample, wanted in self.batches(model, check):
-                read = _read(model, sample)  # each state may be carried to the next batch
+        def contexts(check: bool = False) -> Iterator[tuple[int, Tensor, Context]]:
+            for number, sample, wanted in self.batches(model, check):
+                read = _contexts(model, sample)  # each state may be carried to the next batch
                 if wanted:
-                    yield _outputs(model, *read)
+                    yield number, *read
 
-        text = Text(
-            outputs,
-            lambda: (_contexts(model, number, some) for number, some, _ in self.batches(model)),
-            words.table.coordinates.device,
-            None if self.args.reallocation_words is None else lambda: outputs(check=True),
-        )
+        def outputs(check: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+            for _, sample, wanted in self.batches(model, check):
+                read = _read(model, sample)
+                if wanted:
+                    yield read
+
+        def log_probs() -> Iterator[Tensor]:
+            for targets, hidden in outputs(check=True):
+                yield words.head.softmax(hidden, targets)
+
+        device = words.table.coordinates.device
         if words.input_table is None or self.args.reallocation_objective != "true-loss":
-            return text, 0
+            return Text(outputs, contexts, log_probs, device), 0
         share = int(self.args.reallocation_memory * (1 << 30)) // 4
-        return text.remembered(words.head, share), share
+        text = Remembered(words.head, contexts, share * 3 // 4)
+        check = Remembered(words.head, lambda: contexts(check=True), share // 4)
+        return Text(text.outputs, text.read, check.log_probs, device), share
 
     def _lower_loss(
-        self, words: WordHead, gathered: Gathered, text: Text, memory: int
+        self, words: WordHead, statistics: AllocationStatistics, text: Text, memory: int
     ) -> dict[str, Any] | None:
         """Takes a step that lowers the loss over the training split, and reports it."""
         from fairseq_lightrnn.allocation.descent import lower_loss
 
         seconds: dict[str, float] = {}
-        done = lower_loss(words.head, gathered, text, memory, int(words.round), seconds)
+        done = lower_loss(words.head, statistics, text, memory, int(words.round), seconds)
         if rank() > 0:
             return None
-        tokens = gathered.tokens
         tables = [words.table, *words.further_tables]
         steps = [
             {
                 "moved": step.moved,
-                "loss_after": step.loss_after / tokens,
-                "predicted_gain": step.predicted_gain / tokens,
-                "gap": step.gap / tokens,
+                "loss_after": step.loss_after,
+                "predicted_gain": step.predicted_gain,
+                "gap": step.gap,
                 "halvings": step.halvings,
                 "table": table.table().digest(),
             }
@@ -185,21 +196,23 @@ class Reallocator:
         report: dict[str, Any] = {
             "objective": "true-loss",
             "words": words.table.num_words,
-            "tokens": tokens,
-            "loss_before": done[0].loss_before / tokens,
+            "tokens": int(statistics.counts.sum()),
+            "loss_before": done[0].loss_before,
             **steps[0],
             "seconds": seconds,
         }
         if steps[1:]:
             report |= {
-                "loss_after": done[-1].loss_after / tokens,
-                "predicted_gain": sum(step.predicted_gain for step in done) / tokens,
-                "gap": sum(step.gap for step in done) / tokens,
+                "loss_after": done[-1].loss_after,
+                "predicted_gain": sum(step.predicted_gain for step in done),
+                "gap": sum(step.gap for step in done),
                 "tables": steps,
             }
         return report
 
-    def _solve(self, words: WordHead, gathered: Gathered, memory: int) -> Reallocation:
+    def _solve(
+        self, words: WordHead, statistics: AllocationStatistics, memory: int
+    ) -> Reallocation:
         """Finds the words' new cells, as the flags ask for."""
         from fairseq_lightrnn.allocation.assignment import SolverOptions
         from fairseq_lightrnn.allocation.paper import reallocate
@@ -208,7 +221,7 @@ class Reallocator:
         vectors, biases = zip(*map(words.head.softmax.component, components), strict=True)
         return reallocate(
             words.table.table(),
-            gathered.statistics,
+            statistics,
             [vector.detach() for vector in vectors],
             [bias.detach() for bias in biases],
             objective=str(self.args.reallocation_objective),
@@ -248,11 +261,9 @@ class Reallocator:
         )
         # Of pairs of texts the last is the one that is predicted.
         lengths = dataset.sizes if np.ndim(dataset.sizes) == 1 else dataset.sizes[:, -1]
+        number_of = len(iterator.frozen_batches)
         shares = sample_shares(
-            args.reallocation_words,
-            int(np.sum(lengths)),
-            len(iterator.frozen_batches),
-            task.in_order,
+            args.reallocation_words, int(np.sum(lengths)), number_of, task.in_order
         )
         progress = progress_bar.progress_bar(
             iterator.next_epoch_itr(shuffle=False),
@@ -264,39 +275,33 @@ class Reallocator:
         # Batches are dealt to the workers in turn, so that these are the same for any number.
         numbered = zip(itertools.count(rank(), world_size()), progress)  # noqa: B905
         wanted = shares.checked if check else shares.used
-        before = shares.used if task.in_order else wanted
+        last = max(filter(wanted, range(number_of)))
         return (
             (number, sample, wanted(number))
-            for number, sample in numbered
-            if sample and (wanted(number) or before(number))
+            for number, sample in itertools.takewhile(lambda one: one[0] <= last, numbered)
+            if sample and (task.in_order or wanted(number))
         )
 
 
 def _read(model: nn.Module, sample: Any) -> tuple[Tensor, Tensor]:
-    """Returns a batch's target words (N,), and the network's outputs where they are predicted."""
+    """Returns a batch's target words (N,), and the hidden outputs (N, k, d) that predict them."""
     decoder: Any = model.decoder
     sample = _to_device(sample, decoder.words.table.coordinates.device)
     target = sample["target"]
     features, _ = model(**sample["net_input"])
     real = target.ne(decoder.dictionary.pad())
-    return target[real], features[real]
+    return target[real], decoder.words.hidden(features[real])
 
 
-def _outputs(model: nn.Module, words: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns words (N,), what predicts them (N, k, d) and how well (N, k)."""
-    head: Any = model.decoder.words  # type: ignore[union-attr]
-    return words, head.hidden(features), head.log_probs(features, words)
-
-
-def _contexts(model: Any, number: int, sample: Any) -> tuple[int, Tensor, Context]:
-    """Returns a batch's number, its target words (N,) and what is known before each."""
+def _contexts(model: Any, sample: Any) -> tuple[Tensor, Context]:
+    """Returns a batch's target words (N,) and what is known before each."""
     decoder: Any = model.decoder
     sample = _to_device(sample, decoder.words.table.coordinates.device)
     target = sample["target"].flatten()
     real = target.ne(decoder.dictionary.pad()).nonzero().squeeze(1)
     with torch.no_grad():
         context = model.contexts(sample["net_input"])
-    return number, target[real], context.select(real)
+    return target[real], context.select(real)
 
 
 def _to_device(sample: Any, device: Any) -> Any:
@@ -307,24 +312,28 @@ def _to_device(sample: Any, device: Any) -> Any:
     return sample
 
 
-def _report(found: Reallocation, gathered: Gathered, objective: str) -> dict[str, Any]:
+def _report(
+    found: Reallocation, tokens: int, losses: list[float], objective: str
+) -> dict[str, Any]:
     """Describes a reallocation, costs in nats per word.
 
     The solver's costs lack the log-normalisers, which no table changes. The measured losses of the
-    old table have them, so that the costs reported are losses: of the first component for
-    ``row-first``, of all of them for ``joint``.
+    old table's components have them, so that the costs reported are losses: of the first component
+    for ``row-first``, of all of them for ``joint``.
     """
-    tokens = gathered.tokens
-    losses = gathered.losses.tolist()
     measured = sum(losses) if objective == "joint" else losses[0]
+
+    def cost(solved: float) -> float:
+        return measured + (solved - found.cost_before) / tokens
+
     return {
         "objective": objective,
         "moved": found.moved,
         "words": found.table.num_words,
         "tokens": tokens,
-        "cost_before": measured / tokens,
-        "cost_after": (measured + found.cost_after - found.cost_before) / tokens,
-        "lower_bound": (measured + found.lower_bound - found.cost_before) / tokens,
+        "cost_before": measured,
+        "cost_after": cost(found.cost_after),
+        "lower_bound": cost(found.lower_bound),
         "gap": found.gap / tokens,
         "table": found.table.digest(),
     }
