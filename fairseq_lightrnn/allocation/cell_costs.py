@@ -254,8 +254,8 @@ class FeaturedCells:
 
 def _rounded(losses: Tensor, of_prefix: Tensor) -> Tensor:
     """Returns losses (N, R), less log-probabilities (N,), in multiples of 2^-16 nats."""
-    losses = losses.sub_(of_prefix[:, None]).clamp_(max=_MOST_NATS)
-    return losses.mul_(RESOLUTION).add_(0.5).int()
+    losses = losses.mul_(RESOLUTION).add_((0.5 - RESOLUTION * of_prefix)[:, None])
+    return losses.clamp_(max=_MOST_NATS * RESOLUTION).int()
 
 
 def log_one_minus(log_probs: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ __all__ = ["assign_listed"]
 
 logger = logging.getLogger(__name__)
 
-_GAP = 1e-4  # of what there is to save, if no other is asked for
-_FIRST_RAISE = 0.1  # of the mean spread of costs; prices are found faster by large raises first
+_GAP = 1e-3  # of what there is to save, if no other is asked for
+_FIRST_RAISE = 1.0  # of the mean spread of costs; prices are found faster by large raises first
 _SCALE = 5.0  # by which the raise falls from auction to auction
 
 
@@ -39,7 +39,7 @@ def assign_listed(
       cells: (n, L) cells that each word may get, each at most once a word; -1 for none.
       costs: (n, L) what the word pays there, finite.
       present: (n,) the cell of each word now, all different; each must be among the word's.
-      options: without a ``gap``, 1e-4 of what can be saved will do. ``time_limit`` is heeded,
+      options: without a ``gap``, a thousandth of what can be saved will do. ``time_limit`` is heeded,
         ``memory`` and ``num_threads`` are not.
       prices: of cells, (at least the highest cell + 1,), of a similar problem to start from.
 

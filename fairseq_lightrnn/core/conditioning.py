@@ -332,6 +332,5 @@ class Gated(Conditioner):
         gates = self.gates[prefix.size(-1) - 1](prefix)
         gates = gates.squeeze(-2) if prefix.size(-1) == 1 else gates.sum(dim=-2)
         gate, shift = gates.chunk(2, dim=-1)
-        return cast(
-            Tensor, self.dropout(torch.tanh(projection * (2 * torch.sigmoid(gate)) + shift))
-        )
+        gated = torch.addcmul(shift, projection, torch.sigmoid(gate), value=2)
+        return cast(Tensor, self.dropout(torch.tanh(gated)))

@@ -166,10 +166,10 @@ class Reallocator:
         device = words.table.coordinates.device
         if words.input_table is None or self.args.reallocation_objective != "true-loss":
             return Text(outputs, contexts, log_probs, device), 0
-        share = int(self.args.reallocation_memory * (1 << 30)) // 4
-        text = Remembered(words.head, contexts, share * 3 // 4)
-        check = Remembered(words.head, lambda: contexts(check=True), share // 4)
-        return Text(text.outputs, text.read, check.log_probs, device), share
+        share = int(self.args.reallocation_memory * (1 << 30)) // 16
+        text = Remembered(words.head, contexts, 4 * share)
+        check = Remembered(words.head, lambda: contexts(check=True), share)
+        return Text(text.outputs, text.read, check.log_probs, device), 5 * share
 
     def _lower_loss(
         self, words: WordHead, statistics: AllocationStatistics, text: Text, memory: int
