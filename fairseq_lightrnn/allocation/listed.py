@@ -39,8 +39,8 @@ def assign_listed(
       cells: (n, L) cells that each word may get, each at most once a word; -1 for none.
       costs: (n, L) what the word pays there, finite.
       present: (n,) the cell of each word now, all different; each must be among the word's.
-      options: without a ``gap``, a thousandth of what can be saved will do. ``time_limit`` is heeded,
-        ``memory`` and ``num_threads`` are not.
+      options: without a ``gap``, a thousandth of what can be saved will do. ``time_limit`` is
+        heeded, ``memory`` and ``num_threads`` are not.
       prices: of cells, (at least the highest cell + 1,), of a similar problem to start from.
 
     Returns:

@@ -63,7 +63,7 @@ class TableTaskConfig(FairseqDataclass):
         default=None,
         metadata={
             "help": "seat words by about this many words of text, spread evenly over the "
-            "training split, and measure the new table of true-loss by as many others (default: "
+            "training split, and measure the new table of true-loss by others (default: "
             "all)"
         },
     )
