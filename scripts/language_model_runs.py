@@ -24,6 +24,7 @@ __all__ = [
     "PEERS",
     "add_training_flags",
     "binarise",
+    "count_tokens",
     "describe",
     "find_text",
     "schedule_flags",

@@ -11,6 +11,7 @@ import pytest
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
+import benchmark_ladder  # noqa: E402
 import benchmark_language_model  # noqa: E402
 import benchmark_scale_out  # noqa: E402
 import benchmark_tables  # noqa: E402
@@ -53,6 +54,15 @@ def test_language_models(system: str) -> None:
 
 def test_more_rows_than_columns() -> None:
     assert language_model("gated-rows").table_shape == "400x25"
+
+
+@pytest.mark.parametrize("name", benchmark_ladder.RUNGS)
+def test_rungs(name: str) -> None:
+    args = parsed([DATA, *language_model_runs.OURS, *benchmark_ladder.model_flags(name, 32)])
+    ours = name.startswith("lightrnn")
+    assert args.reallocate_epochs == ("4,10" if ours else None)
+    assert (getattr(args, "table_shape", None) == "1d") != ours
+    assert args.num_layers == 2 and args.lr == [0.003 if ours else 0.002]
 
 
 @pytest.mark.parametrize("system", benchmark_translation.SYSTEMS)

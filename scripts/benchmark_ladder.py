@@ -1,0 +1,133 @@
+"""Trains small language models with every regulariser, ours and softmax models of the same size.
+
+    python scripts/benchmark_ladder.py FOLDER OUTPUT --seeds 1 --rungs softmax-2.6M lightrnn-1.3M
+
+FOLDER holds text as for ``benchmark_language_model.py``; OUTPUT receives binarised data, a folder
+for each run, ``results.json``, ``results.md`` and curves. Interrupted trainings go on from their
+last epoch. A rung is named by its kind and its parameters on Penn Treebank:
+
+* ``softmax``: two layers of an LSTM with an ordinary softmax, one set of vectors for input and
+  output (``--arch lightrnn_lm --table-shape 1d --component-vectors shared``);
+* ``lightrnn``: two layers, three further tables, a bias for each word and a feed-forward layer
+  (``--arch lightrnn_lm_gated``), words moved after two epochs of the first third.
+
+All are trained alike: 20 pieces of text with carried hidden state, blocks of 35 words, Adam, its
+learning rate rising for 300 updates and then falling to nothing on a line, gradients clipped at
+0.5, weight decay 0.03, AWD-LSTM's dropouts, as many epochs. What differs is a learning rate for
+each kind, and how strong the dropouts of a rung are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from language_model_report import summarise
+from language_model_runs import OURS, binarise, count_tokens, describe, test, training_flags
+from side_by_side import add_gpu_flag, train_in_steps
+
+
+class Rung(NamedTuple):
+    """A model of the ladder.
+
+    Attributes:
+        width: of vectors and LSTM.
+        dropout: of inputs, outputs, between layers, and of recurrent matrices.
+        ffn: units of the feed-forward layer of ours.
+    """
+
+    width: int
+    dropout: float
+    ffn: int = 0
+
+
+SOFTMAX = {
+    "0.5M": Rung(44, 0.05),
+    "1M": Rung(84, 0.1),
+    "2M": Rung(152, 0.2),
+    "2.6M": Rung(200, 0.25),
+    "5M": Rung(320, 0.35),
+    "10M": Rung(520, 0.45),
+}
+LIGHTRNN = {
+    "0.5M": Rung(120, 0.05),
+    "1M": Rung(170, 0.15, 680),
+    "1.3M": Rung(200, 0.2, 800),
+    "2M": Rung(250, 0.25, 1000),
+    "2.6M": Rung(300, 0.3, 1000),
+    "5M": Rung(430, 0.4, 1400),
+    "10M": Rung(620, 0.5, 2000),
+}
+RUNGS = {f"softmax-{size}": rung for size, rung in SOFTMAX.items()}
+RUNGS |= {f"lightrnn-{size}": rung for size, rung in LIGHTRNN.items()}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("text", type=Path, metavar="FOLDER", help="of the text files")
+    add("out", type=Path, metavar="OUTPUT", help="folder to write to")
+    add("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS), metavar="RUNG",
+        help=f"which of {', '.join(RUNGS)} (default: all)")  # fmt: skip
+    add("--seeds", type=int, nargs="+", default=[1], help="of each (default: %(default)s)")
+    add("--epochs", type=int, default=32, help="of training (default: %(default)s)")
+    add("--batch-size", type=int, default=20, help="pieces of text (default: %(default)s)")
+    add("--block", type=int, default=35, help="words of a block (default: %(default)s)")
+    add("--report", action="store_true", help="train nothing, sum up what there is")
+    add_gpu_flag(parser)
+    return parser.parse_args()
+
+
+def model_flags(name: str, epochs: int) -> list[Any]:
+    """Returns the flags of a rung: its model, regularisers, learning rate and reallocations."""
+    kind, rung = name.partition("-")[0], RUNGS[name]
+    awd = f"awd,weight={rung.dropout},component=0.05,activation=0,change=0"
+    flags = [
+        "--embed-dim", rung.width, "--hidden-size", rung.width, "--num-layers", 2,
+        "--dropout", rung.dropout, "--regularise", awd,
+    ]  # fmt: skip
+    if kind == "softmax":
+        own = ["--table-shape", "1d", "--component-vectors", "shared", "--lr", 0.002]
+        return ["--arch", "lightrnn_lm", *flags, *own]
+    moves = sorted({max(1, epochs // 8), max(1, epochs * 10 // 32)})
+    return [
+        "--arch", "lightrnn_lm_gated", *flags, "--word-dim", 1, "--further-tables", 3,
+        "--output-ffn-dim", rung.ffn, "--lr", 0.003,
+        "--reallocate-epochs", ",".join(map(str, moves)),
+    ]  # fmt: skip
+
+
+def train(name: str, seed: int, data: Path, args: argparse.Namespace) -> Path:
+    """Trains a rung and returns its folder."""
+    # Rounded up to tens, so that the last updates change something too.
+    updates = 10 * math.ceil(count_tokens(args.text) / (args.block * args.batch_size) / 10)
+    args.dropout = RUNGS[name].dropout
+    flags = [
+        *training_flags("lstm", seed, data, args), *OURS, "--carry-hidden-state",
+        "--clip-norm", 0.5, "--weight-decay", 0.03, "--lr-scheduler", "polynomial_decay",
+        "--warmup-updates", 300, "--total-num-update", args.epochs * updates,
+        *model_flags(name, args.epochs),
+    ]  # fmt: skip
+    folder: Path = args.out / f"{name}-{seed}"
+    train_in_steps(folder, flags, args.epochs, args.epochs)
+    return folder
+
+
+def main() -> None:
+    args = parse()
+    args.out.mkdir(parents=True, exist_ok=True)
+    data = binarise(args.text, args.out)
+    for seed in args.seeds:
+        for name in args.rungs:
+            if not args.report:
+                folder = train(name, seed, data, args)
+                test("lightrnn_lm", data, folder, args)
+            summarise(args.out, describe(args))
+
+
+if __name__ == "__main__":
+    main()
