@@ -66,9 +66,8 @@ def further_costs(
     """
     head, seats = occurrences.head, cast(Seats, further.tables[number])
     prefixes, last_of = seats.prefixes, seats.coordinates[:, -1].long()
-    untaken = torch.ones(math.prod(seats.shape[:-1]), dtype=torch.bool, device=words.device)
-    untaken[prefixes] = False
-    count = min(count, int((~untaken).sum()))
+    taken = seats.taken_prefixes
+    count = min(count, int(taken.sum()))
     candidates = words.new_full((len(words), count), -1)
     candidates[:, 0] = prefixes[words]
     costs = torch.zeros(len(words), count, seats.shape[-1], device=words.device)
@@ -97,7 +96,7 @@ def further_costs(
             of_prefixes=of_prefixes,
             of_last=of_last,
         )
-        steep = effects.slopes().masked_fill_(untaken, math.inf)
+        steep = effects.slopes().masked_fill_(~taken, math.inf)
         chosen = choose_prefixes(steep, present, count, generator)
         found = effects.own(chosen) + effects.others(chosen)
         now = found[torch.arange(len(last)), 0, last]

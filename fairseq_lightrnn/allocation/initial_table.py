@@ -20,11 +20,10 @@ from fairseq_lightrnn.allocation.cooccurrence import (
 )
 from fairseq_lightrnn.allocation.sums import slices
 from fairseq_lightrnn.allocation.threads import thread_pool
-from fairseq_lightrnn.core.table import WordTable, balanced_cells
+from fairseq_lightrnn.core.table import INITIAL_TABLES, WordTable, balanced_cells
 
 __all__ = [
     "FREQUENT",
-    "INITIAL_TABLES",
     "TableMaker",
     "WordVectors",
     "cooccurrence_vectors",
@@ -33,7 +32,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-INITIAL_TABLES = ("random", "frequency", "cooccurrence")
 FREQUENT = 100_000
 """Words that further tables seat by the text; of rarer ones it says little beyond one table."""
 

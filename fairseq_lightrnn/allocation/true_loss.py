@@ -63,9 +63,7 @@ def candidate_prefixes(
         Numbers of prefixes, int32 of shape (n, K), the present one first.
     """
     table = softmax.table
-    present = table.prefixes
-    taken = torch.zeros(math.prod(table.shape[:-1]), dtype=torch.bool, device=present.device)
-    taken[present] = True
+    taken = table.taken_prefixes
     device = statistics.sums.device
     sources = []
     for component in range(table.num_components - 1):
@@ -73,7 +71,7 @@ def candidate_prefixes(
         counts = statistics.counts.to(device)
         sources.append(LowRankCosts(statistics.sums[component], vectors, counts, biases))
     count = min(count, int(taken.sum()))
-    present = present[words].cpu()
+    present = table.prefixes[words].cpu()
     found = torch.empty(len(words), count, dtype=torch.int32)
     generator = torch.Generator().manual_seed(seed)
     for some in torch.arange(len(words)).split(_BLOCK):

@@ -108,7 +108,7 @@ def main(args: argparse.Namespace) -> None:
         with whole_file(args.report) as file:
             print(json.dumps(report, indent=2), file=file)
     if kept:
-        logger.info("words are read by the table that was; to go on, add --keep-input-table")
+        logger.info("words are read as they sat before; to go on, add --keep-input-table")
     if "new_shape" in report:
         logger.info(
             f"go on with fairseq-train … --restore-file {args.output} --reset-optimizer "

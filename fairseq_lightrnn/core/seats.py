@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -51,6 +52,15 @@ class Seats(nn.Module):
     def prefixes(self) -> Tensor:
         """The number of the prefix of each word, all its coordinates but the last: int64 (V,)."""
         return cast(Tensor, prefix_number(self.coordinates[:, :-1].long(), self.shape))
+
+    @property
+    def taken_prefixes(self) -> Tensor:
+        """Which prefixes any word has: booleans, one for each."""
+        taken = torch.zeros(
+            math.prod(self.shape[:-1]), dtype=torch.bool, device=self.coordinates.device
+        )
+        taken[self.prefixes] = True
+        return taken
 
     def table(self) -> WordTable:
         """Returns the word table in force."""

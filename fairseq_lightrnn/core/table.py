@@ -17,7 +17,17 @@ import numpy as np
 
 from fairseq_lightrnn.core import table_files
 
-__all__ = ["WordTable", "balanced_cells", "check_shape", "default_shape", "prefix_number"]
+__all__ = [
+    "INITIAL_TABLES",
+    "WordTable",
+    "balanced_cells",
+    "check_shape",
+    "default_shape",
+    "prefix_number",
+]
+
+INITIAL_TABLES = ("random", "frequency", "cooccurrence")
+"""How a table can be made before training; see `allocation.initial_table`."""
 
 
 class WordTable:

@@ -16,7 +16,6 @@ from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.tasks.schedule import reallocation_epochs
 
 __all__ = [
-    "INITIAL_TABLES",
     "REALLOCATION_MEMORY",
     "NEEDS",
     "Need",
@@ -28,7 +27,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-INITIAL_TABLES = ("random", "frequency", "cooccurrence")
 REALLOCATION_MEMORY = 8.0
 """GiB that a reallocation may take unless told otherwise."""
 

@@ -15,11 +15,12 @@ from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from torch import nn
 
+from fairseq_lightrnn.core.table import INITIAL_TABLES
 from fairseq_lightrnn.criterions import two_component_cross_entropy  # noqa: F401  (registers)
 from fairseq_lightrnn.data.target_input import TargetInputDataset, consecutive_text
 from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.models.flags import further_files
-from fairseq_lightrnn.tasks.flags import INITIAL_TABLES, TableTaskConfig
+from fairseq_lightrnn.tasks.flags import TableTaskConfig
 from fairseq_lightrnn.tasks.table_task import TableTask
 
 __all__ = ["LightRNNTranslationConfig", "LightRNNTranslationTask"]

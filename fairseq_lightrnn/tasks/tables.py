@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fairseq_lightrnn.core.seats import Seats
-from fairseq_lightrnn.core.table import WordTable
+from fairseq_lightrnn.core.table import INITIAL_TABLES, WordTable
 from fairseq_lightrnn.errors import UsageError, usage_errors
 from fairseq_lightrnn.files import whole_file
 from fairseq_lightrnn.models.flags import further_files, parse_shape, table_shape
 from fairseq_lightrnn.models.word_head import WordHead
-from fairseq_lightrnn.tasks.flags import INITIAL_TABLES
 from fairseq_lightrnn.workers import rank, table_of_first_worker
 
 if TYPE_CHECKING:
