@@ -139,3 +139,23 @@ def test_samples_are_checked_by_other_batches(
         assert most - 1 <= len(checked) <= most  # nothing follows the last batch
     if in_order:
         assert used == list(range(len(used)))
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize("words", [None, 25])
+def test_a_few_words_of_a_long_text_measure_a_table(
+    words: int | None, in_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fairseq_lightrnn.allocation.gathering.CHECKED", 10)
+    shares = sample_shares(words, 50, 20, in_order)
+    used, checked = (
+        [number for number in range(20) if chosen(number)]
+        for chosen in (shares.used, shares.checked)
+    )
+    assert len(used) == (20 if words is None else 10)
+    assert len(checked) == 4  # a fifth of the words, in as large a share of the batches
+    assert words is None or not set(used) & set(checked)
+    if in_order:
+        assert checked == list(range(checked[0], checked[0] + 4))
+    else:
+        assert np.diff(checked).max() <= 6
