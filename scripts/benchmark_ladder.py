@@ -8,8 +8,9 @@ last epoch. A rung is named by its kind and its parameters on Penn Treebank:
 
 * ``softmax``: two layers of an LSTM with an ordinary softmax, one set of vectors for input and
   output (``--arch lightrnn_lm --table-shape 1d --component-vectors shared``);
-* ``lightrnn``: two layers, three further tables, a bias for each word and a feed-forward layer
-  (``--arch lightrnn_lm_gated``), words moved after two epochs of the first third.
+* ``lightrnn``: two layers, three further tables, a bias for each word and, in all but the
+  smallest, a feed-forward layer (``--arch lightrnn_lm_gated``), words moved after two epochs of the
+  first third.
 
 All are trained alike: 20 pieces of text with carried hidden state, blocks of 35 words, Adam, its
 learning rate rising for 300 updates and then falling to nothing on a line, gradients clipped at
@@ -105,9 +106,9 @@ def train(name: str, seed: int, data: Path, args: argparse.Namespace) -> Path:
     """Trains a rung and returns its folder."""
     # Rounded up to tens, so that the last updates change something too.
     updates = 10 * math.ceil(count_tokens(args.text) / (args.block * args.batch_size) / 10)
-    args.dropout = RUNGS[name].dropout
+    own = argparse.Namespace(**vars(args), dropout=RUNGS[name].dropout)
     flags = [
-        *training_flags("lstm", seed, data, args), *OURS, "--carry-hidden-state",
+        *training_flags("lstm", seed, data, own), *OURS, "--carry-hidden-state",
         "--clip-norm", 0.5, "--weight-decay", 0.03, "--lr-scheduler", "polynomial_decay",
         "--warmup-updates", 300, "--total-num-update", args.epochs * updates,
         *model_flags(name, args.epochs),

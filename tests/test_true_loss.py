@@ -14,7 +14,12 @@ import pytest
 import torch
 from tiny_models import CASES, build, log_probs, words_of
 
-from fairseq_lightrnn.allocation.cell_costs import CellLosses, occurrence_shares
+from fairseq_lightrnn.allocation import cell_costs
+from fairseq_lightrnn.allocation.cell_costs import (
+    CellLosses,
+    FeaturedCells,
+    occurrence_shares,
+)
 from fairseq_lightrnn.allocation.descent import lower_loss
 from fairseq_lightrnn.allocation.gathering import gather_cell_losses, gather_statistics
 from fairseq_lightrnn.allocation.neighbours import Neighbours
@@ -185,7 +190,9 @@ def slow_costs(sample: Sample, word: int, cell: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize(("kind", "words", "shape"), SEVERAL)
 @pytest.mark.parametrize("extras", [False, True])
-def test_costs_are_those_of_the_definition(kind, words, shape, extras):
+@pytest.mark.parametrize("at_once", [1 << 21, 1])
+def test_costs_are_those_of_the_definition(kind, words, shape, extras, at_once, monkeypatch):
+    monkeypatch.setattr(cell_costs, "_AT_ONCE", at_once)
     sample = Sample(kind, words, shape, extras, scale=0.4)
     losses, neighbours, counts = sample.cell_losses()
     random = np.random.default_rng(0)
@@ -205,6 +212,21 @@ def test_costs_are_those_of_the_definition(kind, words, shape, extras):
             if neighbours is not None:
                 cost = neighbours.costs(prefix, torch.tensor([word]))[0, column]
                 assert float(cost) == pytest.approx(others, abs=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "words", "shape"), SEVERAL)
+def test_vectors_of_cells_are_looked_up_where_they_have_no_room(kind, words, shape):
+    sample = Sample(kind, words, shape, extras=True)
+    _, _, context = next(iter(sample.contexts()))
+    kept, looked_up = FeaturedCells(sample.head), FeaturedCells(sample.head, memory=0)
+    assert looked_up._vectors is None
+    queries = kept.queries(context)
+    prefixes = (torch.arange(len(queries)) % len(sample.head.table.members)).sort().values
+    expected = sample.head.softmax.feature_logits_of(context.queries, sample.head.table.words)
+    expected = expected.expand(len(queries), -1).unflatten(1, sample.head.table.members.shape)
+    for cells in (kept, looked_up):
+        found = cells.scores(queries, prefixes)
+        torch.testing.assert_close(found, expected[torch.arange(len(queries)), prefixes])
 
 
 @pytest.mark.parametrize(("kind", "words", "shape"), KEPT)

@@ -23,6 +23,7 @@ the sum over words is the loss itself of any table with the same occupied cells.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -95,6 +96,7 @@ class CellLosses:
         candidates: the numbers of the prefixes that each of them may get, (n, K); the first is its
             present one; -1 for none.
         shares: of each of their occurrences that is looked at, (n,).
+        memory: bytes that vectors of all cells may take.
 
     Attributes:
         losses: int32 of shape (n, K, R_k), in multiples of 2^-16 nats.
@@ -102,7 +104,12 @@ class CellLosses:
     """
 
     def __init__(
-        self, head: ComponentHead, words: Tensor, candidates: Tensor, shares: Tensor
+        self,
+        head: ComponentHead,
+        words: Tensor,
+        candidates: Tensor,
+        shares: Tensor,
+        memory: float = math.inf,
     ) -> None:
         self.head = head
         self.words = words
@@ -110,7 +117,7 @@ class CellLosses:
         self.shares = shares
         self._index = words.new_full((head.table.num_words,), -1)
         self._index[words] = torch.arange(len(words), device=words.device)
-        self._features = FeaturedCells(head) if len(head.softmax.features) else None
+        self._features = FeaturedCells(head, memory) if len(head.softmax.features) else None
         size = *candidates.shape, head.table.shape[-1]
         self.losses = torch.zeros(size, dtype=torch.int32, device=words.device)
         self.kept = torch.zeros(len(words), dtype=torch.int64, device=words.device)
@@ -131,10 +138,13 @@ class CellLosses:
         first = component_log_probs(self.head, context, words.new_empty(len(words), 0))
         read = self._read(words, context)
         # Each occurrence with each of its prefixes, those of a prefix side by side.
+        context = context._replace(queries=())  # all that they are needed for is read
         count, last = self.losses.shape[1:]
         prefixes, pairs = self.candidates[index].flatten().sort(stable=True)
         known = prefixes >= 0
-        step = max(1, _AT_ONCE // last)
+        # A pair takes some eight states besides its scores of components.
+        size = max(last, first.size(1), 8 * self.head.softmax.vectors.dim)
+        step = max(1, _AT_ONCE // size)
         for some, prefix in zip(pairs[known].split(step), prefixes[known].split(step), strict=True):
             occurrence, slot = some // count, some % count
             coordinates = prefix_coordinates(prefix, self.head.table.shape)
@@ -181,8 +191,7 @@ class CellLosses:
         norm = torch.logsumexp(logits, dim=1)  # log Z⁻, but where the word sits there
         there = present.nonzero().squeeze(1)
         columns = read.columns[occurrence[there]]
-        here = logits[there].gather(1, columns[:, None]).squeeze(1)
-        norm[there] += log_one_minus(here - norm[there])
+        norm[there] += log_one_minus(logits[there, columns] - norm[there])
         return F.softplus(base.neg_().add_((norm - read.own[occurrence])[:, None]))
 
 
@@ -205,13 +214,20 @@ class FeaturedCells:
 
     Args:
         head: predicts words, with features; nothing of it changes meanwhile.
+        memory: bytes that vectors of all cells may take; beyond, they are looked up again and
+            again.
     """
 
-    def __init__(self, head: ComponentHead) -> None:
+    def __init__(self, head: ComponentHead, memory: float = math.inf) -> None:
         self.head = head
-        features, members = head.softmax.features, head.table.members  # (prefixes, R_k)
-        parts = [feature.vectors_of(members.flatten()).detach() for feature in features]
-        self._vectors = torch.cat(parts, dim=1).unflatten(0, members.shape)  # (prefixes, R_k, E)
+        self._vectors: Tensor | None = None  # (prefixes, R_k, E)
+        if self.bytes_needed(head) <= memory:
+            members = head.table.members
+            one = self._vectors_of(members[0, :1])
+            vectors = one.new_empty(*members.shape, one.size(1))
+            for number, words in enumerate(members):
+                vectors[number] = self._vectors_of(words)
+            self._vectors = vectors
 
     @staticmethod
     def bytes_needed(head: ComponentHead) -> int:
@@ -220,6 +236,11 @@ class FeaturedCells:
         of_one = sum(feature.vectors_of(word).nbytes for feature in head.softmax.features)
         return head.table.members.numel() * of_one
 
+    def _vectors_of(self, words: Tensor) -> Tensor:
+        """Returns what queries are multiplied with to score words (W,): (W, E)."""
+        parts = [feature.vectors_of(words) for feature in self.head.softmax.features]
+        return torch.cat(parts, dim=1).detach()
+
     def queries(self, context: Context) -> Tensor:
         """Returns what the vectors of words are multiplied with, (N, E), of N texts."""
         ones = context.output.new_ones(len(context.output), 1)
@@ -227,10 +248,7 @@ class FeaturedCells:
 
     def own(self, queries: Tensor, words: Tensor) -> Tensor:
         """Scores one word for each query: (N,)."""
-        coordinates = self.head.table(words)
-        prefixes = self.head.table.number(coordinates[:, :-1])
-        vectors = self._vectors.flatten(0, 1)[prefixes * self._vectors.size(1) + coordinates[:, -1]]
-        return at_least_float32((queries * vectors).sum(dim=1))
+        return at_least_float32((queries * self._vectors_of(words)).sum(dim=1))
 
     def scores(self, queries: Tensor, prefixes: Tensor) -> Tensor:
         """Scores the words of a prefix for each query.
@@ -242,12 +260,17 @@ class FeaturedCells:
         Returns:
             Shape (N, R_k).
         """
-        found = queries.new_empty(len(queries), self._vectors.size(1))
+        members = self.head.table.members
+        found = queries.new_empty(len(queries), members.size(1))
         numbers, sizes = torch.unique_consecutive(prefixes, return_counts=True)
         start = 0
         for number, size in zip(numbers.tolist(), sizes.tolist(), strict=True):
             some = slice(start, start + size)
-            torch.mm(queries[some], self._vectors[number].T, out=found[some])
+            if self._vectors is None:
+                vectors = self._vectors_of(members[number])
+            else:
+                vectors = self._vectors[number]
+            torch.mm(queries[some], vectors.T, out=found[some])
             start += size
         return at_least_float32(found)
 

@@ -93,7 +93,8 @@ def lower_loss(
     Args:
         head: predicts words, in evaluation mode. Its tables are changed.
         statistics: of the text, with the table in force.
-        text: is read twice for the costs of cells, and part of it once for each measurement.
+        text: is read once for the costs of cells, once more for those of further tables, and part
+            of it for each measurement.
         memory: bytes that losses, samples and costs may take.
         seed: of the cells that words may get by chance; each step should have another.
         seconds: receives those of the parts of the work.
@@ -210,14 +211,16 @@ class _Steps:
 def _market(steps: _Steps, statistics: AllocationStatistics, seed: int) -> Market | None:
     """Measures what cells of the first table cost words: returns that on the first worker."""
     head, counts, text = steps.head, steps.counts, steps.text
-    count = min(CANDIDATES, len(head.table.prefixes.unique()))
-    words = steps.movers(count, FeaturedCells.bytes_needed(head))
+    count = min(CANDIDATES, int(head.table.taken_prefixes.sum()))
+    for_cells = steps.memory // 4
+    needed = FeaturedCells.bytes_needed(head)
+    words = steps.movers(count, needed if needed <= for_cells else 0)
     candidates = numbers_of_first_worker(
         lambda: candidate_prefixes(statistics, head.softmax, words, count, seed),
         (len(words), count),
         text.device,
     ).to(words.device)
-    losses = CellLosses(head, words, candidates, occurrence_shares(counts)[words])
+    losses = CellLosses(head, words, candidates, occurrence_shares(counts)[words], for_cells)
     neighbours = None
     if len(head.softmax.features):
         neighbours = Neighbours(head, counts, steps.memory // 8)

@@ -185,10 +185,14 @@ class _Effects:
 
     def others(self, prefixes: Tensor) -> Tensor:
         """Returns what words cost others with prefixes (W, K): (W, K, R_k)."""
-        of_prefixes = self.of_prefixes.clamp(max=MOST_LOGIT).exp().T.contiguous()  # (A, n)
-        of_last = self.of_last.clamp(max=MOST_LOGIT).exp()
-        # What each word would take of each occurrence but its own, were it not for the table.
-        rest = (self.rest - self.norm[:, None]).clamp_(max=MOST_LOGIT).exp_()
+        # Scaled by the largest of each occurrence, which may be far from the others'.
+        most_prefix = self.of_prefixes.amax(dim=1, keepdim=True)
+        most_last = self.of_last.amax(dim=1, keepdim=True)
+        of_prefixes = (self.of_prefixes - most_prefix).exp_().T.contiguous()  # (A, n)
+        of_last = (self.of_last - most_last).exp_()
+        # What each word would take of each occurrence but its own.
+        most = most_prefix + most_last - self.norm[:, None]
+        rest = (self.rest + most).clamp_(max=MOST_LOGIT).exp_()
         own = (self.which >= 0).nonzero().squeeze(1)
         rest[own, self.which[own]] = 0.0
         rest = rest.mul_(self.weights[:, None]).T.contiguous()  # (W, n)

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -234,15 +234,15 @@ def _collect(statistics: AllocationStatistics, device: torch.device | str) -> No
 
 @dataclass(frozen=True)
 class Shares:
-    """Which batches of a text are used for what, told by their numbers.
+    """Which batches of a text are used for what, by their numbers in ascending order.
 
     Attributes:
-        used: whether a batch is one of those that words are seated by.
-        checked: whether it is one of those that a new table is measured by.
+        used: those that words are seated by.
+        checked: those that a new table is measured by.
     """
 
-    used: Callable[[int], bool]
-    checked: Callable[[int], bool]
+    used: Sequence[int]
+    checked: Sequence[int]
 
 
 def sample_shares(words: int | None, total: int, batches: int, in_order: bool) -> Shares:
@@ -257,29 +257,24 @@ def sample_shares(words: int | None, total: int, batches: int, in_order: bool) -
         batches: its batches.
         in_order: take the first batches, since each goes on where the one before stopped;
             otherwise they are spread evenly.
+
+    Raises:
+        ValueError: there are no words.
     """
+    if not total or not batches:
+        raise ValueError("the text that words are to be seated by has no words")
     words = total if words is None else min(words, total)
-    used = _spread(Fraction(words, total), batches, in_order)
-    share = min(Fraction(1), Fraction(CHECKED, words))
-    if words == total:
-        return Shares(used, _spread(share, batches, in_order))
-    most = math.ceil(batches * Fraction(words, total))
-
-    def checked(number: int) -> bool:
-        if in_order:
-            return most <= number < most + math.ceil(most * share)
-        if number == 0 or used(number) or not used(number - 1):
-            return False
-        return _spread(share, most, False)(math.ceil(number * Fraction(words, total)) - 1)
-
-    return Shares(used, checked if any(map(checked, range(batches))) else used)
+    used = _spread(range(batches), math.ceil(Fraction(batches * words, total)), in_order)
+    spare = sorted(set(range(batches)).difference(used)) or used
+    count = math.ceil(len(used) * min(Fraction(1), Fraction(CHECKED, words)))
+    return Shares(used, _spread(spare, min(count, len(spare)), in_order))
 
 
-def _spread(share: Fraction, batches: int, in_order: bool) -> Callable[[int], bool]:
-    """Returns whether a batch is one of a share, the first ones or spread evenly."""
+def _spread(numbers: Sequence[int], count: int, in_order: bool) -> Sequence[int]:
+    """Returns the first few numbers, or a few that are spread evenly."""
     if in_order:
-        return lambda number: number < math.ceil(batches * share)
-    return lambda number: math.ceil((number + 1) * share) > math.ceil(number * share)
+        return numbers[:count]
+    return [numbers[place * len(numbers) // count] for place in range(count)]
 
 
 @dataclass(frozen=True)

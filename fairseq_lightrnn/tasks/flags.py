@@ -62,7 +62,7 @@ class TableTaskConfig(FairseqDataclass):
         metadata={
             "help": "seat words by about this many words of text, spread evenly over the "
             "training split, and measure the new table of true-loss by others (default: "
-            "all)"
+            "by all, measured by 131,072 of them)"
         },
     )
     reallocation_memory: float = field(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from fairseq.data.iterators import EpochBatchIterator
 from fairseq.logging import progress_bar
 from fairseq.utils import resolve_max_positions
 from torch import Tensor, nn
@@ -100,7 +101,8 @@ class Reallocator:
         """Moves words by the costs that were measured before any moved, as the paper does."""
         report: dict[str, Any] | None = None
         table = words.table
-        losses = measure_loss(text.check(), table.num_components, text.device).tolist()
+        scores = (words.head.softmax(hidden, targets) for targets, hidden in text.outputs())
+        losses = measure_loss(scores, table.num_components, text.device).tolist()
 
         def solve() -> WordTable:
             nonlocal report
@@ -261,10 +263,24 @@ class Reallocator:
         )
         # Of pairs of texts the last is the one that is predicted.
         lengths = dataset.sizes if np.ndim(dataset.sizes) == 1 else dataset.sizes[:, -1]
-        number_of = len(iterator.frozen_batches)
-        shares = sample_shares(
-            args.reallocation_words, int(np.sum(lengths)), number_of, task.in_order
-        )
+        frozen = iterator.frozen_batches
+        with usage_errors(f"--train-subset {args.train_subset}"):
+            shares = sample_shares(
+                args.reallocation_words, int(np.sum(lengths)), len(frozen), task.in_order
+            )
+        wanted = shares.checked if check else shares.used
+        # Batches are dealt to the workers in turn, so that these are the same for any number.
+        numbers: Iterable[int] = itertools.count(rank(), world_size())
+        if not task.in_order:
+            numbers = wanted[rank() :: world_size()]
+            iterator = EpochBatchIterator(
+                dataset=iterator.dataset,
+                collate_fn=iterator.collate_fn,
+                batch_sampler=[frozen[number] for number in wanted],
+                num_shards=world_size(),
+                shard_id=rank(),
+                num_workers=args.num_workers,
+            )
         progress = progress_bar.progress_bar(
             iterator.next_epoch_itr(shuffle=False),
             log_format=args.log_format,
@@ -272,14 +288,11 @@ class Reallocator:
             prefix="reallocation statistics",
             default_log_format="simple",
         )
-        # Batches are dealt to the workers in turn, so that these are the same for any number.
-        numbered = zip(itertools.count(rank(), world_size()), progress)  # noqa: B905
-        wanted = shares.checked if check else shares.used
-        last = max(filter(wanted, range(number_of)))
+        numbered = zip(numbers, progress)  # noqa: B905
         return (
-            (number, sample, wanted(number))
-            for number, sample in itertools.takewhile(lambda one: one[0] <= last, numbered)
-            if sample and (task.in_order or wanted(number))
+            (number, sample, wanted[0] <= number)
+            for number, sample in itertools.takewhile(lambda one: one[0] <= wanted[-1], numbered)
+            if sample
         )
 
 
