@@ -51,8 +51,8 @@ class TableTaskConfig(FairseqDataclass):
     reallocation_objective: ChoiceEnum(["true-loss", "row-first", "joint"]) = field(  # type: ignore[valid-type]
         default="true-loss",
         metadata={
-            "help": "what a reallocation minimises: the loss that training minimises, moves that do "
-            "not lower it being taken back (true-loss); or what was measured before any word "
+            "help": "what a reallocation minimises: the loss that training minimises, moves that "
+            "do not lower it being taken back (true-loss); or what was measured before any word "
             "moved: the sum over rows and columns as in the paper (joint), or rows first, then "
             "columns within each row (row-first)"
         },
