@@ -10,10 +10,11 @@ folders tell what the figures mean and how to repeat them; the words here are th
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from side_by_side import mean_and_spread
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 PAGE = EXAMPLES / "RESULTS.md"
@@ -63,8 +64,7 @@ def joined(values: list[Any]) -> str:
         return shown(values[0])
     if len(set(numbers)) == 1:
         return shown(numbers[0])
-    spread = (max(numbers) - min(numbers)) / 2
-    return f"{statistics.mean(numbers):,.1f} ± {spread:,.1f}"
+    return mean_and_spread(numbers)
 
 
 def rows_of(report: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -221,7 +221,7 @@ class FeaturedCells:
     def __init__(self, head: ComponentHead, memory: float = math.inf) -> None:
         self.head = head
         self._vectors: Tensor | None = None  # (prefixes, R_k, E)
-        if self.bytes_needed(head) <= memory:
+        if self.bytes_kept(head, memory):
             members = head.table.members
             one = self._vectors_of(members[0, :1])
             vectors = one.new_empty(*members.shape, one.size(1))
@@ -230,11 +230,12 @@ class FeaturedCells:
             self._vectors = vectors
 
     @staticmethod
-    def bytes_needed(head: ComponentHead) -> int:
-        """Returns the memory that vectors of all cells take."""
+    def bytes_kept(head: ComponentHead, memory: float) -> int:
+        """Returns the bytes that vectors of all cells take, 0 where they are not kept."""
         word = head.table.members[0, :1]
         of_one = sum(feature.vectors_of(word).nbytes for feature in head.softmax.features)
-        return head.table.members.numel() * of_one
+        needed = head.table.members.numel() * of_one
+        return needed if needed <= memory else 0
 
     def _vectors_of(self, words: Tensor) -> Tensor:
         """Returns what queries are multiplied with to score words (W,): (W, E)."""

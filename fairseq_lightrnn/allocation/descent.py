@@ -213,8 +213,7 @@ def _market(steps: _Steps, statistics: AllocationStatistics, seed: int) -> Marke
     head, counts, text = steps.head, steps.counts, steps.text
     count = min(CANDIDATES, int(head.table.taken_prefixes.sum()))
     for_cells = steps.memory // 4
-    needed = FeaturedCells.bytes_needed(head)
-    words = steps.movers(count, needed if needed <= for_cells else 0)
+    words = steps.movers(count, FeaturedCells.bytes_kept(head, for_cells))
     candidates = numbers_of_first_worker(
         lambda: candidate_prefixes(statistics, head.softmax, words, count, seed),
         (len(words), count),

@@ -12,7 +12,7 @@ from torch import Tensor
 from fairseq_lightrnn.core.conditioning import Context
 from fairseq_lightrnn.core.head import ComponentHead
 
-__all__ = ["Remembered", "Text"]
+__all__ = ["Remembered", "Text", "scored"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,12 @@ class Text:
     contexts: Callable[[], Iterable[tuple[int, Tensor, Context]]]
     check: Callable[[], Iterable[Tensor]]
     device: torch.device | str
+
+
+def scored(head: ComponentHead, outputs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    """Yields the log-probabilities (N, k) of words (N,) that hidden outputs (N, k, d) predict."""
+    for words, hidden in outputs:
+        yield head.softmax(hidden, words)
 
 
 class Remembered:
@@ -77,5 +83,4 @@ class Remembered:
 
     def log_probs(self) -> Iterator[Tensor]:
         """Yields the log-probabilities of their components, (N, k), with the table in force."""
-        for words, hidden in self.outputs():
-            yield self.head.softmax(hidden, words)
+        return scored(self.head, self.outputs())

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,9 +100,11 @@ class Reallocator:
         self, words: WordHead, statistics: AllocationStatistics, text: Text, memory: int
     ) -> dict[str, Any] | None:
         """Moves words by the costs that were measured before any moved, as the paper does."""
+        from fairseq_lightrnn.allocation.reread import scored
+
         report: dict[str, Any] | None = None
         table = words.table
-        scores = (words.head.softmax(hidden, targets) for targets, hidden in text.outputs())
+        scores = scored(words.head, text.outputs())
         losses = measure_loss(scores, table.num_components, text.device).tolist()
 
         def solve() -> WordTable:
@@ -145,7 +148,7 @@ class Reallocator:
 
     def _text(self, model: nn.Module) -> tuple[Text, int]:
         """Returns the training split, as the model reads it, and the bytes that it may take."""
-        from fairseq_lightrnn.allocation.reread import Remembered, Text
+        from fairseq_lightrnn.allocation.reread import Remembered, Text, scored
 
         words: WordHead = model.decoder.words  # type: ignore[assignment,union-attr]
 
@@ -161,17 +164,14 @@ class Reallocator:
                 if wanted:
                     yield read
 
-        def log_probs() -> Iterator[Tensor]:
-            for targets, hidden in outputs(check=True):
-                yield words.head.softmax(hidden, targets)
-
         device = words.table.coordinates.device
         if words.input_table is None or self.args.reallocation_objective != "true-loss":
-            return Text(outputs, contexts, log_probs, device), 0
+            check = partial(outputs, check=True)
+            return Text(outputs, contexts, lambda: scored(words.head, check()), device), 0
         share = int(self.args.reallocation_memory * (1 << 30)) // 16
         text = Remembered(words.head, contexts, 4 * share)
-        check = Remembered(words.head, lambda: contexts(check=True), share)
-        return Text(text.outputs, text.read, check.log_probs, device), 5 * share
+        sample = Remembered(words.head, partial(contexts, check=True), share)
+        return Text(text.outputs, text.read, sample.log_probs, device), 5 * share
 
     def _lower_loss(
         self, words: WordHead, statistics: AllocationStatistics, text: Text, memory: int
