@@ -41,11 +41,6 @@ from typing import Any
 SYSTEMS = ("recommended", "gated-further-bias", "gated", "recurrent", "lstm_lm",
            "lstm_lm-adaptive", "kenlm")  # fmt: skip
 _TABLES = "word_table.txt", *(f"further_word_table{number}.txt" for number in (1, 2, 3))
-# fairseq-train that stops by the seconds of its processor, not of the clock.
-_TRAIN = (
-    "import time; from fairseq.trainer import Trainer; from fairseq_cli.train import cli_main; "
-    "Trainer.cumulative_training_time = lambda self: time.process_time(); cli_main()"
-)
 
 
 def parse() -> argparse.Namespace:
@@ -112,16 +107,17 @@ def make_tables(data: Path, args: argparse.Namespace) -> dict[str, float]:
 def train(system: str, data: Path, folder: Path, args: argparse.Namespace) -> None:
     """Trains a system for so many seconds of the processor, unless that is done."""
     from benchmark_language_model import LSTMS
+    from side_by_side import TRAIN_BY_CPU
 
     if (folder / "trained.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     if system == "kenlm":
         from export_peers import build_kenlm
-        from language_model_runs import find_text
+        from language_model_text import find_text
 
-        seconds = build_kenlm(find_text(args.text)["train"], data, args.out / "kenlm-int8")
-        (folder / "trained.json").write_text(json.dumps({"cpu_seconds": round(seconds, 1)}))
+        built = build_kenlm(find_text(args.text)["train"], data, args.out / "kenlm-int8")
+        (folder / "trained.json").write_text(json.dumps({"cpu_seconds": round(built.seconds, 1)}))
         return
     flags = flags_of(system, data, folder, args)
     if system in LSTMS:
@@ -133,7 +129,7 @@ def train(system: str, data: Path, folder: Path, args: argparse.Namespace) -> No
     flags += ["--stop-time-hours", args.seconds / 3600, "--log-interval", 20]
     with open(folder / "train.txt", "w") as log:
         subprocess.run(
-            [sys.executable, "-c", _TRAIN, *map(str, flags)],
+            [sys.executable, "-c", TRAIN_BY_CPU, *map(str, flags)],
             stdout=log, stderr=log, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
     import torch
@@ -157,7 +153,7 @@ def export(system: str, quantise: str, data: Path, args: argparse.Namespace) -> 
     """
     from benchmark_language_model import LSTMS
     from export_measures import some_lines
-    from language_model_runs import find_text
+    from language_model_text import find_text
 
     out: Path = args.out / f"{system}-{quantise}"
     if system not in LSTMS and quantise != "int8":
@@ -181,7 +177,7 @@ def export(system: str, quantise: str, data: Path, args: argparse.Namespace) -> 
 def run(system: str, quantise: str, folder: Path, data: Path, args: argparse.Namespace) -> Any:
     """Measures an export in a process of its own, unless that is done."""
     from export_measures import in_browser, sizes
-    from language_model_runs import find_text
+    from language_model_text import find_text
 
     kept = args.out / f"{system}-{quantise}.json"
     if kept.exists():
@@ -234,7 +230,8 @@ def main() -> None:
 
     fairseq_compat.install()
     from benchmark_language_model import LSTMS
-    from language_model_runs import binarise, describe
+    from language_model_runs import describe
+    from language_model_text import binarise
     from side_by_side import write_results
 
     args = parse()

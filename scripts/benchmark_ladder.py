@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from language_model_report import summarise
-from language_model_runs import OURS, binarise, count_tokens, describe, test, training_flags
+from language_model_runs import OURS, describe, test, training_flags
+from language_model_text import binarise, count_tokens
 from side_by_side import add_gpu_flag, train_in_steps
 
 

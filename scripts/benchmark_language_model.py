@@ -22,9 +22,15 @@ Systems (``--systems``), LSTMs first:
   greedily, as by the authors' program;
 * ``lstm_lm``, ``lstm_lm-adaptive``: fairseq's, with full and with adaptive softmax.
 
+* ``kenlm``: a 5-gram of KenLM in a trie of eight bits, whose programs must be on the PATH.
+
 Transformers of as many words a batch: ``lightrnn_transformer_lm``, the recommended one;
 ``transformer_lm``, fairseq's, with one set of vectors for input and output, and
 ``transformer_lm-adaptive``, with adaptive input and softmax that share theirs.
+
+``@8000`` after the name of another system, as in ``lstm_lm@8000``, trains it on so many pieces of
+words by sentencepiece. Its perplexity is that of a word, spelt in the pieces of its most probable
+split: not more than what all of its splits have together.
 
 LSTMs of the plugin carry their hidden state from block to block. fairseq's cannot: they are trained
 on blocks, and tested on blocks so long that the start does not matter. Transformers see nothing
@@ -50,12 +56,12 @@ from language_model_runs import (
     OURS,
     PEERS,
     add_training_flags,
-    binarise,
     describe,
     schedule_flags,
     test,
     training_flags,
 )
+from language_model_text import binarise, find_text, hide_rare_words, split_words
 from side_by_side import append_line, last_epoch, train_for, train_in_steps
 
 # Of fairseq's adaptive softmax; those beyond the vocabulary are left out, and those of clusters
@@ -84,6 +90,7 @@ LSTMS: dict[str, list[str]] = {
     "authors": ["lightrnn_lm", "--initial-table", "random"],
 }
 SYSTEMS = (*LSTMS, "lightrnn_transformer_lm", *PEERS)
+KENLM = "kenlm"
 
 
 def parse() -> argparse.Namespace:
@@ -92,13 +99,20 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add_training_flags(parser, width=200, dropout=0.3, lanes=32)
-    add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="SYSTEM",
-        help="what to compare (default: all of the above)")  # fmt: skip
+    add("--systems", nargs="+", type=check_system, default=list(SYSTEMS), metavar="SYSTEM",
+        help="what to compare (default: all that are trained, on words)")  # fmt: skip
+    add(
+        "--least",
+        type=int,
+        metavar="N",
+        help="words that the training text has less than N times are <unk>, for all systems",
+    )
     add("--epochs", type=int, default=30, help="of training (default: %(default)s)")
     add("--seconds", type=float, metavar="S",
         help="train a system no further once it has had S CPU seconds")  # fmt: skip
     add("--for-seconds", type=float, metavar="S",
-        help="train every system for S seconds of the clock, not for epochs")  # fmt: skip
+        help="train every system for S seconds of the processor, not for epochs; of the clock with "
+        "--gpu")  # fmt: skip
     add("--validate-updates", type=int, default=3000, metavar="N",
         help="with --for-seconds, updates between validations (default: %(default)s)")  # fmt: skip
     add("--step", type=int, default=5,
@@ -122,6 +136,17 @@ def parse() -> argparse.Namespace:
     if args.for_seconds is not None and args.lr_schedule == "linear":
         parser.error("--lr-schedule linear needs to know its end: --epochs, not --for-seconds")
     return args
+
+
+def check_system(name: str) -> str:
+    """Returns the name of a system, if it is one."""
+    system, at, pieces = name.partition("@")
+    if system not in (*SYSTEMS, KENLM):
+        known = ", ".join((*SYSTEMS, KENLM))
+        raise argparse.ArgumentTypeError(f"{name}: there is no system {system}; there are {known}")
+    if at and (system == KENLM or not pieces.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{name}: expected pieces as in lstm_lm@8000")
+    return name
 
 
 def model_flags(system: str, args: argparse.Namespace, num_words: int) -> list[Any]:
@@ -166,7 +191,7 @@ def train(system: str, seed: int, data: Path, folder: Path, args: argparse.Names
         *model_flags(system, args, num_words),
     ]  # fmt: skip
     if args.for_seconds is not None:
-        train_for(folder, flags, args.for_seconds, args.validate_updates)
+        train_for(folder, flags, args.for_seconds, args.validate_updates, clock=args.gpu)
         return
     if system == "authors":
         first = min(args.authors_round, args.epochs)
@@ -210,18 +235,59 @@ def reallocate_as_the_authors(folder: Path, data: Path, epoch: int, device: str)
     append_line(folder / "reallocations.jsonl", {"epoch": epoch})
 
 
+def count_n_grams(data: Path, folder: Path, args: argparse.Namespace) -> None:
+    """Counts KenLM's n-grams and tests them, unless that is done."""
+    if (folder / "test.json").exists():
+        return
+    from export_peers import MEMORY, Kenlm, build_kenlm
+
+    files = find_text(args.text)
+    folder.mkdir(parents=True, exist_ok=True)
+    built = build_kenlm(files["train"], data, folder / "n-grams")
+    model, perplexities = Kenlm(folder / "n-grams"), {}
+    for split in ("valid", "test"):
+        scored = model.log_prob(files[split].read_text(encoding="utf-8").splitlines())
+        if scored.unknown:
+            raise SystemExit(
+                f"kenlm: {scored.unknown} words of {files[split]} are unknown to the model, which "
+                "gives each of them the probability of all; --least 2 makes them a word"
+            )
+        perplexities[split] = round(scored.perplexity, 2)
+    append_line(folder / "epochs.jsonl", {"epoch": 1, "valid_ppl": perplexities["valid"]})
+    used = {"cpu_seconds": round(built.seconds, 1), "seconds": round(built.seconds, 1)}
+    append_line(folder / "steps.jsonl", {"epoch": 1, "trained": 1, **used, "peak_mib": MEMORY})
+    numbers = {"parameters": built.numbers, "vocabulary_parameters": built.numbers}
+    append_line(folder / "test.json", {"epoch": 1, "test_ppl": perplexities["test"], **numbers})
+
+
+def run(system: str, seed: int, args: argparse.Namespace) -> None:
+    """Trains and tests a system on words, or on pieces of them."""
+    folder = args.out / f"{system}-{seed}"
+    name, _, pieces = system.partition("@")
+    out, per_word = args.out, None
+    if pieces:
+        out = args.out / f"pieces@{pieces}"
+        text, per_word = split_words(args.text, out / "text", int(pieces))
+        args = argparse.Namespace(**{**vars(args), "text": text})
+    data = binarise(args.text, out)
+    if name == KENLM:
+        count_n_grams(data, folder, args)
+        return
+    if not args.report:
+        train(name, seed, data, folder, args)
+    if (folder / "steps.jsonl").exists():
+        test(name, data, folder, args, per_word)
+
+
 def main() -> None:
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
-    data = binarise(args.text, args.out)
+    if args.least is not None:
+        args.text = hide_rare_words(args.text, args.out / "text", args.least)
     for seed in args.seeds:
         for system in args.systems:
-            folder = args.out / f"{system}-{seed}"
-            if not args.report:
-                train(system, seed, data, folder, args)
-            if (folder / "steps.jsonl").exists():
-                test(system, data, folder, args)
-                summarise(args.out, describe(args))
+            run(system, seed, args)
+            summarise(args.out, describe(args))
 
 
 if __name__ == "__main__":

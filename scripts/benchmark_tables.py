@@ -37,7 +37,8 @@ from pathlib import Path
 from typing import Any
 
 from language_model_report import summarise
-from language_model_runs import OURS, add_training_flags, binarise, describe, test, training_flags
+from language_model_runs import OURS, add_training_flags, describe, test, training_flags
+from language_model_text import binarise
 from side_by_side import read_lines, train_in_steps
 
 KINDS = ("random", "frequency", "cooccurrence")

@@ -31,6 +31,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from pieces import make_splitter, write_pieces
 from side_by_side import (
     PLUGIN,
     Systems,
@@ -98,25 +99,13 @@ def prepare(args: argparse.Namespace) -> dict[str, str]:
     names.update(dict(test.split("=", 1) for test in args.test))
     if args.pieces is None:
         return names
-    import sentencepiece
-
     folder = args.out / "pieces"
-    folder.mkdir(parents=True, exist_ok=True)
     languages = (args.source, args.target)
-    model = folder / "model"
-    if not model.with_suffix(".model").exists():
-        sentencepiece.SentencePieceTrainer.train(
-            input=[f"{args.train}.{language}" for language in languages],
-            model_prefix=str(model), vocab_size=args.pieces, num_threads=1,
-            minloglevel=2,
-        )  # fmt: skip
-    splitter = sentencepiece.SentencePieceProcessor(model_file=f"{model}.model")
+    texts = [Path(f"{args.train}.{language}") for language in languages]
+    splitter = make_splitter(folder / "model", texts, args.pieces)
     for name, prefix in names.items():
         for language in languages:
-            lines = Path(f"{prefix}.{language}").read_text(encoding="utf-8").splitlines()
-            split = (" ".join(splitter.encode(line, out_type=str)) for line in lines)
-            text = "\n".join(split) + "\n"
-            (folder / f"{name}.{language}").write_text(text, encoding="utf-8")
+            write_pieces(splitter, Path(f"{prefix}.{language}"), folder / f"{name}.{language}")
     return {name: str(folder / name) for name in names}
 
 

@@ -19,6 +19,8 @@ import numpy as np
 
 __all__ = [
     "BEST",
+    "MEMORY",
+    "Built",
     "Kenlm",
     "LstmLm",
     "Scored",
@@ -29,13 +31,14 @@ __all__ = [
 
 BEST = 3
 """Words of a suggestion."""
+MEMORY = 2048
+"""MiB that n-grams are counted in."""
 UNKNOWN = "<unk>"
 # Words that are predicted at once.
 _AT_ONCE = 64
 _ORDER = 5
-# Bits of numbers and of pointers in KenLM's tries, and memory to count in.
+# Bits of numbers and of pointers in KenLM's tries.
 _TRIE = ("-q", 8, "-b", 8, "-a", 22, "trie")
-_MEMORY = "2G"
 # KenLM keeps the name for words that it does not know.
 _KENLM_UNKNOWN = "<unknown>"
 
@@ -268,8 +271,20 @@ class LstmLm:
         return self.suggest(word, range(found[0], found[-1] + 1) if len(found) else range(0))
 
 
-def build_kenlm(text: Path, data: Path, out: Path) -> float:
-    """Counts 5-grams of a text into a quantised trie and returns the seconds of the processor.
+class Built(NamedTuple):
+    """What it took to count n-grams.
+
+    Attributes:
+        seconds: of the processor.
+        numbers: probabilities of n-grams, and back-off weights of all but the longest.
+    """
+
+    seconds: float
+    numbers: int
+
+
+def build_kenlm(text: Path, data: Path, out: Path) -> Built:
+    """Counts 5-grams of a text into a quantised trie.
 
     Raises:
         SystemExit: if KenLM's programs are missing.
@@ -280,13 +295,13 @@ def build_kenlm(text: Path, data: Path, out: Path) -> float:
     if None in programs:
         raise SystemExit(
             "kenlm needs lmplz and build_binary on the PATH: build them with cmake from the "
-            "source distribution of the package kenlm (pip download --no-binary :all: kenlm)"
+            "source distribution of the package kenlm (pip download --no-binary kenlm kenlm)"
         )
     lmplz, build_binary = programs
     out.mkdir(parents=True, exist_ok=True)
     arpa, before = out.with_suffix(".arpa"), _children()
     # Discounts of small texts, whose counts are too few to estimate them, are KenLM's own.
-    counts = [lmplz, "-o", _ORDER, "-S", _MEMORY, "-T", out.parent, "--discount_fallback",
+    counts = [lmplz, "-o", _ORDER, "-S", f"{MEMORY}M", "-T", out.parent, "--discount_fallback",
               "--arpa", arpa]  # fmt: skip
     with (
         subprocess.Popen(
@@ -301,12 +316,26 @@ def build_kenlm(text: Path, data: Path, out: Path) -> float:
         raise SystemExit(f"{lmplz} failed on {text}")
     trie = [build_binary, *_TRIE, arpa, out / "model.trie"]
     subprocess.run(list(map(str, trie)), check=True, capture_output=True)
+    numbers = _numbers(arpa)
     arpa.unlink()
     dictionary = Dictionary.load(str(data / "dict.txt"))
     words = sorted(dictionary.symbols[dictionary.nspecial :])
     # The trie holds the words, but its library does not list them.
     out.with_suffix(".words").write_text("\n".join(map(_as_kenlm_says, words)), encoding="utf-8")
-    return _children() - before
+    return Built(_children() - before, numbers)
+
+
+def _numbers(arpa: Path) -> int:
+    """Returns how many numbers an ARPA file holds, as its head says."""
+    found = 0
+    with open(arpa, encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("ngram "):
+                order, count = line.removeprefix("ngram ").split("=")
+                found += int(count) * (1 if int(order) == _ORDER else 2)
+            elif found:
+                return found
+    raise ValueError(f"{arpa} does not say how many n-grams it has")
 
 
 def _children() -> float:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from language_model_text import count_tokens, find_text
 from side_by_side import (
     PLUGIN,
     add_gpu_flag,
@@ -23,16 +24,12 @@ __all__ = [
     "OURS",
     "PEERS",
     "add_training_flags",
-    "binarise",
-    "count_tokens",
     "describe",
-    "find_text",
     "schedule_flags",
     "test",
     "training_flags",
 ]
 
-SPLITS = ("train", "valid", "test")
 OURS = ("--user-dir", PLUGIN, "--task", "lightrnn_language_modeling")
 """Flags of a command that uses a model of the plugin."""
 PEERS = ("lstm_lm", "lstm_lm-adaptive", "transformer_lm", "transformer_lm-adaptive")
@@ -57,34 +54,6 @@ def add_training_flags(
     add("--batch-size", type=int, default=lanes, help="lanes (default: %(default)s)")
     add("--block", type=int, default=35, help="words of a block (default: %(default)s)")
     add_gpu_flag(parser)
-
-
-def find_text(folder: Path) -> dict[str, Path]:
-    """Returns the files of the splits."""
-    files = {}
-    for split in SPLITS:
-        found = sorted(folder.glob(f"*{split}.txt")) or sorted(folder.glob(f"*{split}.tokens"))
-        if len(found) != 1:
-            raise SystemExit(f"{folder}: expected one file *{split}.txt, found {len(found)}")
-        files[split] = found[0]
-    return files
-
-
-def count_tokens(text: Path) -> int:
-    """Returns the words of the training text and the ends of its lines."""
-    with open(find_text(text)["train"], encoding="utf-8") as file:
-        return sum(len(line.split()) + 1 for line in file)
-
-
-def binarise(text: Path, out: Path) -> Path:
-    """Makes fairseq's binary data, unless they are there."""
-    data = out / "bin"
-    if not (data / "complete").exists():
-        files = find_text(text)
-        pairs = [part for split in SPLITS for part in (f"--{split}pref", files[split])]
-        call("preprocess", "--only-source", *pairs, "--destdir", data)
-        (data / "complete").touch()
-    return data
 
 
 def block_and_batch(system: str, args: argparse.Namespace) -> tuple[int, int]:
@@ -116,7 +85,13 @@ def training_flags(system: str, seed: int, data: Path, args: argparse.Namespace)
     ]  # fmt: skip
 
 
-def test(system: str, data: Path, folder: Path, args: argparse.Namespace) -> None:
+def test(
+    system: str,
+    data: Path,
+    folder: Path,
+    args: argparse.Namespace,
+    pieces_per_word: dict[str, float] | None = None,
+) -> None:
     """Scores the test split with the best checkpoint and counts parameters, unless that is done.
 
     Args:
@@ -124,6 +99,8 @@ def test(system: str, data: Path, folder: Path, args: argparse.Namespace) -> Non
         data: folder of binarised text.
         folder: of the run.
         args: settings of the comparison.
+        pieces_per_word: of each split, where the text is one of pieces; perplexity is still that of
+            a word, as far as it is spelt in these pieces.
     """
     if is_tested(folder):
         return
@@ -151,20 +128,21 @@ def test(system: str, data: Path, folder: Path, args: argparse.Namespace) -> Non
         found = re.search(r"Loss \(base 2\): ([0-9.]+), Perplexity: ([0-9.]+)", output)
     if found is None or "will be skipped" in output:
         raise SystemExit(f"{folder}: no perplexity of the whole test in\n{output[-2000:]}")
-    perplexity = float(found[2]) if found[2] else round(2 ** float(found[1]), 2)
-    write_test(folder, test_ppl=perplexity)
+    if pieces_per_word is not None:
+        perplexity = round(2 ** (float(found[1]) * pieces_per_word["test"]), 2)
+        write_test(folder, test_ppl=perplexity, pieces_per_word=pieces_per_word)
+        return
+    write_test(folder, test_ppl=float(found[2]) if found[2] else round(2 ** float(found[1]), 2))
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """Returns what is needed to reproduce the figures."""
-    # Not every benchmark has all of these flags.
-    by_clock = getattr(args, "for_seconds", None) is not None
     ignored = ("text", "out", "seeds", "systems", "tables", "gpu", "report")
     return {
         "settings": {name: value for name, value in vars(args).items() if name not in ignored},
         "sha256": {split: checksum(path) for split, path in find_text(args.text).items()},
         "train_tokens": count_tokens(args.text),
-        "clock": "seconds" if args.gpu or by_clock else "cpu_seconds",
+        "clock": "seconds" if args.gpu else "cpu_seconds",
         "shared": args.gpu,
         **machine(),
     }

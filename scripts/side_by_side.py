@@ -26,6 +26,7 @@ from typing import IO, Any, NamedTuple
 
 __all__ = [
     "PLUGIN",
+    "TRAIN_BY_CPU",
     "VOCABULARY",
     "Systems",
     "add_gpu_flag",
@@ -62,6 +63,12 @@ VOCABULARY = (
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 # Updates.
 _LOG_INTERVAL = 100
+TRAIN_BY_CPU = (
+    "import time; from fairseq.trainer import Trainer; from fairseq_cli.train import cli_main; "
+    "Trainer.cumulative_training_time = "
+    "lambda self: time.process_time() + self._previous_training_time; cli_main()"
+)
+"""Program of a ``fairseq-train`` whose ``--stop-time-hours`` are the processor's."""
 # What fairseq logs after an epoch's validation.
 _EPOCH = r"\{\"epoch\": \d+, \"valid_loss\".*\}"
 
@@ -122,10 +129,18 @@ def call(module: str, *arguments: Any, log: Path | None = None) -> str:
 
 
 def _call(
-    module: str, *arguments: Any, log: Path | None = None
+    module: str, *arguments: Any, log: Path | None = None, program: str | None = None
 ) -> tuple[str, resource.struct_rusage]:
-    """Returns what one of fairseq's commands printed, and what it used of the machine."""
-    command = [sys.executable, "-m", f"fairseq_cli.{module}", *map(str, arguments)]
+    """Returns what one of fairseq's commands printed, and what it used of the machine.
+
+    Args:
+        module: name of the command's module.
+        *arguments: of the command.
+        log: file that receives what it printed.
+        program: that runs in the place of the module.
+    """
+    code = ["-m", f"fairseq_cli.{module}"] if program is None else ["-c", program]
+    command = [sys.executable, *code, *map(str, arguments)]
     with tempfile.TemporaryFile("w+") as file:
         status, used = run_measured(command, file, {**_KEEP_MEMORY, "OMP_NUM_THREADS": "1"})
         file.seek(0)
@@ -183,21 +198,24 @@ def train_in_steps(
         append_line(folder / "steps.jsonl", {"epoch": goal, "trained": trained, **output.used})
 
 
-def train_for(folder: Path, flags: Iterable[Any], seconds: float, interval: int) -> None:
-    """Runs ``fairseq-train`` in one process for so long by the clock; epochs need not end.
+def train_for(
+    folder: Path, flags: Iterable[Any], seconds: float, interval: int, clock: bool = False
+) -> None:
+    """Runs ``fairseq-train`` in one process for so long; epochs need not end.
 
     Args:
         folder: of the run; an interrupted one is gone on with.
         flags: of the training, as for :func:`train_in_steps`.
-        seconds: of the clock, validations included.
+        seconds: of the processor, the start of the process and validations included.
         interval: updates between two validations; one more follows when the seconds are over.
+        clock: go by the clock instead.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "steps.jsonl").exists():
         return
     limits = ["--stop-time-hours", seconds / 3600, "--keep-interval-updates", 1]
     every = ["--validate-interval-updates", interval, "--save-interval-updates", interval]
-    output = _train(folder, [*flags, *limits, *every])
+    output = _train(folder, [*flags, *limits, *every], None if clock else TRAIN_BY_CPU)
     log = re.findall(r"\{\"epoch\": .*\}", (folder / "train.log").read_text())
     records = [json.loads(line) for line in log]
     last = [record for record in records if "update" in record][-1:]
@@ -211,7 +229,7 @@ def train_for(folder: Path, flags: Iterable[Any], seconds: float, interval: int)
         append_line(folder / "epochs.jsonl", _validation(round(updates / length, 4), record))
     passed = round(max(validations) / length, 4)
     # fairseq counts the time of earlier processes too.
-    used = {**output.used, "seconds": seconds}
+    used = {**output.used, "seconds" if clock else "cpu_seconds": seconds}
     append_line(folder / "steps.jsonl", {"epoch": passed, "trained": passed, **used})
 
 
@@ -222,13 +240,13 @@ class _Training(NamedTuple):
     used: dict[str, Any]
 
 
-def _train(folder: Path, flags: list[Any]) -> _Training:
-    """Runs one process of ``fairseq-train``."""
+def _train(folder: Path, flags: list[Any], program: str | None = None) -> _Training:
+    """Runs one process of ``fairseq-train``; see :func:`_call`."""
     start = time.monotonic()
     output, used = _call(
         "train", *flags, "--save-dir", folder, "--num-workers", 0, "--no-epoch-checkpoints",
         "--log-format", "json", "--log-interval", _LOG_INTERVAL,
-        "--log-file", folder / "train.log",
+        "--log-file", folder / "train.log", program=program,
     )  # fmt: skip
     seconds = {
         "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
@@ -284,6 +302,10 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     test = json.loads((folder / "test.json").read_text())
     epochs = read_lines(folder / "epochs.jsonl")
     steps = read_lines(folder / "steps.jsonl")
+    # Of pieces of words, fairseq logs the perplexity a piece.
+    pieces = test.get("pieces_per_word", {"valid": 1.0})["valid"]
+    for record in epochs:
+        record["valid_ppl"] = round(record["valid_ppl"] ** pieces, 3)
     best = min(epochs, key=lambda record: record["valid_ppl"])
     return {
         **test,

@@ -30,7 +30,9 @@ def books(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module.trained = 0  # epochs that the checkpoint knows
     module.calls = []
 
-    def call(command: str, *arguments: Any, log: Path | None = None) -> tuple[str, Any]:
+    def call(
+        command: str, *arguments: Any, log: Path | None = None, program: str | None = None
+    ) -> tuple[str, Any]:
         flags = list(map(str, arguments))
         goal = int(flags[flags.index("--max-epoch") + 1])
         module.calls.append((command, goal))
@@ -64,6 +66,15 @@ def test_steps_until_the_epochs_are_done(books: ModuleType, tmp_path: Path) -> N
     assert run["valid_ppls"] == {1: 256, 2: 128, 3: 64, 4: pytest.approx(2**6.5, abs=1e-3)}
     assert (run["best_epoch"], run["valid_ppl"], run["epochs"]) == (3, 64, 4)
     assert (run["cpu_seconds_per_epoch"], run["peak_mib"]) == (10, 2)
+
+
+def test_the_perplexity_of_pieces_is_that_of_words(books: ModuleType, tmp_path: Path) -> None:
+    books.train_in_steps(tmp_path, ["data"], epochs=2, step=2)
+    test = {"epoch": 2, "test_ppl": 9.0, "pieces_per_word": {"valid": 1.5, "test": 1.4}}
+    (tmp_path / "test.json").write_text(json.dumps(test))
+    run = books.read_run(tmp_path)
+    assert run["valid_ppls"] == {1: 2**12, 2: pytest.approx(2**10.5, abs=1e-3)}
+    assert run["test_ppl"] == 9  # is that already
 
 
 def test_more_epochs_make_the_test_outdated(books: ModuleType, tmp_path: Path) -> None:
@@ -150,7 +161,10 @@ def test_a_command_that_fails_leaves_its_log(
     assert "No module named" in (tmp_path / "log").read_text()
 
 
-def test_training_by_the_clock(books: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("clock", [True, False])
+def test_training_for_seconds(
+    books: ModuleType, tmp_path: Path, monkeypatch: Any, clock: bool
+) -> None:
     """Validations stand at their updates, in epochs."""
     lines = [
         "{'_name': None, 'common': {}}",
@@ -161,18 +175,22 @@ def test_training_by_the_clock(books: ModuleType, tmp_path: Path, monkeypatch: A
         '{"epoch": 1, "valid_loss": "7", "valid_num_updates": "200"}',
     ]
 
-    def call(command: str, *arguments: Any, log: Path | None = None) -> tuple[str, Any]:
+    def call(
+        command: str, *arguments: Any, log: Path | None = None, program: str | None = None
+    ) -> tuple[str, Any]:
+        assert (program is None) == clock
         flags = list(map(str, arguments))
         assert flags[flags.index("--stop-time-hours") + 1] == "0.5"
         Path(flags[flags.index("--log-file") + 1]).write_text("\n".join(lines))
         return "", SimpleNamespace(ru_utime=1700.0, ru_stime=0.0, ru_maxrss=2048)
 
     monkeypatch.setattr(books, "_call", call)
-    books.train_for(tmp_path, [], seconds=1800, interval=100)
+    books.train_for(tmp_path, [], seconds=1800, interval=100, clock=clock)
     run = finish(books, tmp_path)
     assert run["valid_ppls"] == {0.375: 256, 0.5: 128}
-    assert (run["epochs"], run["seconds_per_epoch"]) == (0.5, 3600)
-    books.train_for(tmp_path, [], seconds=1800, interval=100)
+    kind = "seconds_per_epoch" if clock else "cpu_seconds_per_epoch"
+    assert (run["epochs"], run[kind]) == (0.5, 3600)
+    books.train_for(tmp_path, [], seconds=1800, interval=100, clock=clock)
     assert len(books.read_lines(tmp_path / "steps.jsonl")) == 1  # nothing was left to do
 
 
