@@ -264,7 +264,7 @@ class Reallocator:
         # Of pairs of texts the last is the one that is predicted.
         lengths = dataset.sizes if np.ndim(dataset.sizes) == 1 else dataset.sizes[:, -1]
         frozen = iterator.frozen_batches
-        with usage_errors(f"--train-subset {args.train_subset}"):
+        with usage_errors(f"the split {args.train_subset}"):
             shares = sample_shares(
                 args.reallocation_words, int(np.sum(lengths)), len(frozen), task.in_order
             )
