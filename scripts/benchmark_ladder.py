@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from language_model_report import summarise
-from language_model_runs import OURS, describe, test, training_flags
+from language_model_runs import OURS, add_run_flags, describe, test, training_flags
 from language_model_text import binarise, count_tokens
-from side_by_side import add_gpu_flag, train_in_steps
+from side_by_side import train_in_steps
 
 
 class Rung(NamedTuple):
@@ -70,17 +70,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_run_flags(parser, lanes=20)
     add = parser.add_argument
-    add("text", type=Path, metavar="FOLDER", help="of the text files")
-    add("out", type=Path, metavar="OUTPUT", help="folder to write to")
     add("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS), metavar="RUNG",
         help=f"which of {', '.join(RUNGS)} (default: all)")  # fmt: skip
-    add("--seeds", type=int, nargs="+", default=[1], help="of each (default: %(default)s)")
     add("--epochs", type=int, default=32, help="of training (default: %(default)s)")
-    add("--batch-size", type=int, default=20, help="pieces of text (default: %(default)s)")
-    add("--block", type=int, default=35, help="words of a block (default: %(default)s)")
     add("--report", action="store_true", help="train nothing, sum up what there is")
-    add_gpu_flag(parser)
     return parser.parse_args()
 
 

@@ -23,6 +23,7 @@ from side_by_side import (
 __all__ = [
     "OURS",
     "PEERS",
+    "add_run_flags",
     "add_training_flags",
     "describe",
     "schedule_flags",
@@ -39,21 +40,28 @@ TEST_BLOCK = 2048
 TRANSFORMER_WARMUP = 400  # updates
 
 
-def add_training_flags(
-    parser: argparse.ArgumentParser, width: int, dropout: float, lanes: int
-) -> None:
-    """Adds the folders, and what all models of a comparison have in common, with its defaults."""
+def add_run_flags(parser: argparse.ArgumentParser, lanes: int) -> None:
+    """Adds the folders, the seeds, the batches and the device."""
     add = parser.add_argument
     add("text", type=Path, metavar="FOLDER", help="of the text files")
     add("out", type=Path, metavar="OUTPUT", help="folder to write to")
     add("--seeds", type=int, nargs="+", default=[1], help="of each system (default: %(default)s)")
+    add("--batch-size", type=int, default=lanes,
+        help="pieces of text that are read side by side (default: %(default)s)")  # fmt: skip
+    add("--block", type=int, default=35, help="words of a block (default: %(default)s)")
+    add_gpu_flag(parser)
+
+
+def add_training_flags(
+    parser: argparse.ArgumentParser, width: int, dropout: float, lanes: int
+) -> None:
+    """Adds what all models of a comparison have in common, with its defaults."""
+    add_run_flags(parser, lanes)
+    add = parser.add_argument
     add("--width", type=int, default=width, help="of vectors and networks (default: %(default)s)")
     add("--layers", type=int, default=1, help="of LSTMs (default: %(default)s)")
     add("--dropout", type=float, default=dropout, help="(default: %(default)s)")
     add("--lr", type=float, default=0.002, help="of Adam at first (default: %(default)s)")
-    add("--batch-size", type=int, default=lanes, help="lanes (default: %(default)s)")
-    add("--block", type=int, default=35, help="words of a block (default: %(default)s)")
-    add_gpu_flag(parser)
 
 
 def block_and_batch(system: str, args: argparse.Namespace) -> tuple[int, int]:
