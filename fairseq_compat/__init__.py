@@ -44,6 +44,7 @@ FIXES: dict[str, tuple[str, ...]] = {
     "fairseq.modules.multihead_attention": ("fixes:silence_mask_types",),
     "fairseq.modules.transformer_layer": ("fixes:avoid_encoder_fast_path",),
     "fairseq.tasks.fairseq_task": ("fixes:silence_autocast",),
+    "fairseq.trainer": ("fixes:multiply_with_all_lanes",),
     "fairseq_cli": ("fixes:wait_briefly",),
     "fairseq_cli.score": ("fixes:pass_sacrebleu_sequences",),
 }

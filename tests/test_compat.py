@@ -13,6 +13,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -235,6 +236,49 @@ def test_threads_wait_briefly_unless_told_otherwise(
     told = subprocess.run([sys.executable, "-c", program], env={**known, **chosen},
                           capture_output=True, text=True, check=True).stdout  # fmt: skip
     assert told.split() == [str(spins), "False"]
+
+
+@pytest.fixture
+def precision() -> Iterator[None]:
+    """Gives torch its way of multiplying matrices back."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("precision")
+class TestProducts:
+    def test_stay_those_of_single_precision(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """On whichever processor: what rounds to bfloat16 is taken back."""
+        monkeypatch.setattr(fixes, "_mkl_takes_it_for_older", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        fixes.multiply_with_all_lanes(ModuleType("fairseq.trainer"))
+        values = torch.rand(300, 200, generator=torch.Generator().manual_seed(1))
+        exact = values.double() @ values.double().T
+        assert (values @ values.T - exact).abs().max() < 1e-5 * exact.max()
+
+    @pytest.mark.parametrize(("good", "expected"), [(True, "medium"), (False, "highest")])
+    def test_are_tried(self, monkeypatch: Any, good: bool, expected: str) -> None:
+        monkeypatch.setattr(fixes, "_mkl_takes_it_for_older", lambda: True)
+        monkeypatch.setattr(fixes, "_multiplies_in_single_precision", lambda: good)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        fixes.multiply_with_all_lanes(ModuleType("fairseq.trainer"))
+        assert torch.get_float32_matmul_precision() == expected
+
+    @pytest.mark.parametrize(("gpu", "chosen"), [(True, "highest"), (False, "high")])
+    def test_are_as_chosen(self, monkeypatch: Any, gpu: bool, chosen: str) -> None:
+        """With a GPU too, where the same setting would allow less precise products."""
+        monkeypatch.setattr(fixes, "_mkl_takes_it_for_older", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        torch.set_float32_matmul_precision(chosen)
+        fixes.multiply_with_all_lanes(ModuleType("fairseq.trainer"))
+        assert torch.get_float32_matmul_precision() == chosen
+
+    def test_of_other_processors_are_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+        fixes.multiply_with_all_lanes(ModuleType("fairseq.trainer"))
+        assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_filters_silence_their_own_message_only() -> None:
