@@ -10,7 +10,8 @@ with adaptive input and softmax, all of one width, each in a process of its own.
 Words are drawn by Zipf's law, so that a word of rank r has the probability 1/r, and no carried
 state is kept.
 
-Measured are words a second (median of the updates), the peak memory of the process, and the share
+Measured are words a second (median of the updates; of one thread the processor's seconds, so that
+other work does not count), the peak memory of the process, and the share
 of the machine's rate of multiplying matrices: multiplications and additions a word (those of matrix
 products, counted by torch, and those of the LSTM) times words a second, over the rate at which a
 product of two matrices of 2048 × 2048 is computed by the same process, before or after, whichever
@@ -159,6 +160,7 @@ def steps_of(
     criterion: Any,
     draw: Callable[[], dict[str, Any]],
     args: argparse.Namespace,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Callable[[], Any], Callable[[], float]]:
     """Returns what computes the loss of a batch, and what does an update and returns its seconds.
 
@@ -168,7 +170,9 @@ def steps_of(
         criterion: that it is trained with.
         draw: a batch.
         args: the device and its numbers.
+        clock: measures the seconds.
     """
+    import fairseq.trainer  # noqa: F401  (training multiplies matrices in its own way)
     import torch
     from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
 
@@ -185,14 +189,14 @@ def steps_of(
 
     def update() -> float:
         sample = draw()
-        start = time.perf_counter()
+        start = clock()
         optimizer.zero_grad()
         optimizer.backward(loss_of(sample))
         optimizer.clip_grad_norm(1.0)
         optimizer.step()
         if args.gpu:
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return clock() - start
 
     return lambda: loss_of(draw()), update
 
@@ -209,8 +213,11 @@ def worker(args: argparse.Namespace) -> None:
     device = "cuda" if args.gpu else "cpu"
     model, criterion = build(system, num_words, args)
     model.train().to(device)
-    loss, update = steps_of(system, model, criterion, batches(num_words, args, device), args)
-    rate = matrix_rate(device)
+    # Of one thread the processor's, whatever else runs.
+    clock = time.perf_counter if args.gpu or args.threads > 1 else time.process_time
+    draw = batches(num_words, args, device)
+    loss, update = steps_of(system, model, criterion, draw, args, clock)
+    rate = matrix_rate(device, clock)
     operations = count_operations(system, lambda: loss().backward(), args)
     for _ in range(3):
         update()
@@ -220,7 +227,7 @@ def worker(args: argparse.Namespace) -> None:
     while len(times) < 5 or sum(times) < args.seconds:
         times.append(update())
     seconds, words = statistics.median(times), args.batch_size * args.block
-    rate = max(rate, matrix_rate(device))  # a machine is not equally fast at all times
+    rate = max(rate, matrix_rate(device, clock))  # a machine is not equally fast at all times
     print(json.dumps({
         "words_per_second": round(words / seconds),
         "updates": len(times),
@@ -247,18 +254,18 @@ def count_operations(system: str, run: Callable[[], None], args: argparse.Namesp
     return float(counter.get_total_flops() + lstm)
 
 
-def matrix_rate(device: str) -> float:
+def matrix_rate(device: str, clock: Callable[[], float]) -> float:
     """Returns the operations a second of a product of large matrices."""
     import torch
 
     left = torch.randn(_MATRIX, _MATRIX, device=device)
     times = []
     for _ in range(8):
-        start = time.perf_counter()
+        start = clock()
         left @ left
         if device == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return 2.0 * _MATRIX**3 / statistics.median(times[2:])
 
 
