@@ -288,20 +288,24 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def measure_apart(script: str, what: list[str], threads: int) -> tuple[dict[str, Any], str]:
+def measure_apart(
+    script: str, what: list[str], threads: int, **environment: str
+) -> tuple[dict[str, Any], str]:
     """Measures one thing in a process of its own, which a script starts of itself.
 
     Args:
         script: that is told ``--worker`` and prints the figures as JSON, the last line.
         what: is measured.
         threads: of the CPU.
+        **environment: what is set besides this process's own.
 
     Returns:
         The figures, or an error; and what the process told besides.
     """
     done = subprocess.run(
         [sys.executable, script, *sys.argv[1:], "--worker", *what],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        capture_output=True, text=True,
+        env={**os.environ, **environment, "OMP_NUM_THREADS": str(threads)},
     )  # fmt: skip
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["killed"])[-1]}, done.stderr

@@ -35,7 +35,7 @@ from typing import Any
 
 from benchmark_inference import measure_apart, memory, sized_dictionary
 from benchmark_language_model import CUTOFFS
-from side_by_side import machine, measure_each, write_results
+from side_by_side import KEEP_MEMORY, machine, measure_each, write_results
 
 # Flags of the models of the plugin: the class of the model, and what words have.
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -281,7 +281,7 @@ def show_parts(update: Callable[[], float]) -> None:
 
 def measure(system: str, size: int, args: argparse.Namespace) -> dict[str, Any]:
     """Measures one system in a process of its own."""
-    found, told = measure_apart(__file__, [system, str(size)], args.threads)
+    found, told = measure_apart(__file__, [system, str(size)], args.threads, **KEEP_MEMORY)
     if args.parts:
         print(told)
     return {"words": size, "system": system, **found}

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 __all__ = [
+    "KEEP_MEMORY",
     "PLUGIN",
     "TRAIN_BY_CPU",
     "VOCABULARY",
@@ -58,9 +59,9 @@ VOCABULARY = (
     "decoder.embed_tokens", "decoder.fc_out", "decoder.output_projection", "adaptive_softmax",
     "core.reader", "head.softmax", "conditioner.gates",
 )  # fmt: skip
-# glibc hands large blocks of memory back and asks for them anew at each step, by default; the page
-# faults take a third of the time of a softmax over 10,000 words.
-_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+"""Environment of what is measured: by default glibc hands large blocks of memory back and asks for
+them anew at each step, and page faults take a third of the time of a softmax over 10,000 words."""
 # Updates.
 _LOG_INTERVAL = 100
 TRAIN_BY_CPU = (
@@ -142,7 +143,7 @@ def _call(
     code = ["-m", f"fairseq_cli.{module}"] if program is None else ["-c", program]
     command = [sys.executable, *code, *map(str, arguments)]
     with tempfile.TemporaryFile("w+") as file:
-        status, used = run_measured(command, file, {**_KEEP_MEMORY, "OMP_NUM_THREADS": "1"})
+        status, used = run_measured(command, file, {**KEEP_MEMORY, "OMP_NUM_THREADS": "1"})
         file.seek(0)
         output = file.read()
     if log is not None:
