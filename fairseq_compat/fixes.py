@@ -324,10 +324,11 @@ def multiply_with_all_lanes(module: ModuleType) -> None:
     """Has oneDNN multiply matrices where torch's other library uses half of the processor.
 
     That is Intel's MKL, which takes AMD's processors with AVX-512 for older ones; with oneDNN,
-    which torch has too, training is a third faster.  Only training gets it, whose shapes repeat:
+    which torch has too, training is up to half faster.  Only training gets it, whose shapes repeat:
     a new shape costs oneDNN a third of a millisecond.  torch's setting allows rounding to bfloat16,
     which oneDNN does not do there; if products ever are not those of single precision, it is taken
-    back.  ``ATEN_CPU_CAPABILITY=avx2`` turns this off, as all use of AVX-512 in torch.
+    back.  Both are not timed instead, for a training that goes on must multiply as it did before.
+    ``ATEN_CPU_CAPABILITY=avx2`` turns this off, as all use of AVX-512 in torch.
     """
     import torch
 
@@ -348,7 +349,8 @@ def _mkl_takes_it_for_older() -> bool:
 
     if not torch.backends.mkl.is_available() or not torch.backends.mkldnn.is_available():
         return False
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+    cpu = getattr(torch.backends, "cpu", None)  # since torch 2.1
+    if cpu is None or cpu.get_cpu_capability() != "AVX512":
         return False
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:

@@ -107,7 +107,7 @@ def make_tables(data: Path, args: argparse.Namespace) -> dict[str, float]:
 def train(system: str, data: Path, folder: Path, args: argparse.Namespace) -> None:
     """Trains a system for so many seconds of the processor, unless that is done."""
     from benchmark_language_model import LSTMS
-    from side_by_side import TRAIN_BY_CPU
+    from side_by_side import KEEP_MEMORY, TRAIN_BY_CPU
 
     if (folder / "trained.json").exists():
         return
@@ -130,7 +130,8 @@ def train(system: str, data: Path, folder: Path, args: argparse.Namespace) -> No
     with open(folder / "train.txt", "w") as log:
         subprocess.run(
             [sys.executable, "-c", TRAIN_BY_CPU, *map(str, flags)],
-            stdout=log, stderr=log, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=log, stderr=log, check=True,
+            env={**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
     import torch
 

@@ -22,15 +22,15 @@ Systems (``--systems``), LSTMs first:
   greedily, as by the authors' program;
 * ``lstm_lm``, ``lstm_lm-adaptive``: fairseq's, with full and with adaptive softmax.
 
-* ``kenlm``: a 5-gram of KenLM in a trie of eight bits, whose programs must be on the PATH.
+* ``kenlm``: a 5-gram of KenLM, whose programs must be on the PATH, once for all seeds.
 
 Transformers of as many words a batch: ``lightrnn_transformer_lm``, the recommended one;
 ``transformer_lm``, fairseq's, with one set of vectors for input and output, and
 ``transformer_lm-adaptive``, with adaptive input and softmax that share theirs.
 
 ``@8000`` after the name of another system, as in ``lstm_lm@8000``, trains it on so many pieces of
-words by sentencepiece. Its perplexity is that of a word, spelt in the pieces of its most probable
-split: not more than what all of its splits have together.
+words by sentencepiece. Its perplexity is that of a word, spelt in the pieces that sentencepiece
+splits it into: an upper bound, since all of its spellings together are at least as probable.
 
 LSTMs of the plugin carry their hidden state from block to block. fairseq's cannot: they are trained
 on blocks, and tested on blocks so long that the start does not matter. Transformers see nothing
@@ -48,6 +48,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,13 @@ from language_model_runs import (
     test,
     training_flags,
 )
-from language_model_text import binarise, find_text, hide_rare_words, split_words
+from language_model_text import (
+    binarise,
+    count_tokens,
+    find_text,
+    require_known_words,
+    split_words,
+)
 from side_by_side import append_line, last_epoch, train_for, train_in_steps
 
 # Of fairseq's adaptive softmax; those beyond the vocabulary are left out, and those of clusters
@@ -101,12 +108,6 @@ def parse() -> argparse.Namespace:
     add_training_flags(parser, width=200, dropout=0.3, lanes=32)
     add("--systems", nargs="+", type=check_system, default=list(SYSTEMS), metavar="SYSTEM",
         help="what to compare (default: all that are trained, on words)")  # fmt: skip
-    add(
-        "--least",
-        type=int,
-        metavar="N",
-        help="words that the training text has less than N times are <unk>, for all systems",
-    )
     add("--epochs", type=int, default=30, help="of training (default: %(default)s)")
     add("--seconds", type=float, metavar="S",
         help="train a system no further once it has had S CPU seconds")  # fmt: skip
@@ -131,7 +132,8 @@ def parse() -> argparse.Namespace:
         help="of Adam at first, for transformers (default: %(default)s)")  # fmt: skip
     add("--report", action="store_true", help="train nothing, sum up what there is")
     args = parser.parse_args()
-    if args.for_seconds is not None and "authors" in args.systems:
+    names = [system.partition("@")[0] for system in args.systems]
+    if args.for_seconds is not None and "authors" in names:
         parser.error("--for-seconds moves no words after an epoch; leave authors out of --systems")
     if args.for_seconds is not None and args.lr_schedule == "linear":
         parser.error("--lr-schedule linear needs to know its end: --epochs, not --for-seconds")
@@ -239,23 +241,20 @@ def count_n_grams(data: Path, folder: Path, args: argparse.Namespace) -> None:
     """Counts KenLM's n-grams and tests them, unless that is done."""
     if (folder / "test.json").exists():
         return
-    from export_peers import MEMORY, Kenlm, build_kenlm
+    from export_peers import Kenlm, build_kenlm
 
-    files = find_text(args.text)
-    folder.mkdir(parents=True, exist_ok=True)
-    built = build_kenlm(files["train"], data, folder / "n-grams")
+    files, started = find_text(args.text), time.monotonic()
+    built = build_kenlm(files["train"], data, folder / "n-grams", quantise=False)
+    used = {"cpu_seconds": round(built.seconds, 1), "peak_mib": built.peak_mib,
+            "seconds": round(time.monotonic() - started, 1)}  # fmt: skip
     model, perplexities = Kenlm(folder / "n-grams"), {}
     for split in ("valid", "test"):
-        scored = model.log_prob(files[split].read_text(encoding="utf-8").splitlines())
-        if scored.unknown:
-            raise SystemExit(
-                f"kenlm: {scored.unknown} words of {files[split]} are unknown to the model, which "
-                "gives each of them the probability of all; --least 2 makes them a word"
-            )
+        with open(files[split], encoding="utf-8") as lines:
+            scored = model.log_prob(list(lines))
+        assert scored.words == count_tokens(args.text, split)
         perplexities[split] = round(scored.perplexity, 2)
     append_line(folder / "epochs.jsonl", {"epoch": 1, "valid_ppl": perplexities["valid"]})
-    used = {"cpu_seconds": round(built.seconds, 1), "seconds": round(built.seconds, 1)}
-    append_line(folder / "steps.jsonl", {"epoch": 1, "trained": 1, **used, "peak_mib": MEMORY})
+    append_line(folder / "steps.jsonl", {"epoch": 1, "trained": 1, **used})
     numbers = {"parameters": built.numbers, "vocabulary_parameters": built.numbers}
     append_line(folder / "test.json", {"epoch": 1, "test_ppl": perplexities["test"], **numbers})
 
@@ -263,8 +262,12 @@ def count_n_grams(data: Path, folder: Path, args: argparse.Namespace) -> None:
 def run(system: str, seed: int, args: argparse.Namespace) -> None:
     """Trains and tests a system on words, or on pieces of them."""
     folder = args.out / f"{system}-{seed}"
+    if args.report and not (folder / "steps.jsonl").exists():
+        return
     name, _, pieces = system.partition("@")
     out, per_word = args.out, None
+    if pieces or name == KENLM:
+        require_known_words(args.text, system)
     if pieces:
         out = args.out / f"pieces@{pieces}"
         text, per_word = split_words(args.text, out / "text", int(pieces))
@@ -275,19 +278,17 @@ def run(system: str, seed: int, args: argparse.Namespace) -> None:
         return
     if not args.report:
         train(name, seed, data, folder, args)
-    if (folder / "steps.jsonl").exists():
-        test(name, data, folder, args, per_word)
+    test(name, data, folder, args, per_word)
 
 
 def main() -> None:
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.least is not None:
-        args.text = hide_rare_words(args.text, args.out / "text", args.least)
     for seed in args.seeds:
         for system in args.systems:
-            run(system, seed, args)
-            summarise(args.out, describe(args))
+            if system != KENLM or seed == args.seeds[0]:
+                run(system, seed, args)
+                summarise(args.out, describe(args))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ Words are drawn by Zipf's law, so that a word of rank r has the probability 1/r,
 state is kept.
 
 Measured are words a second (median of the updates; of one thread the processor's seconds, so that
-other work does not count), the peak memory of the process, and the share
+other work does not count), the peak memory of the process, which keeps what it frees, and the share
 of the machine's rate of multiplying matrices: multiplications and additions a word (those of matrix
 products, counted by torch, and those of the LSTM) times words a second, over the rate at which a
 product of two matrices of 2048 × 2048 is computed by the same process, before or after, whichever

@@ -7,6 +7,7 @@ Both are folders with words of their own numbering, and both are asked as our mo
 from __future__ import annotations
 
 import math
+import os
 import resource
 import shutil
 import subprocess
@@ -19,7 +20,6 @@ import numpy as np
 
 __all__ = [
     "BEST",
-    "MEMORY",
     "Built",
     "Kenlm",
     "LstmLm",
@@ -31,14 +31,13 @@ __all__ = [
 
 BEST = 3
 """Words of a suggestion."""
-MEMORY = 2048
-"""MiB that n-grams are counted in."""
 UNKNOWN = "<unk>"
 # Words that are predicted at once.
 _AT_ONCE = 64
 _ORDER = 5
-# Bits of numbers and of pointers in KenLM's tries.
-_TRIE = ("-q", 8, "-b", 8, "-a", 22, "trie")
+# Bits of numbers and of pointers in KenLM's tries, and memory to count in.
+_QUANTISED = ("-q", 8, "-b", 8, "-a", 22)
+_MEMORY = "2G"
 # KenLM keeps the name for words that it does not know.
 _KENLM_UNKNOWN = "<unknown>"
 
@@ -277,14 +276,22 @@ class Built(NamedTuple):
     Attributes:
         seconds: of the processor.
         numbers: probabilities of n-grams, and back-off weights of all but the longest.
+        peak_mib: of memory.
     """
 
     seconds: float
     numbers: int
+    peak_mib: int
 
 
-def build_kenlm(text: Path, data: Path, out: Path) -> Built:
-    """Counts 5-grams of a text into a quantised trie.
+def build_kenlm(text: Path, data: Path, out: Path, quantise: bool = True) -> Built:
+    """Counts 5-grams of a text into a trie.
+
+    Args:
+        text: to count.
+        data: folder of the dictionary.
+        out: folder of the trie.
+        quantise: keep numbers in eight bits.
 
     Raises:
         SystemExit: if KenLM's programs are missing.
@@ -301,7 +308,7 @@ def build_kenlm(text: Path, data: Path, out: Path) -> Built:
     out.mkdir(parents=True, exist_ok=True)
     arpa, before = out.with_suffix(".arpa"), _children()
     # Discounts of small texts, whose counts are too few to estimate them, are KenLM's own.
-    counts = [lmplz, "-o", _ORDER, "-S", f"{MEMORY}M", "-T", out.parent, "--discount_fallback",
+    counts = [lmplz, "-o", _ORDER, "-S", _MEMORY, "-T", out.parent, "--discount_fallback",
               "--arpa", arpa]  # fmt: skip
     with (
         subprocess.Popen(
@@ -312,9 +319,12 @@ def build_kenlm(text: Path, data: Path, out: Path) -> Built:
     ):  # fmt: skip
         assert process.stdin is not None
         process.stdin.writelines(_as_kenlm_says(line) + "\n" for line in lines)
+        process.stdin.close()
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{lmplz} failed on {text}")
-    trie = [build_binary, *_TRIE, arpa, out / "model.trie"]
+    trie = [build_binary, *(_QUANTISED if quantise else ()), "trie", arpa, out / "model.trie"]
     subprocess.run(list(map(str, trie)), check=True, capture_output=True)
     numbers = _numbers(arpa)
     arpa.unlink()
@@ -322,7 +332,7 @@ def build_kenlm(text: Path, data: Path, out: Path) -> Built:
     words = sorted(dictionary.symbols[dictionary.nspecial :])
     # The trie holds the words, but its library does not list them.
     out.with_suffix(".words").write_text("\n".join(map(_as_kenlm_says, words)), encoding="utf-8")
-    return Built(_children() - before, numbers)
+    return Built(_children() - before, numbers, used.ru_maxrss >> 10)
 
 
 def _numbers(arpa: Path) -> int:

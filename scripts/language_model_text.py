@@ -1,15 +1,13 @@
-"""Texts of benchmarks of language models: their splits, rare words, and pieces of words."""
+"""Texts of benchmarks of language models: their splits, and pieces of their words."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 from pieces import make_splitter, write_pieces
 from side_by_side import call
 
-__all__ = ["binarise", "count_tokens", "find_text", "hide_rare_words", "split_words"]
+__all__ = ["binarise", "count_tokens", "find_text", "require_known_words", "split_words"]
 
 SPLITS = ("train", "valid", "test")
 UNKNOWN = "<unk>"
@@ -34,30 +32,26 @@ def count_tokens(text: Path, split: str = "train") -> int:
         return sum(len(line.split()) + 1 for line in file)
 
 
-def hide_rare_words(text: Path, to: Path, least: int) -> Path:
-    """Writes a text with ``<unk>`` for every word that its training part has less often.
+def require_known_words(text: Path, system: str) -> None:
+    """Ends in a sentence if the training text lacks a word of another split.
 
-    Args:
-        text: folder of the splits.
-        to: folder to write, unless it is there.
-        least: how often a word must occur there.
-
-    Returns:
-        The folder.
+    A model of words predicts one word, ``<unk>``, for all that it does not know; pieces spell them.
     """
     files = find_text(text)
-    counts: Counter[str] = Counter()
+    known: set[str] = set()
     with open(files["train"], encoding="utf-8") as lines:
         for line in lines:
-            counts.update(line.split())
-
-    def write(source: Path, target: Path) -> None:
-        with open(source, encoding="utf-8") as lines, open(target, "w", encoding="utf-8") as file:
+            known.update(line.split())
+    for split in SPLITS[1:]:
+        with open(files[split], encoding="utf-8") as lines:
             for line in lines:
-                words = line.split()
-                print(*(one if counts[one] >= least else UNKNOWN for one in words), file=file)
-
-    return _prepare(files, to, write)
+                for word in line.split():
+                    if word not in known:
+                        raise SystemExit(
+                            f"{system}: {word!r} in {files[split]} is not in {files['train']}, so "
+                            "that it cannot be compared with models of words; compare them on what "
+                            "scripts/hide_rare_words.py makes of the text"
+                        )
 
 
 def split_words(text: Path, to: Path, count: int) -> tuple[Path, dict[str, float]]:
@@ -78,18 +72,11 @@ def split_words(text: Path, to: Path, count: int) -> tuple[Path, dict[str, float
         to / "model", [files["train"]], count, normalization_rule_name="identity",
         byte_fallback=True, user_defined_symbols=[_START + UNKNOWN], unk_piece="<unknown>",
     )  # fmt: skip
-    _prepare(files, to, lambda source, target: write_pieces(splitter, source, target))
-    return to, {split: count_tokens(to, split) / count_tokens(text, split) for split in SPLITS}
-
-
-def _prepare(files: dict[str, Path], to: Path, write: Callable[[Path, Path], None]) -> Path:
-    """Writes what becomes of each split, unless that is done."""
-    to.mkdir(parents=True, exist_ok=True)
     if not (to / "complete").exists():
         for split, path in files.items():
-            write(path, to / f"{split}.txt")
+            write_pieces(splitter, path, to / f"{split}.txt")
         (to / "complete").touch()
-    return to
+    return to, {split: count_tokens(to, split) / count_tokens(text, split) for split in SPLITS}
 
 
 def binarise(text: Path, out: Path) -> Path:

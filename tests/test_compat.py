@@ -275,8 +275,25 @@ class TestProducts:
         fixes.multiply_with_all_lanes(ModuleType("fairseq.trainer"))
         assert torch.get_float32_matmul_precision() == chosen
 
-    def test_of_other_processors_are_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    def test_are_as_chosen_by_newer_names(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse() -> str:
+            raise RuntimeError("a mix of the legacy and new APIs")
+
+        monkeypatch.setattr(fixes, "_mkl_takes_it_for_older", lambda: True)
+        with monkeypatch.context() as others:
+            others.setattr(torch, "get_float32_matmul_precision", refuse)
+            fixes.multiply_with_all_lanes(ModuleType("fairseq.trainer"))
+        assert torch.get_float32_matmul_precision() == "highest"
+
+    @pytest.mark.parametrize("capability", ["AVX2", None])
+    def test_of_other_processors_are_left_alone(
+        self, monkeypatch: pytest.MonkeyPatch, capability: str | None
+    ) -> None:
+        """Of older releases of torch too, which do not tell."""
+        if capability is None:
+            monkeypatch.setattr(torch.backends, "cpu", None)
+        else:
+            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
         fixes.multiply_with_all_lanes(ModuleType("fairseq.trainer"))
         assert torch.get_float32_matmul_precision() == "highest"
 

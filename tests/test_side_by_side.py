@@ -161,6 +161,19 @@ def test_a_command_that_fails_leaves_its_log(
     assert "No module named" in (tmp_path / "log").read_text()
 
 
+def test_the_seconds_of_the_processor_go_on(books: ModuleType) -> None:
+    """fairseq's trainer counts those of earlier processes by a name of its own."""
+    program = (
+        "from types import SimpleNamespace as Trained\nimport fairseq_cli.train as command\n"
+        "command.cli_main = lambda: None\n"
+        f"{books.TRAIN_BY_CPU}\n"
+        "import inspect\nassert '_previous_training_time' in inspect.getsource(Trainer)\n"
+        "print(Trainer.cumulative_training_time(Trained(_previous_training_time=5000.0)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert 5000 < float(done.stdout) < 5100, done.stderr
+
+
 @pytest.mark.parametrize("clock", [True, False])
 def test_training_for_seconds(
     books: ModuleType, tmp_path: Path, monkeypatch: Any, clock: bool
