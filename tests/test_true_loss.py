@@ -134,7 +134,7 @@ def test_a_remembered_text_is_the_same_and_read_once(kind, words, shape, memory)
 def market_of(sample: Sample, losses: CellLosses, neighbours: Any, counts: torch.Tensor) -> Market:
     table = sample.head.table.table()
     costs = measured_costs(table, counts.long(), losses, neighbours)
-    return Market(table, losses.words.numpy(), losses.candidates, costs)
+    return Market(table, losses.words.numpy(), losses.candidates, costs, worth=1.0)
 
 
 def swapped(table: WordTable, one: int, two: int) -> WordTable:

@@ -49,6 +49,9 @@ _LEAST_SHARE = 0.25
 # Of a word, of which cells of further tables are chosen by: with 64 of them a step lowers the
 # validation loss by two thirds of what it does with 256.
 _OCCURRENCES = 256
+# Nats over the whole text that a move must bring. Further tables have many cells that suit a word
+# about as well, and fit a small text too easily.
+_WORTH_A_MOVE, _WORTH_A_FURTHER_MOVE = 1.0, 3.0
 _FRACTIONS = 1024  # in which workers tell each other a gain in nats
 
 
@@ -62,7 +65,7 @@ class Descent:
         loss_after: with the new one, measured; never above ``loss_before``.
         predicted_gain: by how much the loss was predicted to fall; 0 where nothing was moved.
         gap: no assignment to the cells that were looked at was predicted to gain more than this
-            beyond the one that was found, a nat less for each word that it moves.
+            beyond the one that was found, less the worth of a move for each word that it moves.
         halvings: how often fewer words were moved, as the loss had not fallen.
     """
 
@@ -229,7 +232,7 @@ def _market(steps: _Steps, statistics: AllocationStatistics, seed: int) -> Marke
         return None
     table = head.table.table()
     costs = measured_costs(table, counts, losses, neighbours)
-    return Market(table, words.cpu().numpy(), candidates.cpu(), costs)
+    return Market(table, words.cpu().numpy(), candidates.cpu(), costs, _WORTH_A_MOVE)
 
 
 def _further_market(
@@ -240,7 +243,7 @@ def _further_market(
         return None
     candidates, costs = further_costs(occurrences, further, number, words, seed=seed)
     table = cast(Seats, further.tables[number]).table()
-    return Market(table, words.cpu().numpy(), candidates, costs)
+    return Market(table, words.cpu().numpy(), candidates, costs, _WORTH_A_FURTHER_MOVE)
 
 
 def _that_may_move(counts: Tensor, most: int) -> Tensor:

@@ -33,9 +33,6 @@ __all__ = [
 
 CANDIDATES = 12  # prefixes of a word, the present one among them
 _BLOCK = 1 << 10  # words
-# Nats over the whole text that a move must bring. What brings less is chance, and brings nothing
-# on other text.
-_WORTH_A_MOVE = 1.0
 
 
 @torch.no_grad()
@@ -115,8 +112,8 @@ class Step:
       table: the new table.
       moved: (n,) the words whose cell changed, those that gain most first.
       gain: nats over the whole text by which the loss is predicted to fall.
-      gap: no assignment to the listed cells gains more than this beyond ``gain``, a nat less for
-        each word that it moves.
+      gap: no assignment to the listed cells gains more than this beyond ``gain``, less the worth
+        of a move for each word that it moves.
     """
 
     table: WordTable
@@ -135,13 +132,21 @@ class Market:
             none; the first is its present one.
         costs: nats over the whole text that a word pays in each of their cells beyond what it pays
             where it is now, float32 of shape (n, K, R_k); not finite where that is not known.
+        worth: nats over the whole text that a move must bring. What brings less is chance, and
+            brings nothing on other text.
     """
 
     def __init__(
-        self, table: WordTable, words: np.ndarray, candidates: Tensor, costs: Tensor
+        self,
+        table: WordTable,
+        words: np.ndarray,
+        candidates: Tensor,
+        costs: Tensor,
+        worth: float,
     ) -> None:
         n, count, columns = costs.shape
         self.table = table
+        self.worth = worth
         self.words = words
         self.cells = np.empty((n, count * columns), np.int32)
         self.costs = costs.flatten(1).numpy()
@@ -170,7 +175,7 @@ class Market:
         movers, cells, costs = self.words[chosen], self.cells[chosen], self.costs[chosen]
         present = self.table.cells[movers]
         now = np.arange(len(movers)), self.table.coordinates[movers, -1]
-        costs[now] = -_WORTH_A_MOVE
+        costs[now] = -self.worth
         found = assign_listed(cells, costs, present, prices=self._prices)
         costs[now] = 0.0
         self._prices = found.prices
