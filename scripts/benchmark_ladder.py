@@ -74,7 +74,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS), metavar="RUNG",
         help=f"which of {', '.join(RUNGS)} (default: all)")  # fmt: skip
-    add("--epochs", type=int, default=32, help="of training (default: %(default)s)")
+    add("--epochs", type=int, default=48, help="of training (default: %(default)s)")
     add("--report", action="store_true", help="train nothing, sum up what there is")
     return parser.parse_args()
 
