@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -41,10 +42,13 @@ def _patient_group() -> Any:
     """Returns a group of all workers for long waits; all must ask for it at about the same time."""
     global _patient
     world = torch.distributed.group.WORLD
-    if _patient is None or _patient[0] is not world:
+    # Only torch holds the groups, so that they end with it and not while Python does.
+    known, group = (None, None) if _patient is None else (one() for one in _patient)
+    if group is None or known is not world:
         backend = "gloo" if torch.distributed.is_gloo_available() else None
-        _patient = world, torch.distributed.new_group(timeout=_PATIENCE, backend=backend)
-    return _patient[1]
+        group = torch.distributed.new_group(timeout=_PATIENCE, backend=backend)
+        _patient = weakref.ref(world), weakref.ref(group)
+    return group
 
 
 def count_workers(yes: bool) -> int:
