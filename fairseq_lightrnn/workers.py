@@ -25,7 +25,7 @@ __all__ = [
 # A table of many words takes longer than torch lets workers wait for each other: 10 minutes with
 # nccl, 30 with gloo. A worker that dies ends the wait of the others all the same.
 _PATIENCE = timedelta(days=30)
-_patient: tuple[Any, Any] | None = None  # the group of all workers, and its like for long waits
+_patient: tuple[Any, Any] | None = None  # weakly: the group of all workers, its like for long waits
 
 
 def rank() -> int:

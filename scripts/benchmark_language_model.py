@@ -259,15 +259,10 @@ def count_n_grams(data: Path, folder: Path, args: argparse.Namespace) -> None:
     append_line(folder / "test.json", {"epoch": 1, "test_ppl": perplexities["test"], **numbers})
 
 
-def run(system: str, seed: int, args: argparse.Namespace) -> None:
+def run(system: str, seed: int, folder: Path, args: argparse.Namespace) -> None:
     """Trains and tests a system on words, or on pieces of them."""
-    folder = args.out / f"{system}-{seed}"
-    if args.report and not (folder / "steps.jsonl").exists():
-        return
     name, _, pieces = system.partition("@")
     out, per_word = args.out, None
-    if pieces or name == KENLM:
-        require_known_words(args.text, system)
     if pieces:
         out = args.out / f"pieces@{pieces}"
         text, per_word = split_words(args.text, out / "text", int(pieces))
@@ -284,10 +279,15 @@ def run(system: str, seed: int, args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
+    spelt = [system for system in args.systems if "@" in system or system == KENLM]
+    if spelt and not args.report:
+        require_known_words(args.text, spelt[0])
     for seed in args.seeds:
         for system in args.systems:
-            if system != KENLM or seed == args.seeds[0]:
-                run(system, seed, args)
+            folder = args.out / f"{system}-{seed}"
+            wanted = not args.report and (system != KENLM or seed == args.seeds[0])
+            if wanted or (folder / "steps.jsonl").exists():
+                run(system, seed, folder, args)
                 summarise(args.out, describe(args))
 
 

@@ -7,7 +7,6 @@ Both are folders with words of their own numbering, and both are asked as our mo
 from __future__ import annotations
 
 import math
-import os
 import resource
 import shutil
 import subprocess
@@ -297,6 +296,7 @@ def build_kenlm(text: Path, data: Path, out: Path, quantise: bool = True) -> Bui
         SystemExit: if KenLM's programs are missing.
     """
     from fairseq.data import Dictionary
+    from side_by_side import process_used
 
     programs = [shutil.which(name) for name in ("lmplz", "build_binary")]
     if None in programs:
@@ -320,9 +320,8 @@ def build_kenlm(text: Path, data: Path, out: Path, quantise: bool = True) -> Bui
         assert process.stdin is not None
         process.stdin.writelines(_as_kenlm_says(line) + "\n" for line in lines)
         process.stdin.close()
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+        status, used = process_used(process)
+    if status:
         raise SystemExit(f"{lmplz} failed on {text}")
     trie = [build_binary, *(_QUANTISED if quantise else ()), "trie", arpa, out / "model.trie"]
     subprocess.run(list(map(str, trie)), check=True, capture_output=True)

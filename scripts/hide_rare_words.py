@@ -9,12 +9,9 @@ trained on it then predicts the same words.
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from pathlib import Path
 
-from language_model_text import find_text
-
-UNKNOWN = "<unk>"
+from language_model_text import UNKNOWN, count_words, find_text
 
 
 def hide_rare_words(text: Path, to: Path, least: int) -> None:
@@ -26,10 +23,7 @@ def hide_rare_words(text: Path, to: Path, least: int) -> None:
         least: how often a word must occur in the training text.
     """
     files = find_text(text)
-    counts: Counter[str] = Counter()
-    with open(files["train"], encoding="utf-8") as lines:
-        for line in lines:
-            counts.update(line.split())
+    counts = count_words(files["train"])
     to.mkdir(parents=True, exist_ok=True)
     for split, path in files.items():
         with (

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from pieces import make_splitter, write_pieces
 from side_by_side import call
 
-__all__ = ["binarise", "count_tokens", "find_text", "require_known_words", "split_words"]
+__all__ = [
+    "UNKNOWN",
+    "binarise",
+    "count_tokens",
+    "count_words",
+    "find_text",
+    "require_known_words",
+    "split_words",
+]
 
 SPLITS = ("train", "valid", "test")
 UNKNOWN = "<unk>"
+"""What texts have for words that they do not tell."""
 # Sentencepiece marks the start of a word with this.
 _START = "▁"
 
@@ -32,26 +42,30 @@ def count_tokens(text: Path, split: str = "train") -> int:
         return sum(len(line.split()) + 1 for line in file)
 
 
+def count_words(path: Path) -> Counter[str]:
+    """Counts the words of a file, which come in the order of their first occurrences."""
+    counts: Counter[str] = Counter()
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            counts.update(line.split())
+    return counts
+
+
 def require_known_words(text: Path, system: str) -> None:
     """Ends in a sentence if the training text lacks a word of another split.
 
     A model of words predicts one word, ``<unk>``, for all that it does not know; pieces spell them.
     """
     files = find_text(text)
-    known: set[str] = set()
-    with open(files["train"], encoding="utf-8") as lines:
-        for line in lines:
-            known.update(line.split())
+    known = count_words(files["train"])
     for split in SPLITS[1:]:
-        with open(files[split], encoding="utf-8") as lines:
-            for line in lines:
-                for word in line.split():
-                    if word not in known:
-                        raise SystemExit(
-                            f"{system}: {word!r} in {files[split]} is not in {files['train']}, so "
-                            "that it cannot be compared with models of words; compare them on what "
-                            "scripts/hide_rare_words.py makes of the text"
-                        )
+        unknown = [word for word in count_words(files[split]) if word not in known]
+        if unknown:
+            raise SystemExit(
+                f"{system}: {unknown[0]!r} in {files[split]} is not in {files['train']}, so "
+                "that it cannot be compared with models of words; compare them on what "
+                "scripts/hide_rare_words.py makes of the text"
+            )
 
 
 def split_words(text: Path, to: Path, count: int) -> tuple[Path, dict[str, float]]:

@@ -42,6 +42,7 @@ __all__ = [
     "machine",
     "mean_and_spread",
     "measure_each",
+    "process_used",
     "read_lines",
     "run_measured",
     "train_for",
@@ -167,6 +168,11 @@ def run_measured(
         [str(part) for part in command], stdout=output, stderr=subprocess.STDOUT,
         env={**os.environ, **environment},
     )  # fmt: skip
+    return process_used(process)
+
+
+def process_used(process: subprocess.Popen[Any]) -> tuple[int, resource.struct_rusage]:
+    """Waits for a process and returns its exit status, and what it used of the machine."""
     # Not RUSAGE_CHILDREN, whose peak is that of the largest process so far.
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
