@@ -7,6 +7,7 @@ assertion or starts no worker at all and reports success.
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import socket
 import warnings
@@ -108,15 +109,23 @@ def _choosing_gloo(module: ModuleType, distributed_init: Any) -> Any:
 
 
 def _leaving_gloo(module: ModuleType, distributed_main: Any) -> Any:
-    """Leaves the process group when all is done: its threads may abort a process that ends."""
+    """Leaves the process groups when all is done: their threads may abort a process that ends.
+
+    A thread of gloo asks for Python's lock to let go of a tensor, and where Python ends meanwhile,
+    that is the end of the process (``terminate called without an active exception``). Threads end
+    with the last reference to their group.
+    """
 
     @functools.wraps(distributed_main)
     def run(*args: Any, **kwargs: Any) -> None:
-        from torch import distributed
+        # Imported later, as DistributedDataParallel does, its functions keep the group for good.
+        import torch.distributed.nn.functional
 
         distributed_main(*args, **kwargs)
-        if distributed.is_initialized() and distributed.get_backend() == "gloo":
-            distributed.destroy_process_group()
+        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+            vars(module.get_global_group).pop("_global_group", None)
+            gc.collect()  # models that average their gradients in the group are cycles
+            torch.distributed.destroy_process_group()
 
     return run
 

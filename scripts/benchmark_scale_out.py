@@ -17,6 +17,7 @@ an interrupted run goes on.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -31,11 +32,10 @@ from typing import Any
 
 from benchmark_inference import memory
 from benchmark_training import SYSTEMS, batches, build, steps_of
-from side_by_side import machine, measure_each, write_results
+from side_by_side import measure_each, write_results
 
 WORKERS = 2
 _ORDINARY = "lstm_lm"
-_MEASURED = "measured.jsonl"
 _WARM_UP = 3  # updates; buckets of gradients are made anew after the first
 _FEWEST = 5
 
@@ -106,20 +106,34 @@ def worker(args: argparse.Namespace) -> None:
     import fairseq_compat
 
     fairseq_compat.install()
-    import torch
+    import torch.distributed.nn.functional  # imported later, it would keep the group for good
 
     torch.set_num_threads(1)
-    system, num_words, rank, workers, store = args.worker
-    num_words, rank, workers = int(num_words), int(rank), int(workers)
-    free = _free_memory() // workers
+    system, size, rank, workers, store = args.worker
+    free = _free_memory() // int(workers)
     resource.setrlimit(resource.RLIMIT_DATA, (free, free))
+    if int(workers) > 1:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(workers)
+        )
+    found = updates_of(system, int(size), int(rank), int(workers), args)
+    if int(workers) > 1:
+        gc.collect()  # the model; threads that outlive Python may abort the process
+        torch.distributed.destroy_process_group()
+    if rank == "0":
+        print(json.dumps(found))
+
+
+def updates_of(
+    system: str, num_words: int, rank: int, workers: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Does updates as one of some workers, and returns the figures."""
+    import torch
+
     model, criterion = build(system, num_words, args)
     model.train()
     exchange = Exchange()
     if workers > 1:
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=workers
-        )
         model = parallel(model, exchange)
     draw = batches(num_words, args, "cpu", seed=1 + rank)
     _, update = steps_of(system, model, criterion, draw, args)
@@ -154,9 +168,7 @@ def worker(args: argparse.Namespace) -> None:
     if workers > 1:
         found["bytes_per_update"] = exchange.sent
         found["all_reduce_share"] = round(1 - statistics.median(times[False]) / seconds, 4)
-        torch.distributed.destroy_process_group()  # or its threads may abort the end
-    if rank == 0:
-        print(json.dumps(found))
+    return found
 
 
 def _free_memory() -> int:
@@ -231,14 +243,13 @@ def main() -> None:
     if args.worker:
         worker(args)
         return
-    results = measure_each(
-        args.out / _MEASURED, args.sizes, args.systems,
-        lambda system, size: measure(system, size, args.batch_size),
-    )  # fmt: skip
     settings = {name: getattr(args, name) for name in
                 ("width", "layers", "block", "seconds", "dtype")}  # fmt: skip
-    report = {"settings": settings, **machine(), "results": results}
-    write_results(args.out, report, summarise(results))
+    report = measure_each(
+        args.out, settings, args.sizes, args.systems,
+        lambda system, size: measure(system, size, args.batch_size),
+    )  # fmt: skip
+    write_results(args.out, report, summarise(report["results"]))
 
 
 if __name__ == "__main__":

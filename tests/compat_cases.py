@@ -7,6 +7,7 @@ to be imported at all, and prints as JSON what each returned or raised.
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import json
 import sys
@@ -191,13 +192,14 @@ def sacrebleu_of_files(folder: Path) -> Any:
 @contextmanager
 def gloo_group(folder: Path) -> Iterator[None]:
     """A process group of this process alone."""
-    import torch.distributed
+    import torch.distributed.nn.functional  # imported later, it would keep the group for good
 
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield
     finally:
+        gc.collect()  # models; threads that outlive Python may abort the process
         torch.distributed.destroy_process_group()
 
 

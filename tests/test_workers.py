@@ -73,6 +73,42 @@ def start(workers: int, data: Path, save_dir: Path, *arguments: Any, **flags: An
     return load(save_dir / "checkpoint_last.pt")
 
 
+# Prints whether threads of process groups are left when a training is over.
+TO_THE_END = """
+import os, sys
+import fairseq_compat
+fairseq_compat.install()
+from fairseq_cli.train import cli_main
+
+cli_main()
+names = [open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task")]
+print("left:", sorted(name.strip() for name in names if "gloo" in name))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads have no names here")
+@pytest.mark.parametrize("backend", ["pytorch_ddp", "legacy_ddp"])
+def test_threads_of_process_groups_end_before_python_does(tmp_path: Path, backend: str) -> None:
+    """One that lets go of a tensor while Python ends aborts a worker that has done its work."""
+    text = write_text(tmp_path / "text.txt", 20, 1)
+    data = binarise(tmp_path, train=text, valid=text)
+    common = train_arguments(data, tmp_path / "out", CARRY, batch_size=1, reallocate_epochs=1)
+    common += ["--distributed-world-size", 2, "--ddp-backend", backend, "--distributed-no-spawn",
+               "--distributed-init-method", f"file://{tmp_path / 'store'}"]  # fmt: skip
+    (tmp_path / "out").mkdir()
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", TO_THE_END, *map(str, common), "--distributed-rank", str(rank)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    told = [worker.communicate(timeout=120) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], told[0][1][-3000:]
+    assert [output.splitlines()[-1] for output, _ in told] == ["left: []"] * 2
+
+
 class TestMoreWorkersThanWork:
     """Every collective is reached by every worker, whatever its share: none hangs."""
 
