@@ -1,4 +1,4 @@
-"""Finds trained language models, and the words that belong to them."""
+"""Finds trained language models, the words that belong to them, and the device to run them on."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from fairseq_lightrnn.files import whole_file
 __all__ = [
     "build_model",
     "find_checkpoint",
+    "find_device",
     "find_dictionary",
     "language_model_tables",
     "load_state",
@@ -143,6 +144,21 @@ def language_model_tables(checkpoint: str | Path, state: dict[str, Any]) -> list
             "word_table.txt in the same folder"
         )
     return tables
+
+
+def find_device(name: str | torch.device) -> torch.device:
+    """Returns a device.
+
+    Raises:
+        ValueError: if there is none of that name here.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = " ".join(str(error).splitlines()[:1])
+        raise ValueError(f"there is no device {str(name)!r} here ({reason})") from None
+    return device
 
 
 def find_dictionary(

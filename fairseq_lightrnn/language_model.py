@@ -31,6 +31,7 @@ from fairseq_lightrnn import register  # noqa: F401  (fairseq must know the mode
 from fairseq_lightrnn.checkpoint import (
     build_model,
     find_checkpoint,
+    find_device,
     find_dictionary,
     language_model_tables,
     load_state,
@@ -47,7 +48,7 @@ from fairseq_lightrnn.models.vocabulary import vocabulary_digest
 from fairseq_lightrnn.sentence_score import SentenceScore
 from fairseq_lightrnn.tasks.lightrnn_language_modeling import LightRNNLanguageModelingTask
 
-__all__ = ["LanguageModel", "SentenceScore", "find_device"]
+__all__ = ["LanguageModel", "SentenceScore"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,21 +57,6 @@ _READ_AT_ONCE = 2048
 _PROMPTS_AT_ONCE = 64
 # Words whose vectors are looked up at once.
 _WORDS = 1 << 14
-
-
-def find_device(name: str | torch.device) -> torch.device:
-    """Returns a device.
-
-    Raises:
-        ValueError: if there is none of that name here.
-    """
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = " ".join(str(error).splitlines()[:1])
-        raise ValueError(f"there is no device {str(name)!r} here ({reason})") from None
-    return device
 
 
 class LanguageModel:

@@ -107,7 +107,7 @@ def make_tables(data: Path, args: argparse.Namespace) -> dict[str, float]:
 def train(system: str, data: Path, folder: Path, args: argparse.Namespace) -> None:
     """Trains a system for so many seconds of the processor, unless that is done."""
     from benchmark_language_model import LSTMS
-    from side_by_side import KEEP_MEMORY, TRAIN_BY_CPU
+    from side_by_side import KEEP_MEMORY, TRAIN_BY_CPU, run_measured
 
     if (folder / "trained.json").exists():
         return
@@ -127,12 +127,11 @@ def train(system: str, data: Path, folder: Path, args: argparse.Namespace) -> No
             # argparse takes the last of several values.
             flags += ["--further-tables", ",".join(map(str, tables[1:]))]
     flags += ["--stop-time-hours", args.seconds / 3600, "--log-interval", 20]
+    command = [sys.executable, "-c", TRAIN_BY_CPU, *flags]
     with open(folder / "train.txt", "w") as log:
-        subprocess.run(
-            [sys.executable, "-c", TRAIN_BY_CPU, *map(str, flags)],
-            stdout=log, stderr=log, check=True,
-            env={**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        code, _ = run_measured(command, log, {**KEEP_MEMORY, "OMP_NUM_THREADS": "1"})
+    if code:
+        raise SystemExit(f"{folder / 'train.txt'}: {system} ended with exit status {code}")
     import torch
 
     state = torch.load(folder / "checkpoint_last.pt", map_location="cpu", weights_only=False)

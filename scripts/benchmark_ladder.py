@@ -118,12 +118,13 @@ def main() -> None:
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
     data = binarise(args.text, args.out)
+    description = describe(args)
     for seed in args.seeds:
         for name in args.rungs:
             if not args.report:
                 folder = train(name, seed, data, args)
                 test("lightrnn_lm", data, folder, args)
-            summarise(args.out, describe(args))
+            summarise(args.out, description)
 
 
 if __name__ == "__main__":

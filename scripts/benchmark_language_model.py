@@ -282,13 +282,14 @@ def main() -> None:
     spelt = [system for system in args.systems if "@" in system or system == KENLM]
     if spelt and not args.report:
         require_known_words(args.text, spelt[0])
+    description = describe(args)
     for seed in args.seeds:
         for system in args.systems:
             folder = args.out / f"{system}-{seed}"
             wanted = not args.report and (system != KENLM or seed == args.seeds[0])
             if wanted or (folder / "steps.jsonl").exists():
                 run(system, seed, folder, args)
-                summarise(args.out, describe(args))
+                summarise(args.out, description)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from typing import Any
 
 from benchmark_inference import measure_apart, memory, sized_dictionary
 from benchmark_language_model import CUTOFFS
-from side_by_side import KEEP_MEMORY, machine, measure_each, write_results
+from side_by_side import KEEP_MEMORY, measure_each, write_results
 
 # Flags of the models of the plugin: the class of the model, and what words have.
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -50,7 +50,6 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
 PEERS = ("lstm_lm", "lstm_lm adaptive", "transformer_lm adaptive")
 SYSTEMS = (*OURS, *PEERS)
 _MATRIX = 2048
-_MEASURED = "measured.jsonl"
 
 
 def parse() -> argparse.Namespace:
@@ -333,16 +332,14 @@ def main() -> None:
     if args.worker:
         worker(args)
         return
-    results = measure_each(
-        args.out / _MEASURED, args.sizes, args.systems,
-        lambda system, size: measure(system, size, args),
-    )  # fmt: skip
     settings = {name: value for name, value in vars(args).items()
                 if name not in ("out", "worker", "parts", "sizes", "systems")}  # fmt: skip
-    write_results(
-        args.out, {"settings": settings, **machine(), "results": results}, summarise(results)
-    )
-    draw_curves(results, args.out / "results.png")
+    report = measure_each(
+        args.out, settings, args.sizes, args.systems,
+        lambda system, size: measure(system, size, args),
+    )  # fmt: skip
+    write_results(args.out, report, summarise(report["results"]))
+    draw_curves(report["results"], args.out / "results.png")
 
 
 if __name__ == "__main__":

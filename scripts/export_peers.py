@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from language_model_text import UNKNOWN
 
 __all__ = [
     "BEST",
@@ -30,7 +31,6 @@ __all__ = [
 
 BEST = 3
 """Words of a suggestion."""
-UNKNOWN = "<unk>"
 # Words that are predicted at once.
 _AT_ONCE = 64
 _ORDER = 5

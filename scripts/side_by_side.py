@@ -99,30 +99,36 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 def measure_each(
-    kept: Path,
+    out: Path,
+    settings: dict[str, Any],
     sizes: Iterable[int],
     systems: Iterable[str],
     measure: Callable[[str, int], dict[str, Any]],
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     """Measures systems with vocabularies of some sizes, those left out that were measured before.
 
     Args:
-        kept: the file of all records, to which each is added when it is there; its folder is made.
+        out: a folder, which is made. Each record is kept there in a file of the same settings,
+            commit, versions and machine, as soon as it is known.
+        settings: that the records have in common.
         sizes: words.
         systems: names.
         measure: returns the record of a system and a size, which names them.
 
     Returns:
-        All records of the file.
+        The report: settings, commit, versions, machine, and all records of them as ``results``.
     """
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    report = {"settings": settings, **machine()}
+    name = hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()[:12]
+    kept = out / f"measured-{name}.jsonl"
     systems = list(systems)
     for size in sizes:
         for system in systems:
             if (size, system) not in {(one["words"], one["system"]) for one in read_lines(kept)}:
                 append_line(kept, measure(system, size))
                 print(read_lines(kept)[-1], flush=True)
-    return read_lines(kept)
+    return {**report, "results": read_lines(kept)}
 
 
 def call(module: str, *arguments: Any, log: Path | None = None) -> str:

@@ -25,12 +25,11 @@ from omegaconf import OmegaConf
 from fairseq_lightrnn import register  # noqa: F401
 from fairseq_lightrnn.allocation.gathering import statistics_storage
 from fairseq_lightrnn.allocation.statistics import AllocationStatistics
-from fairseq_lightrnn.checkpoint import build_model, load_state, save_state
+from fairseq_lightrnn.checkpoint import build_model, find_device, load_state, save_state
 from fairseq_lightrnn.commands.run import command
 from fairseq_lightrnn.core.conditioning import Recurrent
 from fairseq_lightrnn.core.table import WordTable
 from fairseq_lightrnn.files import whole_file
-from fairseq_lightrnn.language_model import find_device
 from fairseq_lightrnn.models.flags import parse_shape, settle
 from fairseq_lightrnn.models.word_head import WordHead
 from fairseq_lightrnn.tasks.flags import REALLOCATION_MEMORY
