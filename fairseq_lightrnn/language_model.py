@@ -39,6 +39,7 @@ from fairseq_lightrnn.checkpoint import (
 from fairseq_lightrnn.core.distribution import next_word_log_probs, sample_words
 from fairseq_lightrnn.core.scoring import DEFAULT_BATCH_WORDS, Scorer
 from fairseq_lightrnn.core.search import top_words
+from fairseq_lightrnn.core.seats import Seats
 from fairseq_lightrnn.errors import value_errors
 from fairseq_lightrnn.models.lightrnn_transformer import (
     LightRNNTransformerDecoder,
@@ -422,6 +423,14 @@ class LanguageModel:
     def vocabulary_digest(self) -> str:
         """Returns twelve hexadecimal digits that name the words and their order."""
         return f"{vocabulary_digest(self.dictionary.symbols):012x}"
+
+    def table_digest(self) -> str:
+        """Returns twelve hexadecimal digits that name the words' cells in all of their tables."""
+        seats = (module for module in self.model.modules() if isinstance(module, Seats))
+        digests = [one.table().digest() for one in seats]
+        if len(digests) == 1:
+            return digests[0]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
 
     def parameter_digest(self) -> str:
         """Returns twelve hexadecimal digits that name the model's parameters."""

@@ -108,7 +108,13 @@ def test_training(
         file.unlink()
     path = tmp_path / "c" / "checkpoint3.pt"
     run("eval-lm", data, *TASK, "--path", path, "--cpu", "--num-workers", 0)
-    assert LanguageModel.from_pretrained(path, data).score("w1 w2").perplexity > 1
+    model = LanguageModel.from_pretrained(path, data)
+    assert model.score("w1 w2").perplexity > 1
+    digests = model.parameter_digest(), model.table_digest()
+    moved = model.decoder.head.softmax.features[-1].tables[1]
+    moved.seat(WordTable.from_cells(np.roll(moved.table().cells, 1), moved.shape))
+    assert model.parameter_digest() == digests[0]
+    assert model.table_digest() != digests[1]
     new = tmp_path / "new.pt"
     reallocate([str(path), str(data), "--output", str(new)])
     train(data, tmp_path / "d", restore_file=new, further_tables=2, **{**flags, "max_epoch": 4})

@@ -177,6 +177,7 @@ class TestWords:
         assert found.dictionary.indices == model.dictionary.indices
         assert found.score("w1 w8").log_prob == model.score("w1 w8").log_prob
         assert found.vocabulary_digest() == model.vocabulary_digest()
+        assert found.table_digest() == model.table_digest() == model.table.table().digest()
 
     def test_of_the_table_of_another_round(self, model: LanguageModel, moved: Path) -> None:
         """The newest table is another one, the model's own lies under the number of its epoch."""

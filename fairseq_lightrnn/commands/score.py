@@ -339,7 +339,7 @@ def _signature(model: LanguageModel, args: argparse.Namespace) -> str:
             "model": model.parameter_digest(),
             "words": len(model.dictionary),
             "vocabulary": model.vocabulary_digest(),
-            "table": model.table.table().digest(),
+            "table": model.table_digest(),
             "unk": "scored",
             "eos": "out" if args.no_eos else "in",
             "state": "carried" if args.carry_hidden_state else "reset",

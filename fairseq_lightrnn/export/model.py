@@ -76,7 +76,7 @@ def export_model(
         "signature": {
             "model": model.parameter_digest(),
             "vocabulary": model.vocabulary_digest(),
-            "table": model.table.table().digest(),
+            "table": model.table_digest(),
             "version": __version__,
         },
     }
