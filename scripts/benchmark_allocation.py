@@ -2,7 +2,7 @@
 memory.
 
     python scripts/benchmark_allocation.py --sizes 10000 100000 --json
-    examples/allocation/results.json
+    OUTPUT/results.json
 
 Instances are folders made by ``lightrnn-reallocate --export`` (``--instances``) or synthetic:
 word w occurs ``n_w ~ 1 / w`` times (Zipf, at least once, on average 100 times); its summed state

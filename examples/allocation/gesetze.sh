@@ -12,7 +12,7 @@ mkdir -p "$out"
 [ -f "$out/all/dict.txt" ] || fairseq-preprocess --only-source --dict-only \
     --trainpref "$text/gesetze.train.txt" --destdir "$out/all"
 if [ ! -f "$out/bin/valid.idx" ]; then
-    awk -v every="${EVERY:-10}" 'NR % every == 1' "$text/gesetze.train.txt" > "$out/part.txt"
+    awk -v every="${EVERY:-10}" '(NR - 1) % every == 0' "$text/gesetze.train.txt" > "$out/part.txt"
     fairseq-preprocess --only-source --srcdict "$out/all/dict.txt" --trainpref "$out/part.txt" \
         --validpref "$text/gesetze.valid.txt" --destdir "$out/bin"
 fi

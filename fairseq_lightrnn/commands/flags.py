@@ -113,7 +113,8 @@ def _groups() -> list[Group]:
         ("Source words", "of architectures for translation", SourceTableConfig),
         ("Transformer", "of `lightrnn_transformer…`", TransformerLMConfig),
         ("Criterion", "of `--criterion two_component_cross_entropy`, the only one that our tasks "
-         "train with; name it to give its flag", TwoComponentCrossEntropyConfig),
+         "train with: fairseq's `cross_entropy` and `label_smoothed_cross_entropy` become it",
+         TwoComponentCrossEntropyConfig),
         ("Optimiser", "of `--optimizer nt_asgd`", NonmonotoneASGDConfig),
     ]  # fmt: skip
     return [Group(title, about, list(_own_flags(config))) for title, about, config in found]

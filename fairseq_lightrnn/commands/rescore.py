@@ -154,9 +154,7 @@ def _load_kenlm(path: str) -> Any:
     try:
         import kenlm
     except ImportError:
-        raise ValueError(
-            "--kenlm needs the package kenlm: pip install 'fairseq-lightrnn[kenlm]'"
-        ) from None
+        raise ValueError("--kenlm needs the package kenlm: pip install kenlm") from None
     try:
         return kenlm.Model(path)
     except OSError as error:

@@ -49,7 +49,7 @@ def check_format(form: str, quantise: str, opset: int) -> None:
     missing = [name for name in _NEEDED if form != "torch" and find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"--format {form} needs {' and '.join(missing)}: pip install 'fairseq-lightrnn[export]'"
+            f"--format {form} needs {' and '.join(missing)}: pip install {' '.join(missing)}"
         )
 
 

@@ -63,8 +63,9 @@ class LSTMConfig(TableConfig):
         default=None,
         metadata={
             "help": "vectors of rows and columns: separate ones for input and output, or the same, "
-            "shared ones, which needs --embed-dim equal to --hidden-size (default: shared in "
-            "recommended models whose words have numbers of their own, where they can be)"
+            "shared ones, which needs --embed-dim equal to --hidden-size (default: shared where "
+            "these are equal and words have numbers of their own, but no table for input alone; "
+            "otherwise separate)"
         },
     )
     regularise: Optional[str] = field(
