@@ -13,6 +13,7 @@ from fairseq_lightrnn.allocation.descent import lower_loss
 from fairseq_lightrnn.allocation.further_costs import further_costs
 from fairseq_lightrnn.allocation.gathering import gather_occurrences
 from fairseq_lightrnn.allocation.occurrences import Occurrences
+from fairseq_lightrnn.allocation.true_loss import Market
 from fairseq_lightrnn.core.conditioning import Gated, Recurrent
 from fairseq_lightrnn.core.features import FurtherTables
 from fairseq_lightrnn.core.table import WordTable
@@ -127,6 +128,45 @@ def test_a_swap_keeps_what_its_costs_promise(kind, words, shape, scale):
         assert costs.loss_with(new) - before <= predicted + 1e-3
         tried += 1
     assert tried >= 4
+
+
+@pytest.mark.parametrize("rows", [0, 7, 60, 10**6])
+def test_a_sample_keeps_its_memory_and_has_most_of_words_that_may_move(rows: int) -> None:
+    sample = Sample(Gated, 24, (5, 5), extras=True)
+    counts = sample.statistics().counts.long()
+    first = counts.topk(5).indices
+    memory = rows * 4 * Occurrences(sample.head, counts, 1).row_size
+    occurrences = Occurrences(sample.head, counts, 8, memory, first)
+    expected = (occurrences.chances * counts).float()
+    assert expected.sum() <= rows
+    expected_first = expected[first].sum()
+    assert expected.sum() - expected_first <= rows / 4
+    if rows == 10**6:
+        torch.testing.assert_close(expected, counts.clamp(max=8).float())
+    elif rows:
+        assert expected_first > rows / 4
+    gather_occurrences(sample.contexts(), occurrences, "cpu")
+    seen = sum(len(occurrences.of(prefix).words) for prefix in range(5))
+    assert seen <= 2 * rows + 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_words_whose_occurrences_the_sample_misses_have_no_costs(kind) -> None:
+    sample = Sample(kind, 24, (5, 5), extras=True)
+    counts = sample.statistics().counts.long()
+    words = counts.nonzero().squeeze(1)
+    occurrences = Occurrences(sample.head, counts, 1, 12 * 4 * 10)
+    gather_occurrences(sample.contexts(), occurrences, "cpu")
+    known = torch.cat([occurrences.of(prefix).words for prefix in range(5)]).unique()
+    assert 0 < len(known) < len(words)
+    candidates, costs = further_costs(occurrences, sample.further, 0, words)
+    seats = sample.further.tables[0]
+    for word, paid in zip(words.tolist(), costs, strict=True):
+        now = paid[0, seats.coordinates[word, -1]]
+        assert now == 0
+        assert int(paid.isfinite().sum()) == (paid.numel() if word in known else 1)
+    step = Market(seats.table(), words.numpy(), candidates, costs, 0.0).solve()
+    assert set(step.moved) <= set(known.tolist())
 
 
 @pytest.mark.parametrize("kind", KINDS)

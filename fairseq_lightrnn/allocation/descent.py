@@ -116,10 +116,10 @@ def lower_loss(
     further: FurtherTables | None = find_feature(head.softmax.features, FurtherTables)
     if further is None or not len(further.kept_tables):
         return done
-    with steps.timed("costs"):
-        occurrences = Occurrences(head, counts, _OCCURRENCES, memory // 4)
-        gather_occurrences(text.contexts(), occurrences, text.device)
     words = steps.movers(CANDIDATES)
+    with steps.timed("costs"):
+        occurrences = Occurrences(head, counts, _OCCURRENCES, memory // 4, words)
+        gather_occurrences(text.contexts(), occurrences, text.device)
     for number, seats in enumerate(further.tables):
         of_table = seed * len(further.tables) + number
         market = partial(_further_market, occurrences, further, number, words, of_table)

@@ -62,7 +62,8 @@ def further_costs(
 
     Returns:
         The numbers of these prefixes, int32 of shape (n, K), -1 for none, and the costs in nats
-        over the whole text less that of the present cell, (n, K, R_k); on the CPU.
+        over the whole text less that of the present cell, (n, K, R_k); on the CPU. Words without
+        an occurrence in the sample have no costs but 0 in their present cells: the others are nan.
     """
     head, seats = occurrences.head, cast(Seats, further.tables[number])
     prefixes, last_of = seats.prefixes, seats.coordinates[:, -1].long()
@@ -70,7 +71,8 @@ def further_costs(
     count = min(count, int(taken.sum()))
     candidates = words.new_full((len(words), count), -1)
     candidates[:, 0] = prefixes[words]
-    costs = torch.zeros(len(words), count, seats.shape[-1], device=words.device)
+    costs = torch.full((len(words), count, seats.shape[-1]), math.nan, device=words.device)
+    costs[torch.arange(len(words)), 0, last_of[words]] = 0.0
     index = words.new_full((seats.num_words,), -1)
     index[words] = torch.arange(len(words), device=words.device)
     place = list(head.softmax.features).index(further)
@@ -101,7 +103,8 @@ def further_costs(
         found = effects.own(chosen) + effects.others(chosen)
         now = found[torch.arange(len(last)), 0, last]
         candidates[movers.numbers] = chosen
-        costs[movers.numbers] = (found - now[:, None, None]).float()
+        known = effects.which[effects.which >= 0].unique()
+        costs[movers.numbers[known]] = (found - now[:, None, None])[known].float()
     return candidates.int().cpu(), costs.cpu()
 
 

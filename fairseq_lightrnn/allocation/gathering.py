@@ -146,7 +146,7 @@ def gather_cell_losses(
                 torch.distributed.reduce(sent, 0)
                 block.copy_(sent)
     if occurrences is not None:
-        _collect_occurrences(iter(chosen), occurrences, device)
+        _collect_occurrences(chosen, occurrences, device)
 
 
 @torch.no_grad()
@@ -160,7 +160,7 @@ def gather_occurrences(
         occurrences.choose(words, context, _draws(number, words)[1])
         for number, words, context in batches
     ]
-    _collect_occurrences(iter(chosen), occurrences, device)
+    _collect_occurrences(chosen, occurrences, device)
 
 
 def _draws(number: int, words: Tensor) -> Tensor:
@@ -170,13 +170,13 @@ def _draws(number: int, words: Tensor) -> Tensor:
 
 
 def _collect_occurrences(
-    chosen: Iterator[tuple[Tensor, Tensor]], occurrences: Occurrences, device: torch.device | str
+    chosen: list[tuple[Tensor, Tensor]], occurrences: Occurrences, device: torch.device | str
 ) -> None:
-    """Brings what all workers chose to the first."""
-    every = list(_exchange(chosen, (occurrences.row_size,), device, occurrences.dtype))
+    """Brings what all workers chose to the first, and empties the list."""
+    every = list(_exchange(iter(chosen), (occurrences.row_size,), device, occurrences.dtype))
+    chosen.clear()
     if rank() == 0 and every:
-        words, rows = (torch.cat(parts) for parts in zip(*every, strict=True))
-        occurrences.set(words, rows)
+        occurrences.set(every)
 
 
 def _exchange(

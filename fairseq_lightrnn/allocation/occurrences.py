@@ -35,6 +35,22 @@ class Seen(NamedTuple):
     logits: Tensor
 
 
+def _shares_within(counts: Tensor, most: int, rows: float) -> Tensor:
+    """Returns shares of words' occurrences (V,) that make at most so many each and rows in all.
+
+    Where there is less room, words have numbers of occurrences as the roots of their counts: a few
+    of a frequent word tell as little of it as none of a rare one.
+    """
+    if rows < 1:
+        return torch.zeros(len(counts), dtype=torch.float64, device=counts.device)
+    shares, roots = occurrence_shares(counts, most), counts.double().clamp(min=1).sqrt()
+    scale = float(roots.max())
+    while float((shares * counts).sum()) > rows:
+        scale *= 0.8
+        shares = torch.minimum(shares, scale / roots)
+    return shares
+
+
 class Occurrences:
     """Occurrences of words, of frequent ones a sample, and what predicts them there.
 
@@ -42,17 +58,33 @@ class Occurrences:
         head: predicts words; what they sit by must stay as it is meanwhile, but further tables.
         counts: (V,) occurrences of the words.
         most: of each word.
-        memory: bytes that the sample may take; fewer are kept of each word where it needs more.
+        memory: bytes that the sample may take; fewer are kept of each word where it needs more, of
+            rare ones perhaps none.
+        first: (n,) words of which most are kept: a quarter of the memory is for all others. All
+            words by default.
+
+    Attributes:
+        chances: (V,) of each of a word's occurrences to be kept.
     """
 
     def __init__(
-        self, head: ComponentHead, counts: Tensor, most: int, memory: float = math.inf
+        self,
+        head: ComponentHead,
+        counts: Tensor,
+        most: int,
+        memory: float = math.inf,
+        first: Tensor | None = None,
     ) -> None:
         self.head = head
         self._prefixes = head.table.prefixes
-        while most > 1 and counts.clamp(max=most).sum() * 4 * self.row_size > memory:
-            most //= 2
-        self._chances = occurrence_shares(counts, most)
+        rows = memory / (4 * self.row_size)
+        is_first = torch.ones_like(counts, dtype=torch.bool)
+        if first is not None:
+            is_first.fill_(False)[first] = True
+        others = _shares_within(counts.masked_fill(is_first, 0), most, rows / 4)
+        rows -= float((others * counts).masked_fill(is_first, 0).sum())
+        firsts = _shares_within(counts.masked_fill(~is_first, 0), most, rows)
+        self.chances = torch.where(is_first, firsts, others)
         self._words = self._prefixes.new_empty(0)
         self._rows = torch.empty(0, self.row_size)
         self._starts: Tensor | None = None
@@ -83,16 +115,25 @@ class Occurrences:
         Returns:
             The words (n,), and what is known of each, (n, row_size).
         """
-        index = (draws < self._chances[words]).nonzero().squeeze(1)
+        index = (draws < self.chances[words]).nonzero().squeeze(1)
         words, context = words[index], self.head.to_extend(context).select(index)
         hidden = self.head.hidden_of(context, words)[:, -1]
         known = [hidden, *(query for query in context.queries if query is not None)]
         return words, torch.cat(known, dim=1).to(self.dtype)
 
-    def set(self, words: Tensor, rows: Tensor) -> None:
-        """Takes what :meth:`choose` chose of the whole text, in the order of the text."""
+    def set(self, chosen: list[tuple[Tensor, Tensor]]) -> None:
+        """Takes what :meth:`choose` chose of the whole text, in its order, and empties the list."""
+        words = torch.cat([some for some, _ in chosen])
         order = self._prefixes[words].argsort(stable=True)
-        self._words, self._rows = words[order], rows[order]
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        self._words = words[order]
+        self._rows = chosen[0][1].new_empty(len(words), self.row_size)
+        start = len(words)
+        while chosen:  # there is room for one sample, not for two
+            some = chosen.pop()[1]
+            start -= len(some)
+            self._rows[place[start : start + len(some)]] = some
         number = math.prod(self.head.table.shape[:-1])
         sizes = torch.bincount(self._prefixes[words], minlength=number)
         self._starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
@@ -110,7 +151,7 @@ class Occurrences:
         base = at_least_float32(softmax.vector_logits(last, hidden, coordinates))
         of_words = softmax.feature_logits_of(queries, self.head.table.members[prefix])
         logits = base + at_least_float32(of_words)
-        weights = (1 / self._chances[words]).to(base)
+        weights = (1 / self.chances[words]).to(base)
         return Seen(words, weights, queries, base, logits)
 
     def _split(self, rows: Tensor) -> tuple[Tensor, Queries]:
