@@ -43,6 +43,7 @@ FIXES: dict[str, tuple[str, ...]] = {
     "fairseq.modules.dynamic_crf_layer": ("fixes:restore_numpy_names",),
     "fairseq.modules.multihead_attention": ("fixes:silence_mask_types",),
     "fairseq.modules.transformer_layer": ("fixes:avoid_encoder_fast_path",),
+    "fairseq.options": ("fixes:spare_bf16_the_tpu",),
     "fairseq.tasks.fairseq_task": ("fixes:silence_autocast",),
     "fairseq.trainer": ("fixes:multiply_with_all_lanes",),
     "fairseq_cli": ("fixes:wait_briefly",),

@@ -62,7 +62,7 @@ def _check_visible_gpus(settings: Any) -> None:
     # With an explicit --distributed-init-method fairseq would start min(GPUs, world size) = 0
     # workers and end as if it had trained.
     if settings.distributed_init_method is not None and not torch.cuda.is_available():
-        raise ValueError(
+        raise SystemExit(
             f"--distributed-world-size {settings.distributed_world_size}: no GPU is visible; "
             "add --cpu to train on the CPU"
         )
@@ -78,7 +78,7 @@ def _spawn_cpu_workers(cfg: Any, main: Any, kwargs: dict[str, Any]) -> None:
     asked = settings.distributed_num_procs or 1
     workers = min(asked, missing) if asked > 1 else missing
     if workers < 1:
-        raise ValueError(
+        raise SystemExit(
             f"--distributed-world-size {settings.distributed_world_size} with --distributed-rank "
             f"{first} leaves no worker to start on the CPU; give a world size above the rank, or "
             "start one process per worker and add --distributed-no-spawn"

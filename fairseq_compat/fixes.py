@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import importlib.util
 import inspect
 import io
 import os
@@ -33,6 +34,7 @@ __all__ = [
     "silence_hydra",
     "silence_mask_types",
     "silence_pin_memory",
+    "spare_bf16_the_tpu",
     "trust_checkpoint_globals",
     "trust_other_workers",
     "wait_briefly",
@@ -409,3 +411,23 @@ def _ignore(category: type[Warning], message: str, package: str = "") -> None:
     """Ignores one message, given by its beginning, if attributed to the package (default: any)."""
     where = rf"{re.escape(package)}(\.|$)" if package else ""
     warnings.filterwarnings("ignore", re.escape(message), category, where)
+
+
+# --- --bf16 is not for TPUs alone -----------------------------------------------------------
+
+
+def spare_bf16_the_tpu(module: ModuleType) -> None:
+    """Trains in bfloat16 on CPUs and GPUs: fairseq takes ``--bf16`` for ``--tpu``."""
+    if importlib.util.find_spec("torch_xla") is not None:
+        return
+    parse = module.parse_args_and_arch
+
+    @functools.wraps(parse)
+    def parse_args_and_arch(*args: Any, **kwargs: Any) -> Any:
+        found = parse(*args, **kwargs)
+        flags = found[0] if isinstance(found, tuple) else found
+        if flags.bf16:
+            flags.tpu = False
+        return found
+
+    module.parse_args_and_arch = parse_args_and_arch  # type: ignore[attr-defined]

@@ -15,11 +15,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-__all__ = ["UsageError", "show_worker_errors", "usage_errors", "value_errors"]
+__all__ = ["LoadError", "UsageError", "show_worker_errors", "usage_errors", "value_errors"]
 
 
 class UsageError(SystemExit, ValueError):
     """A mistake in flags or files, raised where fairseq's commands are the callers."""
+
+    def __str__(self) -> str:
+        return str(self.code)
+
+
+class LoadError(SystemExit):
+    """One that comes to light while fairseq loads a model: it makes another of every Exception."""
 
     def __str__(self) -> str:
         return str(self.code)
@@ -46,10 +53,10 @@ def value_errors() -> Iterator[None]:
 
 
 def show_worker_errors() -> None:
-    """Lets a command whose spawned worker raised a UsageError end in its sentence alone.
+    """Lets a command whose spawned worker ended in a sentence end in that alone.
 
-    torch hands the worker's whole traceback on, as the text of an exception of its own. Any other
-    exception is shown as before.
+    Of a UsageError torch hands the worker's whole traceback on, as the text of an exception of its
+    own. A LoadError the worker has printed itself. Any other exception is shown as before.
     """
     show = sys.excepthook
     name = f"{UsageError.__module__}.{UsageError.__qualname__}: "
@@ -60,6 +67,8 @@ def show_worker_errors() -> None:
         _, found, sentence = str(error).rpartition(f"\n{name}")
         if found and kind.__name__ == "ProcessRaisedException":
             print(sentence.strip(), file=sys.stderr)
+        elif kind.__name__ == "ProcessExitedException" and getattr(error, "exit_code", 0) == 1:
+            print(error, file=sys.stderr)
         else:
             show(kind, error, trace)
 

@@ -228,6 +228,16 @@ def pytorch_ddp_on_cpu(folder: Path) -> Any:
 
 
 @case
+def bf16_without_a_tpu(folder: Path) -> Any:
+    from fairseq import options
+
+    parser = options.get_training_parser()
+    flags = ["data", "--task", "language_modeling", "--arch", "transformer_lm", "--bf16"]
+    arguments = options.parse_args_and_arch(parser, flags)
+    return [arguments.bf16, arguments.tpu]
+
+
+@case
 def configuration_remarks(folder: Path) -> Any:
     from fairseq import options
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.data import data_utils
 from fairseq.optim import FairseqOptimizer
+from fairseq.tasks import FairseqTask
 from fairseq_run import TASK, read_log, run, train, train_arguments, valid_losses
 
 from fairseq_lightrnn.tasks.lightrnn_language_modeling import LightRNNLanguageModelingTask
+from fairseq_lightrnn.tasks.table_task import TableTask
 
 CARRY = "--carry-hidden-state"
 KINDS = [
@@ -116,6 +119,30 @@ def test_longer_random_blocks_take_longer_steps(
     assert len(set(lengths)) > 2
     assert rates == pytest.approx([0.5 * np.mean(group) / 10 for group in groups])
     assert {record["train_lr"] for record in records if "train_lr" in record} == {"0.5"}
+
+
+def test_an_update_that_overflowed_has_no_part_in_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """fairseq lowers the scale of the loss and goes on with the next batch."""
+    monkeypatch.setattr(FairseqTask, "train_step", lambda *args: None)
+    monkeypatch.setattr(TableTask, "optimizer_step", lambda *args: None)
+    task = LightRNNLanguageModelingTask.__new__(LightRNNLanguageModelingTask)
+    task.args = SimpleNamespace(tokens_per_sample=10, random_block_lengths=True)
+    task._block_lengths, task._update = [], (-1, None)
+    rates: list[float] = []
+    optimizer = SimpleNamespace(
+        get_lr=lambda: 1.0, set_lr=rates.append, scaler=SimpleNamespace(loss_scale=8.0)
+    )
+    task.train_step({"block_length": 40}, None, None, optimizer, 3)  # overflows
+    optimizer.scaler.loss_scale = 4.0
+    for length in (5, 15):
+        task.train_step({"block_length": length}, None, None, optimizer, 3)
+    task.optimizer_step(optimizer, None, 3)
+    assert rates == [1.0, 1.0]  # for blocks of 10, and back
+    task.train_step({"block_length": 20}, None, None, optimizer, 4)
+    task.optimizer_step(optimizer, None, 4)
+    assert rates[2:] == [2.0, 1.0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -46,6 +46,7 @@ EXPECTED: dict[str, tuple[Any, Any]] = {
     "sacrebleu_of_files": (["BLEU", "=", "100.00"], "should be a sequence of strings"),
     # "No such type" where torch is built without CUDA, "no driver" where it is built with it.
     "objects_gathered_on_cpu": ([[{"loss": 1.5}], 5000], ""),
+    "bf16_without_a_tpu": ([True, False], [True, True]),
     "pytorch_ddp_on_cpu": ([1, 3], "device_ids and output_device arguments only work"),
 }
 

@@ -61,6 +61,23 @@ class TestFromElsewhere:
         for name in ("word_table.txt", "further_word_table1.txt"):
             assert (tmp_path / "g" / name).read_text() == (tmp_path / "f" / name).read_text()
 
+    def test_what_another_training_left_in_the_folder_is_replaced(
+        self, data: Path, first: Path, tmp_path: Path
+    ) -> None:
+        flags = {"initial_table": "random", "reallocate_epochs": "1,2", "max_epoch": 3}
+        train(data, tmp_path, seed=2, **flags)
+        for path in tmp_path.glob("*.pt"):
+            path.unlink()
+        train(data, tmp_path, initial_table="random", max_epoch=1)
+        assert not (tmp_path / "reallocations.jsonl").exists()
+        (tmp_path / "reallocations.jsonl").write_text('{"epoch": 1}\n')
+        for path in tmp_path.glob("*.pt"):
+            path.unlink()
+        train(data, tmp_path, finetune_from_model=first / "checkpoint4.pt", max_epoch=1)
+        assert not (tmp_path / "reallocations.jsonl").exists()
+        words = WordTable.load(first / "word_table.txt", symbols(data))
+        assert WordTable.load(tmp_path / "word_table.txt", symbols(data)) == words
+
     def test_a_resume_repeats_no_line(self, data: Path, first: Path, tmp_path: Path) -> None:
         """From the checkpoint before a reallocation, whose line stands in the file already."""
         train(data, tmp_path, initial_table="random", reallocate_epochs="1,3", max_epoch=4)
@@ -132,7 +149,7 @@ class TestAveragedCheckpoints:
     ) -> None:
         paths = [first / f"checkpoint{epoch}.pt" for epoch in (3, 4)]
         average = self.average(paths, tmp_path / "average.pt")
-        with pytest.raises(Exception, match="Average those after the last reallocation only"):
+        with pytest.raises(SystemExit, match="Average those after the last reallocation only"):
             checkpoint_utils.load_model_ensemble_and_task([str(average)])
 
     def test_between_reallocations_evaluates(self, data: Path, first: Path, tmp_path: Path) -> None:

@@ -25,12 +25,19 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "--max-tokens-valid": ({"max_tokens_valid": 100, "carry_hidden_state": True}, None),
     "--batch-size-valid": ({"batch_size_valid": 4, "carry_hidden_state": True}, None),
     "--skip-remainder-batch": ({"skip_remainder_batch": True, "carry_hidden_state": True}, None),
+    "--shorten-method": ({"shorten_method": "truncate", "carry_hidden_state": True}, None),
+    "--shorten-data-split-list": (
+        {"shorten_data_split_list": "train", "carry_hidden_state": True}, None
+    ),
+    "--pad-to-fixed-length": ({"pad_to_fixed_length": True, "carry_hidden_state": True}, None),
+    "--pad-to-fixed-bsz": ({"pad_to_fixed_bsz": True, "carry_hidden_state": True}, None),
+    "--sentence-avg": ({"sentence_avg": True}, None),
 }  # fmt: skip
 DEFAULTS: dict[str, Any] = {
     "reallocate_epochs": None, "reallocation_objective": "true-loss", "reallocation_words": None,
     "reallocation_memory": 8.0, "carry_hidden_state": False, "random_block_lengths": False,
     "max_tokens": None, "max_tokens_valid": None, "batch_size": 8, "batch_size_valid": 8,
-    "skip_remainder_batch": False,
+    "skip_remainder_batch": False, "sentence_avg": False,
 }  # fmt: skip
 
 
@@ -50,7 +57,7 @@ def test_a_flag_without_effect_is_refused(flag: str) -> None:
         check(**given)
     assert "\n" not in str(refusal.value)
     if needed is None:
-        check(**{**given, "carry_hidden_state": False})
+        check(**({**given, "carry_hidden_state": False} if "carry_hidden_state" in given else {}))
     else:
         check(**given, **needed)
         check(**needed)

@@ -607,3 +607,58 @@ class TestBadInput:
         flags.append("--skip-invalid-size-inputs-valid-test")
         found, _ = translate(capsys, tmp_path / "bin", path, *flags)
         assert len(found["H"]) == 6
+
+
+def test_activations_are_regularised(pairs: Path, tmp_path: Path) -> None:
+    losses = {}
+    for weight in (0, 5):
+        records = train_translation(
+            pairs, tmp_path / str(weight), arch="lightrnn_translation_gated", max_epoch=1,
+            regularise=f"awd,weight=0,component=0,activation={weight},change={weight}",
+        )  # fmt: skip
+        losses[weight] = records[-1]
+        assert ("train_ar_penalty" in records[-1]) == (weight > 0)
+    assert losses[0]["train_loss"] != losses[5]["train_loss"]
+
+
+@pytest.mark.parametrize("flag", ["--ignore-prefix-size", "--report-accuracy"])
+def test_flags_that_only_fairseqs_criterion_heeds(pairs: Path, tmp_path: Path, flag: str) -> None:
+    value = [2] if flag == "--ignore-prefix-size" else []
+    with pytest.raises(SystemExit, match=f"^{flag} is unknown to --criterion two_component"):
+        train_translation(
+            pairs, tmp_path, flag, *value, criterion="label_smoothed_cross_entropy",
+            label_smoothing=0.1,
+        )  # fmt: skip
+
+
+def test_vectors_of_source_words_that_have_a_table(pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="^--encoder-embed-path vectors.txt: with --source-table"):
+        train_translation(
+            pairs, tmp_path, arch="lightrnn_transformer", source_table="own",
+            encoder_embed_path="vectors.txt",
+        )  # fmt: skip
+
+
+def test_tables_are_made_of_all_parts_of_the_text(tmp_path: Path) -> None:
+    """fairseq trains on train1 too, if it is there."""
+    data = preprocess_pairs(tmp_path / "a")
+    words = words_of_tables(data, tmp_path / "one")
+    for path in data.glob("train.src-tgt.*"):
+        (data / path.name.replace("train.", "train1.")).write_bytes(path.read_bytes())
+    assert words_of_tables(data, tmp_path / "two") == 2 * words
+
+
+def words_of_tables(data: Path, save_dir: Path) -> int:
+    """The words of the text that tables are made of, which are those that are trained on."""
+    from fairseq import options, tasks
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    parser = options.get_training_parser()
+    flags = [*TRANSLATION, "--arch", "lightrnn_translation", "--save-dir", str(save_dir)]
+    flags += ["--upsample-primary", "1"]
+    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, [str(data), *flags]))
+    task = tasks.setup_task(cfg.task)
+    task.load_dataset("train", combine=True)
+    found = sum(len(piece) for piece in task.table_text())
+    assert found == int(task.dataset("train").sizes[:, 1].sum())
+    return found

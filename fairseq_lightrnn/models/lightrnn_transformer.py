@@ -20,6 +20,7 @@ from fairseq_lightrnn.core.features import FurtherTables
 from fairseq_lightrnn.core.head import ComponentHead
 from fairseq_lightrnn.core.reader import WordEmbedding
 from fairseq_lightrnn.core.sharing import save_shared_once
+from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.models.flags import TableSettings, check_task
 from fairseq_lightrnn.models.parts import build_words, feed_forward
 from fairseq_lightrnn.models.source import SourceEncoder, TranslationForward, source_embedding
@@ -252,6 +253,12 @@ class LightRNNTransformerModel(
         if vectors is None:
             vectors = TransformerModelBase.build_embedding(
                 flags, source, dim, flags.encoder.embed_path
+            )
+        elif flags.encoder.embed_path:
+            raise UsageError(
+                f"--encoder-embed-path {flags.encoder.embed_path}: with --source-table "
+                f"{cfg.source_table} source words have no vectors of their own to load; leave one "
+                "of the flags out"
             )
         elif str(cfg.source_table) == "own":
             std = (dim * vectors.reader.num_components) ** -0.5

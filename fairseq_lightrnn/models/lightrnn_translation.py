@@ -12,7 +12,12 @@ from fairseq_lightrnn.core.attention import Memory
 from fairseq_lightrnn.core.conditioning import Conditioner, Context, Gated, Recurrent
 from fairseq_lightrnn.core.network import State
 from fairseq_lightrnn.core.sharing import save_shared_once
-from fairseq_lightrnn.models.flags import TableSettings, check_task, preset
+from fairseq_lightrnn.models.flags import (
+    TableSettings,
+    check_task,
+    parse_regularisation,
+    preset,
+)
 from fairseq_lightrnn.models.lightrnn_lm import LSTMConfig, LSTMDecoder, build_decoder
 from fairseq_lightrnn.models.source import (
     SourceEncoder,
@@ -105,6 +110,7 @@ class LightRNNTranslationDecoder(LSTMDecoder):
         self.vocabulary = Vocabulary(dictionary)
         self.reallocations = Reallocations()
         self.words = WordHead(self.core.head, self.core.reader, dictionary, self.reallocations)
+        self.penalties = parse_regularisation(cfg.regularise)
 
     def max_positions(self) -> int:
         """Returns the greatest number of words of a target."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fairseq_lightrnn.errors import LoadError
+
 __all__ = ["Vocabulary", "vocabulary_digest"]
 
 
@@ -41,8 +43,7 @@ class Vocabulary(nn.Module):
         name = f"{prefix}digest"
         here, there = int(self.digest), int(state.setdefault(name, self.digest))
         if here != there:
-            # No UsageError: fairseq makes another one of every Exception that is raised here.
-            raise SystemExit(
+            raise LoadError(
                 f"the dictionary has the digest {here:012x}, that of the model's training had "
                 f"{there:012x}: it has other words, or the same in another order; give the data "
                 "that the model was trained on, or text binarised with its dict.txt (--srcdict)"

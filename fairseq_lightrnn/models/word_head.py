@@ -14,7 +14,7 @@ from fairseq_lightrnn.core.head import ComponentHead
 from fairseq_lightrnn.core.reader import Reader
 from fairseq_lightrnn.core.seats import PredictedTable, Seats
 from fairseq_lightrnn.core.table import prefix_number
-from fairseq_lightrnn.errors import UsageError
+from fairseq_lightrnn.errors import LoadError, UsageError
 from fairseq_lightrnn.models.next_words import FOUND, WANTED, Wanted, find
 
 __all__ = ["Reallocations", "TableDecoder", "WordHead", "check_words"]
@@ -181,32 +181,39 @@ class WordHead:
             decoder: that this is the head of.
             state_dict: of a model; completed if need be.
             name: of the decoder in it.
+
+        Raises:
+            LoadError: if it is one of another dictionary or of other tables.
         """
         found = {
             key: value
             for key, value in state_dict.items()
             if key.startswith(f"{name}.") and key.endswith(".coordinates")
         }
-        for coordinates in found.values():
+        in_force = dict(decoder.named_buffers())
+        for key, coordinates in found.items():
             check_words(coordinates, self.dictionary, "model")
-            _check_cells(coordinates, self.table.shape)
+            known = in_force.get(key.removeprefix(f"{name}."))
+            # --store-ema loads the model's own tables at each update.
+            if known is None or not torch.equal(known.to(coordinates), coordinates):
+                _check_cells(coordinates, self.table.shape)
         beside = [key for key in found if ".kept_tables." in key]
         further = sorted(key for key in found if ".tables." in key)
         first = [key for key in found if key not in (*beside, *further)]
         if found and len(further) != len(self.further_tables):
-            raise UsageError(
+            raise LoadError(
                 f"the model was made with --further-tables {len(further)}, not "
                 f"{len(self.further_tables)}: give it again"
             )
         if len(first) > 1 and self.input_table is None:
-            raise UsageError(
+            raise LoadError(
                 "the model reads words by a table of their own: give --keep-input-table again"
             )
         if self.input_table is None:
             return
         if len(first) == 1:
             if not any(key.endswith("softmax.vectors.weight") for key in state_dict):
-                raise UsageError(
+                raise LoadError(
                     "the model reads and predicts words by the same vectors, which belong to one "
                     "table: give --component-vectors shared, and no --keep-input-table"
                 )
@@ -241,12 +248,18 @@ class TableDecoder:
 
 
 def _check_cells(coordinates: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuses tables that averaging made of different ones."""
+    """Refuses tables of another shape, and those that averaging made of different ones."""
     if coordinates.size(1) != len(shape):
         return  # torch names the sizes
+    if (coordinates.amax(0) >= coordinates.new_tensor(shape)).any():
+        sizes = "x".join(map(str, shape))
+        raise LoadError(
+            f"the model's word table does not fit into the shape {sizes}: give the --table-shape "
+            "(or the table files) that it was made with"
+        )
     cells = prefix_number(coordinates.long(), shape)
     if len(cells.unique()) < len(cells):
-        raise UsageError(
+        raise LoadError(
             "the checkpoint's word table has two words in one cell: was it averaged over "
             "checkpoints between which words were reallocated? Average those after the last "
             "reallocation only (reallocations.jsonl tells its epoch)"
@@ -256,7 +269,7 @@ def _check_cells(coordinates: Tensor, shape: tuple[int, ...]) -> None:
 def check_words(words: Tensor | None, dictionary: Any, who: str) -> None:
     """Refuses the state of a model of another dictionary."""
     if words is not None and len(words) != len(dictionary):
-        raise UsageError(
+        raise LoadError(
             f"the {who} has {len(words)} words, the dictionary {len(dictionary)}: give the "
             "binarised data that the model was trained on, with the same --source-lang and "
             "--target-lang, if any"

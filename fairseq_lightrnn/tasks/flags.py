@@ -80,6 +80,7 @@ class TableTaskConfig(FairseqDataclass):
     batch_size: Optional[int] = II("dataset.batch_size")
     batch_size_valid: Optional[int] = II("dataset.batch_size_valid")
     skip_remainder_batch: Optional[bool] = II("optimization.skip_remainder_batch")
+    sentence_avg: bool = II("optimization.sentence_avg")
     seed: int = II("common.seed")
     train_subset: str = II("dataset.train_subset")
     num_workers: int = II("dataset.num_workers")
@@ -130,8 +131,13 @@ def _carries(args: Any, model: Any) -> bool:
     return bool(getattr(args, "carry_hidden_state", False))
 
 
+def _field_of(flag: str) -> str:
+    """Returns the name of a flag's value among fairseq's."""
+    return flag.removeprefix("--").replace("-", "_")
+
+
 def _needs_schedule(flag: str, default: str | None = None) -> Need:
-    name = flag[2:].replace("-", "_")
+    name = _field_of(flag)
     return Need(
         flag,
         lambda args, model: str(getattr(args, name)) not in ("None", str(default)),
@@ -140,10 +146,15 @@ def _needs_schedule(flag: str, default: str | None = None) -> Need:
     )
 
 
-def _needs_independent_texts(flag: str, given: Callable[[Any], Any]) -> Need:
+def _needs_independent_texts(flag: str, given: Callable[[Any], Any] | None = None) -> Need:
+    name = _field_of(flag)
+
+    def is_given(args: Any, model: Any) -> bool:
+        return bool(given(args) if given else getattr(args, name, False))
+
     return Need(
         flag,
-        lambda args, model: given(args) and _carries(args, model),
+        lambda args, model: is_given(args, model) and _carries(args, model),
         lambda args, model: False,
         "has no effect with --carry-hidden-state, which reads --batch-size lanes in blocks of "
         "--tokens-per-sample; leave it out",
@@ -167,7 +178,19 @@ NEEDS = (
     _needs_independent_texts(
         "--batch-size-valid", lambda args: args.batch_size_valid not in (None, args.batch_size)
     ),
-    _needs_independent_texts("--skip-remainder-batch", lambda args: args.skip_remainder_batch),
+    _needs_independent_texts("--skip-remainder-batch"),
+    _needs_independent_texts(
+        "--shorten-method", lambda args: str(getattr(args, "shorten_method", "none")) != "none"
+    ),
+    _needs_independent_texts("--shorten-data-split-list"),
+    _needs_independent_texts("--pad-to-fixed-length"),
+    _needs_independent_texts("--pad-to-fixed-bsz"),
+    Need(
+        "--sentence-avg",
+        lambda args, model: args.sentence_avg,
+        lambda args, model: False,
+        "has no effect on a loss that is a mean over words; leave it out",
+    ),
 )
 """Flags of a training that would be without effect, silently, but for this table."""
 

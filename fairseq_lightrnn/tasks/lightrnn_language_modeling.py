@@ -62,7 +62,9 @@ class LightRNNLanguageModelingTask(TableTask, LanguageModelingTask):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._block_lengths: list[int] = []  # of the batches since the last update
+        # Of the batches of an update, and of which: one that overflows 16 bits is tried again.
+        self._block_lengths: list[int] = []
+        self._update: tuple[int, Any] = (-1, None)
 
     @property
     def in_order(self) -> bool:  # type: ignore[override]
@@ -86,6 +88,9 @@ class LightRNNLanguageModelingTask(TableTask, LanguageModelingTask):
             )
         if args.carry_hidden_state:
             _check_carried(args)
+        dictionary = os.path.join(utils.split_paths(args.data)[0], "dict.txt")
+        if not os.path.isfile(dictionary):
+            raise UsageError(f"{dictionary}: no such dictionary; was the data preprocessed?")
         return super().setup_task(args, **kwargs)
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> nn.Module:
@@ -136,7 +141,10 @@ class LightRNNLanguageModelingTask(TableTask, LanguageModelingTask):
         if self.args.carry_hidden_state:
             self.datasets[split] = self._lanes(split, epoch, combine)
             return
-        super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
+        try:
+            super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
+        except FileNotFoundError as error:
+            raise UsageError(f"{error}; was it preprocessed?") from None
         self.datasets[split] = TargetInputDataset(self.datasets[split])
 
     def build_dataset_for_inference(self, *args: Any, **kwargs: Any) -> TargetInputDataset:
@@ -179,28 +187,40 @@ class LightRNNLanguageModelingTask(TableTask, LanguageModelingTask):
     def text(self, split: str) -> Iterator[np.ndarray]:
         """Yields a split as arrays of consecutive text."""
         folders: list[str] = utils.split_paths(self.args.data)
-        for folder in folders if split == self.args.train_subset else folders[:1]:
+        training = split == self.args.train_subset
+        for folder in folders if training else folders[:1]:
             path = os.path.join(folder, split)
+            # fairseq trains on further parts too (train1, train2 ...).
             sentences = data_utils.load_indexed_dataset(
-                path, self.dictionary, self.args.dataset_impl
+                path, self.dictionary, self.args.dataset_impl, combine=training
             )
             if sentences is None:
                 raise UsageError(f"{path}: no such split; was it preprocessed?")
             yield from consecutive_text(sentences)
 
-    def train_step(self, sample: Any, *args: Any, **kwargs: Any) -> Any:
+    def train_step(
+        self,
+        sample: Any,
+        model: Any,
+        criterion: Any,
+        optimizer: Any,
+        update_num: int,
+        ignore_grad: bool = False,
+    ) -> Any:
         """Computes gradients of a batch, whose length the step of the optimiser heeds."""
+        update = update_num, getattr(getattr(optimizer, "scaler", None), "loss_scale", None)
+        if update != self._update:
+            self._update, self._block_lengths = update, []
         self._block_lengths.append(sample.get("block_length", self.args.tokens_per_sample))
-        return super().train_step(sample, *args, **kwargs)
+        return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
 
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
         """Takes a step, longer for blocks of more words (arXiv 1708.02182, section 4.1)."""
-        lengths, self._block_lengths = self._block_lengths, []
         if not self.args.random_block_lengths:
             super().optimizer_step(optimizer, model, update_num)
             return
         rate = optimizer.get_lr()
-        optimizer.set_lr(rate * float(np.mean(lengths)) / self.args.tokens_per_sample)
+        optimizer.set_lr(rate * float(np.mean(self._block_lengths)) / self.args.tokens_per_sample)
         super().optimizer_step(optimizer, model, update_num)
         optimizer.set_lr(rate)
 

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -114,15 +114,16 @@ class LightRNNTranslationTask(TableTask, TranslationTask):
             raise UsageError(f"{error}; was it preprocessed?") from None
         self.datasets[split] = TargetInputDataset(self.datasets[split])
 
-    def _paths(self, split: str, language: str, epoch: int = 1) -> list[str]:
-        """Returns where one side of a split may lie, without the suffix."""
+    def _paths(self, split: str, language: str, epoch: int = 1, part: int = 0) -> list[str]:
+        """Returns where one side of a split, or of a further part, may lie, without the suffix."""
         directories: list[str] = utils.split_paths(self.args.data)
         if split != self.args.train_subset:
             directories = directories[:1]
         directory = directories[(epoch - 1) % len(directories)]
         source, target = self.args.source_lang, self.args.target_lang
         pairs = (f"{source}-{target}", f"{target}-{source}")
-        return [os.path.join(directory, f"{split}.{pair}.{language}") for pair in pairs]
+        name = f"{split}{part or ''}"  # as fairseq calls them: train, train1, train2 ...
+        return [os.path.join(directory, f"{name}.{pair}.{language}") for pair in pairs]
 
     def text(self, split: str) -> Iterator[np.ndarray]:
         """Yields the target side of a split as arrays of consecutive text."""
@@ -144,17 +145,22 @@ class LightRNNTranslationTask(TableTask, TranslationTask):
     def _side(self, split: str, language: str) -> Iterator[np.ndarray]:
         at_target = language == self.args.target_lang
         dictionary = self.target_dictionary if at_target else self.source_dictionary
-        shards = len(utils.split_paths(self.args.data)) if split == self.args.train_subset else 1
+        training = split == self.args.train_subset
+        shards = len(utils.split_paths(self.args.data)) if training else 1
         for epoch in range(1, shards + 1):
-            paths = self._paths(split, language, epoch)
-            found = (
-                data_utils.load_indexed_dataset(path, dictionary, self.args.dataset_impl)
-                for path in paths
-            )
-            sentences = next((some for some in found if some is not None), None)
-            if sentences is None:
-                raise UsageError(f"{' or '.join(paths)}: no such text; was it preprocessed?")
-            yield from consecutive_text(sentences)
+            for part in count() if training else range(1):
+                paths = self._paths(split, language, epoch, part)
+                found = (
+                    data_utils.load_indexed_dataset(path, dictionary, self.args.dataset_impl)
+                    for path in paths
+                )
+                sentences = next((some for some in found if some is not None), None)
+                if sentences is not None:
+                    yield from consecutive_text(sentences)
+                elif part:
+                    break
+                else:
+                    raise UsageError(f"{' or '.join(paths)}: no such text; was it preprocessed?")
 
     def _seat_initial_tables(self, model: nn.Module) -> None:
         super()._seat_initial_tables(model)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from fairseq.data.iterators import EpochBatchIterator
 from fairseq.logging import progress_bar
-from fairseq.utils import resolve_max_positions
+from fairseq.utils import resolve_max_positions, split_paths
 from torch import Tensor, nn
 
 from fairseq_lightrnn.allocation.gathering import (
@@ -75,6 +75,12 @@ class Reallocator:
         if words.table.num_components == 1:
             logger.info(f"{title}: every word has vectors of its own, there is nothing to move")
             return None
+        shards = len(split_paths(self.args.data))
+        if shards > 1:
+            logger.warning(
+                f"{title}: of the {shards} folders of {self.args.data}, words move by the text of "
+                "the next epoch's alone, and those that it lacks stay"
+            )
         logger.info(f"{title}: gathering statistics")
         started = time.monotonic()
         text, kept = self._text(model)

@@ -191,6 +191,12 @@ class TableTask:
         """Builds the criterion that knows components, whichever of fairseq's like it is named."""
         name = getattr(cfg, "_name", None) or getattr(cfg, "criterion", None)
         if name in _SAME_CRITERIONS:
+            for flag in ("ignore_prefix_size", "report_accuracy"):
+                if getattr(cfg, flag, False):
+                    raise UsageError(
+                        f"--{flag.replace('_', '-')} is unknown to --criterion {CRITERION}, which "
+                        f"takes the place of {name}; leave it out"
+                    )
             smoothing = float(getattr(cfg, "label_smoothing", 0.0))
             logger.info(
                 f"--criterion {CRITERION}, with label smoothing {smoothing:g}, in place of {name}: "
@@ -236,11 +242,12 @@ class TableTask:
         if tuned or self.args.reset_dataloader:
             words.round.fill_(0)
             words.epoch.fill_(0)
+            self.tables.forget_reports()
         logger.info(
             f"the checkpoint seats the words: {words.table.table()}; --initial-table "
             f"{self.args.initial_table} is not used"
         )
-        self.tables.save_missing(words)
+        self.tables.save_others(words)
 
     def _validated(self) -> list[str]:
         """Returns the splits that this training validates on."""

@@ -25,6 +25,8 @@ __all__ = ["TaskTables", "load_table"]
 
 logger = logging.getLogger(__name__)
 
+_REPORTS = "reallocations.jsonl"  # in the save directory
+
 
 class TaskTables:
     """Seats the words of a model's tables: the one in force, those beside it, a source's.
@@ -101,6 +103,7 @@ class TaskTables:
         for seats, table in zip(words.further_input_tables, seated[1:], strict=False):
             seats.seat(table)
         words.round.fill_(0)
+        self.forget_reports()
 
     def seat(
         self,
@@ -140,9 +143,14 @@ class TaskTables:
         self.save(table, 0, file_name, symbols)
         return table
 
-    def save_missing(self, words: WordHead) -> None:
+    def save_others(self, words: WordHead) -> None:
         """Writes the tables of a training that goes on from elsewhere into its own folder."""
-        if not (Path(self.args.save_dir) / "word_table.txt").exists():
+        path = Path(self.args.save_dir) / "word_table.txt"
+        try:
+            saved = WordTable.load(path, self.dictionary.symbols) if path.exists() else None
+        except ValueError:
+            saved = None  # damaged, or of the training of another dictionary
+        if saved != words.table.table():
             self.save_all(words)
 
     def save_all(self, words: WordHead, further: bool = True) -> None:
@@ -157,6 +165,11 @@ class TaskTables:
         for number, seats in enumerate(words.further_tables if further else (), 1):
             self.save(seats.table(), epoch, f"further_word_table{number}")
 
+    def forget_reports(self) -> None:
+        """Removes what an earlier training in the same folder reported."""
+        if rank() == 0 and not self.args.no_save:
+            (Path(self.args.save_dir) / _REPORTS).unlink(missing_ok=True)
+
     def add_report(self, report: dict[str, Any]) -> None:
         """Adds a reallocation to ``reallocations.jsonl``, in place of one after the same epoch.
 
@@ -164,7 +177,7 @@ class TaskTables:
         """
         if rank() != 0 or self.args.no_save:
             return
-        path = Path(self.args.save_dir) / "reallocations.jsonl"
+        path = Path(self.args.save_dir) / _REPORTS
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if json.loads(line)["epoch"] < report["epoch"]]
         with whole_file(path) as file:
