@@ -12,7 +12,6 @@ from typing import Any
 __all__ = ["MendingLoader", "mended_spec", "rewrite"]
 
 Rewrite = Callable[[ast.Module], None]
-Patch = Callable[[ModuleType], None]
 
 
 def rewrite(fix: Rewrite) -> Rewrite:

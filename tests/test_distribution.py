@@ -25,7 +25,6 @@ from torch import Tensor
 from fairseq_lightrnn.core.conditioning import Gated, Recurrent
 from fairseq_lightrnn.core.distribution import (
     coordinate_log_probs,
-    next_word_entropy,
     next_word_entropy_and_rank,
     next_word_log_probs,
     sample_words,
@@ -93,7 +92,6 @@ class TestEveryTable:
         expected = -(every.exp() * every).sum(1)
         entropy, rank = next_word_entropy_and_rank(model.head, context, given_words)
         torch.testing.assert_close(entropy, expected)
-        torch.testing.assert_close(next_word_entropy(model.head, context), expected)
         own = every[torch.arange(4), given_words]
         assert rank.tolist() == (1 + (every > own[:, None] + 1e-9).sum(1)).tolist()
 
@@ -240,8 +238,6 @@ def test_a_model_of_no_numbers_is_not_certain_of_every_word(
     model = build(Gated, 100, shape)
     context = contexts(model, 3)
     context.output[texts] = torch.nan
-    with pytest.raises(FloatingPointError, match="parameters are nan or infinite"):
-        next_word_entropy(model.head, context)
     with pytest.raises(FloatingPointError, match="parameters are nan or infinite"):
         next_word_entropy_and_rank(model.head, context, torch.tensor([4, 5, 6]))
 

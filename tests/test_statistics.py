@@ -35,19 +35,14 @@ def test_sums_equal_states_added_one_by_one():
     size=st.integers(1, 60),
     cuts=st.lists(st.integers(0, 60), max_size=4),
 )
-def test_order_and_shards_do_not_matter_bit_for_bit(seed, size, cuts):
+def test_order_and_batches_do_not_matter_bit_for_bit(seed, size, cuts):
     words, hidden = occurrences(seed, size)
     whole = AllocationStatistics(7, 2, 3)
     whole.add(words, hidden)
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-    shards = []
-    for part in np.split(order.numpy(), sorted(min(cut, size) for cut in cuts)):
-        shard = AllocationStatistics(7, 2, 3)
-        shard.add(words[part], hidden[part])
-        shards.append(shard)
     total = AllocationStatistics(7, 2, 3)
-    for shard in shards:
-        total.merge(shard)
+    for part in np.split(order.numpy(), sorted(min(cut, size) for cut in cuts)):
+        total.add(words[part], hidden[part])
     assert torch.equal(total.sums, whole.sums)
     assert torch.equal(total.counts, whole.counts)
 
@@ -115,5 +110,3 @@ def test_words_outside_the_dictionary_and_wrong_shapes_are_refused():
         statistics.add(torch.tensor([1, 7]), torch.zeros(2, 2, 3))
     with pytest.raises(ValueError, match="do not fit"):
         statistics.add(torch.tensor([1]), torch.zeros(1, 2, 4))
-    with pytest.raises(ValueError, match="different sizes"):
-        statistics.merge(AllocationStatistics(7, 2, 4))

@@ -128,17 +128,6 @@ class AllocationStatistics:
             self.sums[component].index_copy_(0, distinct, total.to(self.sums.dtype))
         self.counts[distinct] += counts
 
-    @torch.no_grad()
-    def merge(self, other: AllocationStatistics) -> None:
-        """Adds the statistics of another part of the corpus over the same words."""
-        mine = (self.num_words, self.num_components, self.dim, self.word_range)
-        theirs = (other.num_words, other.num_components, other.dim, other.word_range)
-        if mine != theirs:
-            raise ValueError(f"statistics of different sizes cannot be added: {mine} and {theirs}")
-        for component in range(self.num_components):
-            self.sums[component] += other.sums[component].to(self.sums.device, self.sums.dtype)
-        self.counts += other.counts.to(self.counts.device)
-
     def __repr__(self) -> str:
         sizes = f"{self.num_words}, {self.num_components}, {self.dim}"
         return f"AllocationStatistics({sizes}, word_range={self.word_range}, {self.sums.dtype})"

@@ -27,7 +27,6 @@ from fairseq_lightrnn.core.softmax import at_least_float32
 
 __all__ = [
     "coordinate_log_probs",
-    "next_word_entropy",
     "next_word_entropy_and_rank",
     "next_word_log_probs",
     "sample_words",
@@ -163,19 +162,6 @@ def coordinate_log_probs(head: ComponentHead, context: Context, words: Tensor) -
         if component + 1 < coordinates.size(1):
             context = head.extend(context, component, value)
     return torch.cat(scores, dim=1)
-
-
-def next_word_entropy(head: ComponentHead, context: Context) -> Tensor:
-    """Computes the entropy of the next word, in nats, float64 of shape (B,).
-
-    Raises:
-        FloatingPointError: if a prediction is not a number.
-    """
-    entropy = context.output.new_zeros(len(context.output), dtype=torch.float64)
-    for block in _blocks(head, context):
-        entropy.index_add_(0, block.text, _entropy_terms(block.log_probs))
-    require_numbers(entropy)
-    return entropy
 
 
 def _entropy_terms(log_probs: Tensor) -> Tensor:

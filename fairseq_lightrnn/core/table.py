@@ -115,11 +115,6 @@ class WordTable:
         """Returns the coordinates, shape (..., k), of word ids of shape (...)."""
         return self.coordinates[np.asarray(words)]
 
-    def words_at(self, coordinates: np.ndarray) -> np.ndarray:
-        """Returns the word ids, shape (...), at coordinates of shape (..., k); -1 if empty."""
-        coordinates = np.asarray(coordinates)
-        return self.words[np.ravel_multi_index(tuple(np.moveaxis(coordinates, -1, 0)), self.shape)]
-
     def occupied(self, component: int) -> np.ndarray:
         """Tells which values of a component lead to a word, given the coordinates before it.
 

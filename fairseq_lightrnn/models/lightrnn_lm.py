@@ -324,11 +324,6 @@ class GatedLanguageModel(LightRNNLanguageModel):
     conditioner = Gated
     own_numbers = 64
 
-    @classmethod
-    def can_keep_input_table(cls, cfg: Any) -> bool:
-        """See :meth:`TableModel.can_keep_input_table`."""
-        return str(cfg.component_vectors) != "shared"
-
 
 # The sizes published in arXiv 1610.09893, table 4, and with the authors' release.
 for _size in (500, 1000, 1500):

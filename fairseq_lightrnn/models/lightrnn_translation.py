@@ -237,8 +237,3 @@ class GatedTranslationModel(LightRNNTranslationModel):
 
     conditioner = Gated
     own_numbers = 36
-
-    @classmethod
-    def can_keep_input_table(cls, cfg: Any) -> bool:
-        """See :meth:`TableModel.can_keep_input_table`."""
-        return str(cfg.component_vectors) != "shared"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fairseq_lightrnn.core.conditioning import Context
+from fairseq_lightrnn.core.conditioning import Conditioner, Context, Gated
 from fairseq_lightrnn.errors import value_errors
 from fairseq_lightrnn.models.flags import TableSettings, settled
 
@@ -13,9 +13,11 @@ class TableModel:
     """To be mixed in before fairseq's class of a model.
 
     Attributes:
+        conditioner: how components are conditioned on those before them.
         own_numbers: see :func:`~fairseq_lightrnn.models.flags.settled`.
     """
 
+    conditioner: type[Conditioner]
     own_numbers: int | None = None
 
     @classmethod
@@ -31,8 +33,11 @@ class TableModel:
 
     @classmethod
     def can_keep_input_table(cls, cfg: Any) -> bool:
-        """Tells whether words can be read by another table than they are predicted by."""
-        return False
+        """Tells whether words can be read by another table than they are predicted by.
+
+        In the paper's model the row that is predicted is the row that is read.
+        """
+        return cls.conditioner is Gated and str(cfg.component_vectors) != "shared"
 
     def contexts(self, net_input: dict[str, Any]) -> Context:
         """Returns what is known before each word of a batch that is to be predicted.
