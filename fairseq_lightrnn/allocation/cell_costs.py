@@ -24,6 +24,7 @@ the sum over words is the loss itself of any table with the same occupied cells.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,7 @@ __all__ = [
     "log_one_minus",
     "occurrence_shares",
     "prefix_coordinates",
+    "prefix_sums",
 ]
 
 # Losses are kept as integers, so that sums of them are the same in every order and for any number
@@ -61,6 +63,14 @@ def occurrence_shares(counts: Tensor, most: int = OCCURRENCES) -> Tensor:
 def prefix_coordinates(prefixes: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Returns the coordinates (N, k - 1) of prefixes (N,) given by their row-major number."""
     return torch.stack(torch.unravel_index(prefixes, shape[:-1]), dim=1)
+
+
+def prefix_sums(parts: Sequence[Tensor]) -> Tensor:
+    """Adds up what coordinates give their prefixes: (n, R_i) of each to (n, prefixes)."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = (total[:, :, None] + part[:, None]).flatten(1)
+    return total
 
 
 def last_component(

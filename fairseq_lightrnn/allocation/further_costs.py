@@ -27,7 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairseq_lightrnn.allocation.cell_costs import log_one_minus, prefix_coordinates
+from fairseq_lightrnn.allocation.cell_costs import (
+    log_one_minus,
+    prefix_coordinates,
+    prefix_sums,
+)
 from fairseq_lightrnn.allocation.neighbours import MOST_LOGIT
 from fairseq_lightrnn.allocation.occurrences import Occurrences
 from fairseq_lightrnn.allocation.true_loss import CANDIDATES, choose_prefixes
@@ -83,7 +87,7 @@ def further_costs(
         if not len(seen.words) or not len(movers.words):
             continue
         *parts, of_last = further.score_table(cast(Tensor, seen.queries[place]), number)
-        of_prefixes = at_least_float32(_sums(parts))
+        of_prefixes = at_least_float32(prefix_sums(parts))
         present, last = prefixes[movers.words], last_of[movers.words]
         mover_of = words.new_full((head.table.shape[-1],), -1)
         mover_of[movers.columns] = torch.arange(len(last), device=words.device)
@@ -132,14 +136,6 @@ def _movers(table: PredictedTable, prefix: int, index: Tensor) -> _Movers:
         there = there & occupied[0]
     columns = there.nonzero().squeeze(1)
     return _Movers(words[columns], index[words[columns]], columns)
-
-
-def _sums(parts: list[Tensor]) -> Tensor:
-    """Returns the scores (n, A) of all prefixes, from those (n, R_i) of their coordinates."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = (total[:, :, None] + part[:, None]).flatten(1)
-    return total
 
 
 @dataclass(frozen=True)

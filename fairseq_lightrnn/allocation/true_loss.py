@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq_lightrnn.allocation.cell_costs import RESOLUTION, CellLosses
+from fairseq_lightrnn.allocation.cell_costs import RESOLUTION, CellLosses, prefix_sums
 from fairseq_lightrnn.allocation.costs import LowRankCosts
 from fairseq_lightrnn.allocation.listed import assign_listed
 from fairseq_lightrnn.allocation.neighbours import Neighbours
@@ -73,9 +73,7 @@ def candidate_prefixes(
     generator = torch.Generator().manual_seed(seed)
     for some in torch.arange(len(words)).split(_BLOCK):
         chosen = words[some].to(device)
-        costs = sources[0].block(chosen)
-        for source in sources[1:]:
-            costs = (costs[:, :, None] + source.block(chosen)[:, None]).flatten(1)
+        costs = prefix_sums([source.block(chosen) for source in sources])
         costs = costs.masked_fill(~taken.to(device), math.inf).cpu()
         found[some] = choose_prefixes(costs, present[some], count, generator).int()
     return found
