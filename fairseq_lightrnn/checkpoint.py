@@ -27,6 +27,7 @@ __all__ = [
     "find_checkpoint",
     "find_device",
     "find_dictionary",
+    "forget_other_parameters",
     "language_model_tables",
     "load_state",
     "save_state",
@@ -66,6 +67,16 @@ def save_state(state: dict[str, Any], checkpoint: str | Path) -> None:
     flags = OmegaConf.to_container(state["cfg"], resolve=True, enum_to_str=True)
     with whole_file(checkpoint, binary=True) as file:
         torch.save({**state, "cfg": flags}, file)
+
+
+def forget_other_parameters(state: dict[str, Any]) -> None:
+    """Removes from a checkpoint what belongs to parameters of other shapes than it has now.
+
+    Those are the optimiser's moments and ``--store-ema``'s average, which begins anew.
+    """
+    state["last_optimizer_state"] = None
+    for name in ("ema", "ema_fp32_params"):
+        state["extra_state"].pop(name, None)
 
 
 def load_state(checkpoint: str | Path) -> dict[str, Any]:

@@ -21,7 +21,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-__all__ = ["STANDARD", "open_bytes", "read_lines", "read_text", "text_chunks", "whole_file"]
+__all__ = [
+    "STANDARD",
+    "check_output",
+    "open_bytes",
+    "read_lines",
+    "read_text",
+    "text_chunks",
+    "whole_file",
+]
 
 STANDARD = "-"
 _BOM = "\ufeff"
@@ -29,6 +37,22 @@ _GZIP = b"\x1f\x8b"
 _READ_AT_ONCE = 1 << 20
 # Paths of files that this process has open already: opened anew, they would begin anew.
 _OPEN = re.compile(r"/dev/(stdout|stderr)|/(?:dev|proc/self)/fd/(\d+)")
+
+
+def check_output(path: str | Path, flag: str) -> None:
+    """Refuses, before any work is done, what :func:`whole_file` would refuse in the end.
+
+    Raises:
+        ValueError: if the path is a folder, or in none; the flag is named.
+    """
+    path = os.fspath(path)
+    if path == STANDARD or _OPEN.fullmatch(path):
+        return
+    if os.path.isdir(path):
+        raise ValueError(f"{flag} {path}: is a folder, not a file to write")
+    folder = os.path.dirname(os.path.realpath(path))
+    if not path or not os.path.isdir(folder):
+        raise ValueError(f"{flag} {path}: there is no folder {folder} to write into")
 
 
 @contextmanager

@@ -302,7 +302,7 @@ class _Search:
         """Returns the empty cell of least loss for a word, and its bias there."""
         ours = self._of_further(self._further_scores(context), further)
         theirs = self._of_further(self._further_scores(self.positions), further)
-        best: tuple[float, tuple[int, ...], int, float] = (math.inf, (), 0, 0.0)
+        best: tuple[float, tuple[int, ...], int, float] | None = None
         weight = count / len(context.output)
         empty = free.reshape(-1, self.shape[-1])
         for prefix in self._prefixes(context, free):
@@ -319,8 +319,12 @@ class _Search:
             losses = _loss(odds, of_others, bias, weight, presence) - weight * here.log_prob.sum()
             place = int(losses.argmin())
             found = float(losses[place]), prefix, int(columns[place]), float(bias[place])
-            best = min(best, found)
+            # Of a row without words the loss is not known: it has no probability.
+            if best is None or found[0] < best[0]:
+                best = found
+        assert best is not None
         _, prefix, column, chosen = best
+        chosen = chosen if math.isfinite(chosen) else 0.0
         self.seat(prefix, column, chosen, further)
         return int(np.ravel_multi_index((*prefix, column), self.shape)), chosen
 

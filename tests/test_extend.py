@@ -255,3 +255,37 @@ def test_tables_grow_by_columns() -> None:
     assert grown_shape((3, 4), 13) == (3, 5)
     assert grown_shape((2, 3, 4), 40) == (2, 3, 7)
     assert grown_shape((5,), 9) == (9,)
+
+
+def test_a_row_without_words_is_room(data: Path, tmp_path: Path) -> None:
+    """Of which nothing is known: the model gives it no probability."""
+    train(data, tmp_path / "a", max_epoch=1, arch="lightrnn_lm_gated", table_shape="8x8")
+    state = torch.load(tmp_path / "a" / "checkpoint_best.pt", weights_only=False)
+    for name, value in state["model"].items():
+        if name.endswith(".coordinates"):  # six full rows, two empty ones
+            places = np.stack(np.unravel_index(np.arange(len(value)), (8, 8)), axis=1)
+            value.copy_(torch.from_numpy(places))
+    torch.save(state, tmp_path / "a" / "checkpoint_best.pt")
+    (tmp_path / "new.txt").write_text("w1 newer w2\nw1 newest w2\n")
+    arguments = [str(tmp_path / "a" / "checkpoint_best.pt"), str(tmp_path / "new.txt")]
+    extend.main([*arguments, "--data", str(data), "-o", str(tmp_path / "new")])
+    model = LanguageModel.from_pretrained(tmp_path / "new")
+    assert {"newer", "newest"} <= set(model.dictionary.symbols)
+    assert sum(probabilities(model, "w1").values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_words_that_are_too_rare(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "new.txt").write_text("w1 newer w2\n")
+    arguments = [str(checkpoint), str(tmp_path / "new.txt"), "-o", str(tmp_path / "new")]
+    with pytest.raises(SystemExit, match="does not know 5 times .--min-count"):
+        extend.main([*arguments, "--min-count", "5"])
+
+
+def test_an_average_of_other_parameters_is_left_out(data: Path, tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"arch": "lightrnn_lm_gated"}
+    average = ["--store-ema", "--ema-decay", "0.9"]
+    train(data, tmp_path / "a", *average, max_epoch=1, **flags)
+    (tmp_path / "new.txt").write_text("w1 newer w2\n")
+    extend.main([str(tmp_path / "a"), str(tmp_path / "new.txt"), "-o", str(tmp_path / "new")])
+    state = torch.load(tmp_path / "new" / "checkpoint_best.pt", weights_only=False)
+    assert not {"ema", "ema_fp32_params"} & set(state["extra_state"])

@@ -205,6 +205,11 @@ def test_mistakes_end_in_one_sentence(data: Path, trained: Path, tmp_path: Path)
             reallocate(checkpoint, data, output, *flags)
     with pytest.raises(SystemExit, match="absent.pt: no such checkpoint"):
         reallocate(tmp_path / "absent.pt", data, output)
-    with pytest.raises(SystemExit, match="there is no such folder to write into"):
+    with pytest.raises(SystemExit, match="--output .*: there is no folder .* to write into"):
         reallocate(checkpoint, data, tmp_path / "absent" / "new.pt")
+    with pytest.raises(SystemExit, match="--output .*: is a folder, not a file to write"):
+        reallocate(checkpoint, data, tmp_path)
+    for flag, value in {"--words": 5, "--objective": "joint", "--split": "valid"}.items():
+        with pytest.raises(SystemExit, match=f"--table and {flag}: give one of them"):
+            reallocate(checkpoint, data, output, "--table", trained / "word_table.txt", flag, value)
     assert list(tmp_path.iterdir()) == []

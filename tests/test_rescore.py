@@ -200,17 +200,29 @@ class TestBadInput:
     ) -> None:
         for flag in ("--output", "--save-weights"):
             path = tmp_path / "absent" / "file"
-            self.refused(f"{flag} {path}: there is no such folder", checkpoint, nbest, flag, path)
+            self.refused(f"{flag} {path}: there is no folder", checkpoint, nbest, flag, path)
+            self.refused(f"{flag} {tmp_path}: is a folder", checkpoint, nbest, flag, tmp_path)
 
     def test_numbers_are_finite(self, checkpoint: Path, nbest: Path, tmp_path: Path) -> None:
         self.refused("--lm-weight nan: must be finite", checkpoint, nbest, "--lm-weight", "nan")
         self.refused("--length-weight inf: must", checkpoint, nbest, "--length-weight", "inf")
         self.refused("whose score comes to -inf", checkpoint, nbest, "--lm-weight", "1e308")
         weights = tmp_path / "weights.json"
-        weights.write_text('{"lm": NaN, "length": 0, "kenlm": 0}')
+        weights.write_text('{"lm": NaN, "length": 0}')
         self.refused("--lm-weight nan: must", checkpoint, nbest, "--weights", weights)
         nbest.write_text("0 ||| w1 ||| -1\n0 ||| w2 ||| nan\n")
         self.refused(f"{nbest}: line 2 has the score 'nan'", checkpoint, nbest, "--best")
+
+    def test_weights_that_would_be_ignored(
+        self, checkpoint: Path, nbest: Path, tmp_path: Path
+    ) -> None:
+        for flag in ("--lm-weight", "--length-weight"):
+            message = f"--tune and {flag} exclude each other"
+            self.refused(message, checkpoint, nbest, "--tune", nbest, flag, 1)
+        self.refused("--metric bleu needs --tune", checkpoint, nbest, "--metric", "bleu")
+        weights = tmp_path / "weights.json"
+        weights.write_text('{"lm": 1, "length": 0, "kenlm": 0.5}')
+        self.refused("give it with --kenlm", checkpoint, nbest, "--weights", weights)
 
     def test_numeric_ids_of_kaldi(
         self, checkpoint: Path, nbest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

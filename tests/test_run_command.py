@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -270,8 +271,57 @@ def test_a_transformer_looks_back_so_far_and_no_further(
 
 
 def test_flags_of_the_export_are_checked_first(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="--format flash: unknown"):
-        export_command.main(["nowhere", "-o", str(tmp_path / "x"), "--format", "flash"])
+    (tmp_path / "file").write_text("something else")
+    for flags, message in {
+        ("-o", str(tmp_path / "x"), "--format", "flash"): "--format flash: unknown",
+        ("-o", str(tmp_path)): f"{tmp_path}: holds something else than an exported model",
+        ("-o", str(tmp_path / "x"), "--text", "absent.txt"): "absent.txt: no such text file",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            export_command.main(["nowhere", *flags])
+
+
+@pytest.mark.parametrize("level", ["sentence", "word"])
+def test_each_line_of_a_pipe_is_scored_as_it_comes(one: Path, level: str) -> None:
+    command = [sys.executable, "-m", "fairseq_lightrnn.commands.exported", one, "score"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        [*map(str, command), "--level", level], text=True, env=environment,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+    for number in (1, 2):
+        process.stdin.write("w1\n")
+        process.stdin.flush()
+        if number == 1:
+            assert process.stdout.readline().startswith("sentence_id")
+        found = [process.stdout.readline() for _ in range(1 if level == "sentence" else 2)]
+        assert all(line.startswith(f"{number}\t") for line in found)
+    process.communicate()
+    assert process.returncode == 0
+
+
+def test_samples_of_a_seed_are_the_same_however_lines_come(
+    one: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    arguments = ("sample", "--seed", "7", "--max-words", "6")
+    together = run(monkeypatch, capsys, "w1\nw1\nw8\n", one, *arguments).out
+    monkeypatch.setattr(run_command, "read_chunks", lambda _: iter([["w1"], ["w1", "w8"]]))
+    run_command.main([str(one), *arguments])
+    apart = capsys.readouterr().out
+    assert together == apart
+    assert together.splitlines()[0] != together.splitlines()[1]
+
+
+def test_what_is_learnt_can_be_kept(one: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--learnt .*: there is no folder"):
+        run_command.main([str(one), "learn", "--learnt", str(tmp_path / "absent" / "x.npz")])
+
+
+def test_a_missing_onnxruntime_is_named(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(SystemExit, match="onnxruntime is not installed: pip install onnxruntime"):
+        run_command.main([str(one), "next"])
 
 
 @pytest.mark.parametrize(

@@ -129,3 +129,17 @@ def test_mistakes_end_in_a_sentence(
     monkeypatch.setattr(sys, "stdin", stdin)
     with pytest.raises(SystemExit, match=message):
         run(folder, *flags)
+
+
+def test_all_words_at_a_place_are_those_of_the_word_beside_them(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a line has an end of sentence in its middle, and ends do not count."""
+    text = tmp_path / "text"
+    text.write_text("w1 </s> w8 w3\n")
+    run(folder, text, "--level", "word", "--full", "--no-eos", "--base", "e")
+    header, *lines = (line.split("\t") for line in capsys.readouterr().out.splitlines())
+    assert [line[2] for line in lines] == ["w1", "w8", "w3"]
+    for line in lines:
+        word = header.index(line[2], header.index("unknown") + 1)
+        assert float(line[word]) == pytest.approx(float(line[3]), abs=1e-4)

@@ -7,10 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from fairseq_lightrnn.commands.run import command
-from fairseq_lightrnn.commands.text import read_texts
+from fairseq_lightrnn.commands.text import check_texts, read_texts
 from fairseq_lightrnn.export.formats import FORMATS, OPSETS, QUANTISATIONS, check_format
 from fairseq_lightrnn.export.model import DEFAULT_OPSET, export_model
+from fairseq_lightrnn.export.page import find_npm
 from fairseq_lightrnn.language_model import LanguageModel
+from fairseq_lightrnn.runtime.folder import check_folder
 
 __all__ = ["main"]
 
@@ -44,6 +46,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Exports a model as the flags ask for."""
     check_format(args.format, args.quantize, args.opset)
+    if args.format == "web":
+        find_npm()
+    check_folder(args.output)
+    check_texts(args.text)
     model = LanguageModel.from_pretrained(args.checkpoint, args.data)
     text = read_texts(args.text) if args.text else ()
     found = export_model(model, args.output, args.format, args.quantize, args.opset, text)

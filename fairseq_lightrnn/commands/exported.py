@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fairseq_lightrnn.commands.run import command
-from fairseq_lightrnn.files import STANDARD, text_chunks
+from fairseq_lightrnn.commands.text import check_texts, one_line, read_chunks
+from fairseq_lightrnn.files import check_output
 from fairseq_lightrnn.runtime.model import ExportedModel
 from fairseq_lightrnn.signature import signature
 
@@ -20,7 +21,8 @@ _ONLY = {
     "level": "score", "carry_hidden_state": "score", "temperature": "sample", "top_k": "sample",
     "top_p": "sample", "max_words": "sample", "seed": "sample",
 }  # fmt: skip
-_NO_SPACE = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
+# Texts that are continued side by side.
+_AT_ONCE = 64
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -80,14 +82,16 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag} {value}: must be at least 1")
     if args.action == "learn" and args.learnt is None:
         raise ValueError("learn needs --learnt FILE, where it keeps what it learns")
-    for path in args.text:
-        if path != STANDARD and not Path(path).exists():
-            raise ValueError(f"{path}: no such text file")
+    if args.action == "learn":
+        check_output(args.learnt, "--learnt")
+    check_texts(args.text)
 
 
-def _chunks(args: argparse.Namespace) -> Iterator[list[str]]:
-    for path in args.text or [STANDARD]:
-        yield from text_chunks(path)
+def _groups(args: argparse.Namespace, size: int) -> Iterator[list[str]]:
+    """Yields so many lines at a time at most, as soon as they come."""
+    for chunk in read_chunks(args.text):
+        for start in range(0, len(chunk), size):
+            yield chunk[start : start + size]
 
 
 def _score(model: ExportedModel, args: argparse.Namespace) -> None:
@@ -96,7 +100,7 @@ def _score(model: ExportedModel, args: argparse.Namespace) -> None:
     level = args.level or "corpus"
 
     def lines() -> Iterator[str | None]:
-        for chunk in _chunks(args):
+        for chunk in read_chunks(args.text):
             yield from chunk
             if level != "corpus":
                 yield None
@@ -122,6 +126,7 @@ def _score(model: ExportedModel, args: argparse.Namespace) -> None:
             values = zip(score.tokens, score.log_probs.tolist(), strange.tolist(), strict=True)
             for number, (token, log_prob, missing) in enumerate(values, 1):
                 _line(sentences, number, token, log_prob, int(missing))
+        sys.stdout.flush()
     fields = {
         **model.description["signature"],
         "words": len(model.vocabulary),
@@ -141,7 +146,7 @@ def _score(model: ExportedModel, args: argparse.Namespace) -> None:
 def _suggest(model: ExportedModel, args: argparse.Namespace) -> None:
     _line("text_id", "word", "probability")
     number = 0
-    for chunk in _chunks(args):
+    for chunk in _groups(args, _AT_ONCE):
         if args.action == "complete":
             found = [model.complete(line, args.k) for line in chunk]
         else:
@@ -160,7 +165,8 @@ def _sample(model: ExportedModel, args: argparse.Namespace) -> None:
         "top_p": args.top_p,
     }
     seed = args.seed
-    for chunk in _chunks(args):
+    # With a seed each line has random numbers of its own, whenever it comes.
+    for chunk in _groups(args, _AT_ONCE if seed is None else 1):
         texts = [line.split() for line in chunk]
         alone = len(chunk) == 1
         if alone:
@@ -174,7 +180,7 @@ def _sample(model: ExportedModel, args: argparse.Namespace) -> None:
 
 
 def _learn(model: ExportedModel, args: argparse.Namespace) -> None:
-    lesson = model.learn(line for chunk in _chunks(args) for line in chunk)
+    lesson = model.learn(line for chunk in read_chunks(args.text) for line in chunk)
     model.save_learnt(args.learnt)
     _line("new words", len(lesson.new))
     _line("words without a cell", len(lesson.left))
@@ -185,7 +191,7 @@ def _learn(model: ExportedModel, args: argparse.Namespace) -> None:
 
 def _line(*values: object, error: bool = False) -> None:
     texts = (f"{value:.6f}" if isinstance(value, float) else str(value) for value in values)
-    print("\t".join(text.translate(_NO_SPACE) for text in texts),
+    print("\t".join(map(one_line, texts)),
           file=sys.stderr if error else sys.stdout)  # fmt: skip
 
 

@@ -15,7 +15,12 @@ import torch
 from fairseq.data import Dictionary
 from omegaconf import open_dict
 
-from fairseq_lightrnn.checkpoint import find_checkpoint, load_state, save_state
+from fairseq_lightrnn.checkpoint import (
+    find_checkpoint,
+    forget_other_parameters,
+    load_state,
+    save_state,
+)
 from fairseq_lightrnn.commands.run import command
 from fairseq_lightrnn.commands.text import read_texts
 from fairseq_lightrnn.core.decoder import Decoder
@@ -73,8 +78,11 @@ def main(args: argparse.Namespace) -> None:
     kept = _kept(model, args.drop)
     counts = count_new_words(model, lines)
     words = [word for word, count in counts.items() if count >= args.min_count]
-    if args.text and not words:
-        raise ValueError(f"{', '.join(args.text)}: holds no word that the model does not know")
+    if args.text and not words and args.drop is None:
+        rare = f" {args.min_count} times (--min-count)" if counts else ""
+        raise ValueError(
+            f"{', '.join(args.text)}: holds no word that the model does not know{rare}"
+        )
     old = model.table.table()
     shape = grown_shape(old.shape, len(kept) + len(words))
     dictionary = _dictionary(model, kept, {word: counts[word] for word in words})
@@ -87,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
     with open_dict(state["cfg"]):
         state["cfg"].model.table_shape = "x".join(map(str, shape))
         state["cfg"].task.data = str(folder.resolve())
-    state["last_optimizer_state"] = None  # its moments belong to other words
+    forget_other_parameters(state)
     folder.mkdir(parents=True, exist_ok=True)
     dictionary.save(str(folder / "dict.txt"))
     save_state(state, folder / "checkpoint_best.pt")
@@ -110,6 +118,11 @@ def _kept(model: LanguageModel, drop: str | None) -> torch.Tensor:
 
 def _dictionary(model: LanguageModel, kept: torch.Tensor, new: dict[str, int]) -> Dictionary:
     old, result = model.dictionary, Dictionary()
+    if len(set(old.symbols)) < len(old):
+        raise ValueError(
+            "the model's dictionary has words twice (#fairseq:overwrite): make one without, and "
+            "train on text that is binarised by it"
+        )
     for word in kept[result.nspecial :].tolist():
         result.add_symbol(old[word], n=old.count[word], overwrite=True)
     for name, count in new.items():

@@ -25,11 +25,17 @@ from omegaconf import OmegaConf
 from fairseq_lightrnn import register  # noqa: F401
 from fairseq_lightrnn.allocation.gathering import statistics_storage
 from fairseq_lightrnn.allocation.statistics import AllocationStatistics
-from fairseq_lightrnn.checkpoint import build_model, find_device, load_state, save_state
+from fairseq_lightrnn.checkpoint import (
+    build_model,
+    find_device,
+    forget_other_parameters,
+    load_state,
+    save_state,
+)
 from fairseq_lightrnn.commands.run import command
 from fairseq_lightrnn.core.conditioning import Recurrent
 from fairseq_lightrnn.core.table import WordTable
-from fairseq_lightrnn.files import whole_file
+from fairseq_lightrnn.files import check_output, whole_file
 from fairseq_lightrnn.models.flags import parse_shape, settle
 from fairseq_lightrnn.models.word_head import WordHead
 from fairseq_lightrnn.tasks.flags import REALLOCATION_MEMORY
@@ -53,8 +59,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("data", help="folder of binarised data, of the dictionary that the model was trained with")
     add("--output", required=True, metavar="FILE", help="the new checkpoint")
     add("--report", metavar="FILE", help="write what was done here, as JSON")
-    add("--split", default="train", help="split to gather statistics on (default: train)")
-    add("--objective", choices=("true-loss", "row-first", "joint"), default="true-loss",
+    add("--split", help="split to gather statistics on (default: train)")
+    add("--objective", choices=("true-loss", "row-first", "joint"),
         help="what to minimise: the loss that training minimises (default); or what was measured "
         "before any word moved: the loss of rows, then that of columns within each row, or the "
         "sum of both as in the paper")  # fmt: skip
@@ -119,18 +125,19 @@ def _check(args: argparse.Namespace) -> None:
     if not os.path.isfile(args.checkpoint):
         raise ValueError(f"{args.checkpoint}: no such checkpoint")
     for flag in ("output", "report"):
-        path = getattr(args, flag)
-        if path and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"--{flag} {path}: there is no such folder to write into")
+        if getattr(args, flag) is not None:
+            check_output(getattr(args, flag), f"--{flag}")
     if args.export and Path(args.export).exists():
         raise ValueError(f"--export {args.export}: exists already; give a new folder")
     for flag in ("words", "memory", "max_tokens"):
         value = getattr(args, flag)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"--{flag.replace('_', '-')} {value}: must be above 0")
-    for other in ("table_shape", "export"):
-        if args.table and getattr(args, other):
+    for other in ("table_shape", "export", "words", "objective", "split"):
+        if args.table and getattr(args, other) is not None:
             raise ValueError(f"--table and --{other.replace('_', '-')}: give one of them")
+    args.objective = args.objective or "true-loss"
+    args.split = args.split or "train"
 
 
 def _load(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
@@ -261,7 +268,7 @@ def _reshape(
     state["cfg"].model.table_shape = "x".join(map(str, shape))
     new = task.build_model(state["cfg"].model, from_checkpoint=True).to(args.device)
     _inherit(new, model, table, counts, f"--table-shape {args.table_shape}")
-    state["last_optimizer_state"] = None  # its moments belong to vectors that are gone
+    forget_other_parameters(state)
     report = {
         "old_shape": list(words.table.shape),
         "new_shape": list(shape),

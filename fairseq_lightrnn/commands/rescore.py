@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -31,7 +31,7 @@ from fairseq_lightrnn.commands.nbest import (
 )
 from fairseq_lightrnn.commands.run import command
 from fairseq_lightrnn.commands.text import add_scoring_flags, read_texts
-from fairseq_lightrnn.files import STANDARD, read_text, whole_file
+from fairseq_lightrnn.files import STANDARD, check_output, read_text, whole_file
 from fairseq_lightrnn.language_model import LanguageModel
 
 __all__ = ["main"]
@@ -72,7 +72,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--reference-format", choices=("moses", "kaldi"),
         help="which of the two (default: Kaldi's if ids are no numbers, or if each line begins "
         "with one of its own)")  # fmt: skip
-    add("--metric", choices=("wer", "bleu"), default="wer", help="what --tune optimises")
+    add("--metric", choices=("wer", "bleu"), help="what --tune optimises (default: wer)")
     add("--save-weights", metavar="FILE", help="write the weights here, as JSON")
     add("--best", action="store_true", help="write the first choice of every list alone: its text, "
         "behind its id where ids are not numbers")  # fmt: skip
@@ -87,10 +87,8 @@ def main(args: argparse.Namespace) -> None:
     """Rescores n-best lists as the flags ask for."""
     weights = _weights(args)
     for flag in ("output", "save_weights"):
-        path = getattr(args, flag)
-        if path and not Path(path).absolute().parent.is_dir():
-            name = flag.replace("_", "-")
-            raise ValueError(f"--{name} {path}: there is no such folder to write into")
+        if getattr(args, flag) is not None:
+            check_output(getattr(args, flag), f"--{flag.replace('_', '-')}")
     kenlm = _load_kenlm(args.kenlm) if args.kenlm else None
     lists = read_nbest(read_texts([args.nbest]), args.nbest)
     references = None
@@ -105,7 +103,10 @@ def main(args: argparse.Namespace) -> None:
         weights = _tune(lists, references, scores, weights, args)
     if args.save_weights:
         with whole_file(args.save_weights) as file:
-            print(json.dumps(asdict(weights)), file=file)
+            saved = asdict(weights)
+            if kenlm is None:
+                del saved["kenlm"]
+            print(json.dumps(saved), file=file)
     with whole_file(args.output) as file:
         for nbest, lm_scores, features in zip(
             lists, scores.of_share(weights.kenlm), scores.features(), strict=True
@@ -121,9 +122,12 @@ def _weights(args: argparse.Namespace) -> Weights:
         raise ValueError(f"--kenlm-weight {args.kenlm_weight} needs --kenlm, the model")
     if args.reference_format and not args.tune:
         raise ValueError(f"--reference-format {args.reference_format} needs --tune")
-    if args.tune and args.weights:
-        raise ValueError("--tune and --weights exclude each other")
-    weights = Weights() if args.weights is None else _read_weights(args.weights)
+    for flag in ("weights", "lm_weight", "length_weight"):
+        if args.tune and getattr(args, flag) is not None:
+            raise ValueError(f"--tune and --{flag.replace('_', '-')} exclude each other")
+    if args.metric and not args.tune:
+        raise ValueError(f"--metric {args.metric} needs --tune")
+    weights = Weights() if args.weights is None else _read_weights(args.weights, bool(args.kenlm))
     given = {"lm": args.lm_weight, "length": args.length_weight, "kenlm": args.kenlm_weight}
     weights = replace(
         weights, **{name: value for name, value in given.items() if value is not None}
@@ -136,16 +140,19 @@ def _weights(args: argparse.Namespace) -> Weights:
     return weights
 
 
-def _read_weights(path: str) -> Weights:
+def _read_weights(path: str, has_kenlm: bool) -> Weights:
     try:
         content = read_text(path)
     except ValueError as error:
         raise ValueError(f"--weights {error}") from None
     try:
         values = json.loads(content)
-        return Weights(**{name: float(value) for name, value in values.items()})
+        weights = Weights(**{name: float(value) for name, value in values.items()})
     except (AttributeError, TypeError, ValueError):
         raise ValueError(f"--weights {path}: not a file that --save-weights wrote") from None
+    if "kenlm" in values and not has_kenlm:
+        raise ValueError(f"--weights {path}: are those of a KenLM model too; give it with --kenlm")
+    return weights
 
 
 def _load_kenlm(path: str) -> Any:
@@ -228,9 +235,10 @@ def _tune(
     shares: Sequence[float] = (weights.kenlm,)
     if args.kenlm and args.kenlm_weight is None:
         shares = _KENLM_WEIGHTS
-    found, value, before = tune(lists, references, scores.of_share, shares, args.metric)
+    metric: Literal["wer", "bleu"] = args.metric or "wer"
+    found, value, before = tune(lists, references, scores.of_share, shares, metric)
     print(
-        f"{args.metric.upper()} {before:.2f} -> {value:.2f} with --lm-weight {found.lm:g} "
+        f"{metric.upper()} {before:.2f} -> {value:.2f} with --lm-weight {found.lm:g} "
         f"--length-weight {found.length:g}"
         + (f" --kenlm-weight {found.kenlm:g}" if args.kenlm else ""),
         file=sys.stderr,

@@ -21,9 +21,10 @@ from fairseq.data import data_utils
 from tqdm import tqdm
 
 from fairseq_lightrnn.commands.run import command
-from fairseq_lightrnn.commands.text import add_scoring_flags, read_chunks, read_texts
+from fairseq_lightrnn.commands.text import add_scoring_flags, one_line, read_chunks, read_texts
 from fairseq_lightrnn.core.scoring import CorpusScore
 from fairseq_lightrnn.criterions.two_component_cross_entropy import component_names
+from fairseq_lightrnn.data.binarised import check_binarised
 from fairseq_lightrnn.files import STANDARD, whole_file
 from fairseq_lightrnn.language_model import LanguageModel, SentenceScore
 from fairseq_lightrnn.signature import signature
@@ -42,7 +43,6 @@ _NOTHING_QUOTED = (
     "pandas.read_csv(FILE, sep='\\t', quoting=3, keep_default_na=False), or in R with "
     "read.delim(FILE, quote='', na.strings=NULL)."
 )
-_NO_SPACE = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -93,7 +93,10 @@ def main(args: argparse.Namespace) -> None:
     _check(args)
     model = LanguageModel.from_pretrained(args.checkpoint, args.data, args.device)
     _settle_state(model, args)
-    contexts, again = tee(read_texts([args.context]) if args.context else repeat(""))
+    contexts: Iterator[str] = read_texts([args.context]) if args.context else repeat("")
+    again = contexts
+    if args.full:  # reads them once more, sentence by sentence
+        contexts, again = tee(contexts)
     scores = tqdm(
         _scores(model, args, contexts if args.context else None),
         unit=" sentences",
@@ -192,6 +195,10 @@ def _named(args: argparse.Namespace, scores: Iterator[SentenceScore]) -> Iterato
 def _binarised(data: str, split: str, model: LanguageModel) -> Iterable[np.ndarray]:
     """Yields the sentences of a split, each with its end."""
     try:
+        check_binarised(f"{data}/{split}", len(model.dictionary))
+    except ValueError as error:
+        raise ValueError(f"--split {split}: {error}") from None
+    try:
         dataset = data_utils.load_indexed_dataset(f"{data}/{split}", model.dictionary)
     except (AssertionError, struct.error, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
@@ -273,6 +280,7 @@ class _Writer:
     def _words(self, score: SentenceScore) -> Iterator[dict[str, Any]]:
         every = None if self.all is None else self.all(score)
         for index, (token, word) in enumerate(zip(score.tokens, score.ids.tolist(), strict=True)):
+            of_all = None if every is None else next(every)
             if word == self.total.eos and not self.total.count_eos:
                 continue
             parts = score.component_log_probs[index] / self.unit
@@ -284,8 +292,8 @@ class _Writer:
                 record["entropy"] = float(score.entropy[index]) / self.unit
                 record["rank"] = int(score.rank[index])
             record["unknown"] = word == self.total.unk
-            if every is not None:
-                record["all_logprobs"] = (next(every) / self.unit).tolist()
+            if of_all is not None:
+                record["all_logprobs"] = (of_all / self.unit).tolist()
             yield record
 
     def _line(self, *values: Any) -> None:
@@ -313,7 +321,7 @@ def _text(value: Any) -> str:
         return "NA"
     if isinstance(value, float):
         return f"{value:.6f}"
-    return str(int(value)) if isinstance(value, bool) else str(value).translate(_NO_SPACE)
+    return str(int(value)) if isinstance(value, bool) else one_line(str(value))
 
 
 def _summary(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fairseq_lightrnn.commands.run import command
+from fairseq_lightrnn.commands.start import require_fairseq
 from fairseq_lightrnn.commands.table_page import (
     DEFAULT_MAX_WORDS,
     SPECIAL_SYMBOLS,
@@ -72,9 +73,11 @@ class Source(NamedTuple):
 def _load(path: str, data: str | None) -> Source:
     file = Path(path)
     if file.is_dir() or file.suffix == ".pt":
+        require_fairseq("table")
         from fairseq_lightrnn.language_model import LanguageModel
 
-        model = LanguageModel.from_pretrained(path, data)
+        folder = data if data is None or Path(data).is_dir() else str(Path(data).parent)
+        model = LanguageModel.from_pretrained(path, folder)
         counts = np.array(model.dictionary.count)
         counts[: model.dictionary.nspecial] = 0
         known = counts if counts.any() else None  # words of a table file have none
@@ -292,9 +295,8 @@ def _import(args: argparse.Namespace) -> Iterator[str]:
 def _page(args: argparse.Namespace) -> Iterator[str]:
     """Writes a page for a browser."""
     source = _load(args.table, args.data)
-    counts = np.zeros(len(source.symbols)) if source.counts is None else source.counts
     write_table_page(
-        args.output, source.table, source.symbols, counts, title=args.title,
+        args.output, source.table, source.symbols, source.counts, title=args.title,
         max_words=args.max_words,
     )  # fmt: skip
     yield from _wrote(args.output)

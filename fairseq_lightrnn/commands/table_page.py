@@ -24,7 +24,7 @@ def write_table_page(
     path: str | Path,
     table: WordTable,
     symbols: Sequence[str],
-    counts: Sequence[int] | np.ndarray,
+    counts: Sequence[int] | np.ndarray | None,
     *,
     title: str = "Word table",
     max_words: int = DEFAULT_MAX_WORDS,
@@ -39,14 +39,15 @@ def write_table_page(
         path: file to write.
         table: the word table, V words.
         symbols: the V words in order of their ids.
-        counts: how often each of the V words occurs in the training text.
+        counts: how often each of the V words occurs in the training text; None if nobody knows.
         title: heading of the page.
         max_words: of a larger vocabulary only this many of the most frequent words are on the page.
 
     Raises:
         ValueError: symbols or counts are not one for each word, or ``max_words`` is below 1.
     """
-    counts = np.asarray(counts, dtype=np.int64)
+    known = counts is not None
+    counts = np.asarray(np.zeros(len(symbols)) if counts is None else counts, dtype=np.int64)
     if len(symbols) != table.num_words or counts.shape != (table.num_words,):
         raise ValueError(
             f"the table has {table.num_words} words, but {len(symbols)} symbols and counts of "
@@ -54,7 +55,7 @@ def write_table_page(
         )
     if max_words < 1:
         raise ValueError(f"max_words is {max_words}: at least 1 word must be shown")
-    data = _page_data(table, symbols, counts, max_words)
+    data = {**_page_data(table, symbols, counts, max_words), "counted": known}
     # "<" is escaped so that no word can end the script element that holds the data.
     payload = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     page = _PAGE.replace("@TITLE@", html.escape(title)).replace("@DATA@", payload)
@@ -163,8 +164,8 @@ p { margin: .2rem 0; }
 <h1>@TITLE@</h1>
 <p id="about"></p>
 <p class="dim">Words of one row share their row vector, words of one column share their column
-vector. In every row the most frequent words come first. Choose a word to see its row and its
-column.</p>
+vector. <span id="counted">In every row the most frequent words come first.</span> Choose a word to
+see its row and its column.</p>
 <div id="bar">
 <label>Find a word <input id="query" type="search" autocomplete="off" spellcheck="false"></label>
 <label>Rows in order of <select id="order">
@@ -306,7 +307,8 @@ function choose(index) {
   panel.replaceChildren();
   const head = element("p");
   const times = counts[index] === 1 ? "once" : `${number(counts[index])} times`;
-  head.append(element("b", words[index]), `: ${times} in the training text, ${place(index)} `);
+  const told = data.counted ? `${times} in the training text, ` : "";
+  head.append(element("b", words[index]), `: ${told}${place(index)} `);
   const go = element("button", "go to its row", "more");
   go.onclick = () => {
     while (!byId(`row-${row}`)) drawMore();
@@ -353,7 +355,9 @@ const cells = shape.reduce((a, b) => a * b, 1);
 const hidden = data.vocabulary - words.length;
 byId("about").textContent = `${number(data.vocabulary)} words in a table of ${shape.join(" × ")} = `
   + `${number(cells)} cells (${number(cells - data.vocabulary)} empty), table ${data.digest}.`
-  + (hidden ? ` Shown are the ${number(words.length)} most frequent words.` : "");
+  + (hidden ? ` Shown are the ${data.counted ? "most frequent" : "first"} `
+    + `${number(words.length)} words.` : "");
+byId("counted").hidden = !data.counted;
 drawAll();
 </script>
 </body>

@@ -10,7 +10,7 @@ import tempfile
 from importlib.resources import files
 from pathlib import Path
 
-__all__ = ["page_files"]
+__all__ = ["find_npm", "page_files"]
 
 _PAGE = ("index.html", "app.mjs", "model.mjs", "style.css")
 _PACKAGE = "onnxruntime-web@1.30.0"
@@ -25,6 +25,18 @@ _RUNTIME = {
 _SECONDS = 300
 
 
+def find_npm() -> str:
+    """Returns the program that fetches onnxruntime-web.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    npm = shutil.which("npm")
+    if npm is None:
+        raise ValueError(f"--format web needs npm, to fetch {_PACKAGE}: install Node.js")
+    return npm
+
+
 def page_files() -> dict[str, bytes]:
     """Returns the page and onnxruntime-web, by their names in the folder.
 
@@ -33,9 +45,7 @@ def page_files() -> dict[str, bytes]:
     """
     page = files("fairseq_lightrnn.export") / "web"
     result = {name: (page / name).read_bytes() for name in _PAGE}
-    npm = shutil.which("npm")
-    if npm is None:
-        raise ValueError(f"--format web needs npm, to fetch {_PACKAGE}: install Node.js")
+    npm = find_npm()
     with tempfile.TemporaryDirectory() as folder:
         try:
             subprocess.run(

@@ -14,13 +14,35 @@ import numpy as np
 
 from fairseq_lightrnn.files import read_text, whole_file
 
-__all__ = ["DESCRIPTION", "WORDS", "model_digest", "pack", "read_folder", "unpack", "write_folder"]
+__all__ = [
+    "DESCRIPTION",
+    "WORDS",
+    "check_folder",
+    "model_digest",
+    "pack",
+    "read_folder",
+    "unpack",
+    "write_folder",
+]
 
 DESCRIPTION = "model.json"
 WORDS = "words.npz"
 _FORMAT = "fairseq_lightrnn export"
 _VERSION = 3
 _READABLE = 2, 3  # in those of version 2 no word moved in further tables
+
+
+def check_folder(folder: str | Path) -> None:
+    """Refuses a folder that an exported model cannot be written to.
+
+    Raises:
+        ValueError: if something else than an exported model has its name.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file, the export is a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / DESCRIPTION).is_file():
+        raise ValueError(f"{folder}: holds something else than an exported model; name a new one")
 
 
 def write_folder(
@@ -44,10 +66,7 @@ def write_folder(
         ValueError: if something else than an exported model has the folder's name.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file, the export is a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / DESCRIPTION).is_file():
-        raise ValueError(f"{folder}: holds something else than an exported model; name a new one")
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     hashes = {
         name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -83,7 +83,13 @@ class ExportedModel(TextModel):
         seating = Seating(numbers["shape"], arrays["cells"], read_by, *further)
         graphs: Graphs
         if description["graphs"] == "torch":
-            from fairseq_lightrnn.runtime.torch_graphs import TorchGraphs
+            try:
+                from fairseq_lightrnn.runtime.torch_graphs import TorchGraphs
+            except ImportError:
+                raise ValueError(
+                    "the export is one of --format torch, and torch is not installed: "
+                    "pip install torch"
+                ) from None
 
             graphs = TorchGraphs(files)
         else:

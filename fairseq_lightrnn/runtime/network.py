@@ -42,7 +42,10 @@ class OnnxGraphs:
     suffix = ".onnx"
 
     def __init__(self, files: Mapping[str, bytes], threads: int) -> None:
-        import onnxruntime
+        try:
+            import onnxruntime
+        except ImportError:
+            raise ValueError("onnxruntime is not installed: pip install onnxruntime") from None
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
