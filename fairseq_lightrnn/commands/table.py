@@ -76,7 +76,7 @@ def _load(path: str, data: str | None) -> Source:
         require_fairseq("table")
         from fairseq_lightrnn.language_model import LanguageModel
 
-        folder = data if data is None or Path(data).is_dir() else str(Path(data).parent)
+        folder = str(Path(data).parent) if data and Path(data).is_file() else data
         model = LanguageModel.from_pretrained(path, folder)
         counts = np.array(model.dictionary.count)
         counts[: model.dictionary.nspecial] = 0
