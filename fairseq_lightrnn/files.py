@@ -39,20 +39,21 @@ _READ_AT_ONCE = 1 << 20
 _OPEN = re.compile(r"/dev/(stdout|stderr)|/(?:dev|proc/self)/fd/(\d+)")
 
 
-def check_output(path: str | Path, flag: str) -> None:
+def check_output(path: str | Path, flag: str = "") -> None:
     """Refuses, before any work is done, what :func:`whole_file` would refuse in the end.
 
     Raises:
-        ValueError: if the path is a folder, or in none; the flag is named.
+        ValueError: if the path is a folder, or in none; the flag is named, if there is one.
     """
     path = os.fspath(path)
     if path == STANDARD or _OPEN.fullmatch(path):
         return
+    name = f"{flag} {path}" if flag else path
     if os.path.isdir(path):
-        raise ValueError(f"{flag} {path}: is a folder, not a file to write")
+        raise ValueError(f"{name}: is a folder, not a file to write")
     folder = os.path.dirname(os.path.realpath(path))
     if not path or not os.path.isdir(folder):
-        raise ValueError(f"{flag} {path}: there is no folder {folder} to write into")
+        raise ValueError(f"{name}: there is no folder {folder} to write into")
 
 
 @contextmanager
@@ -84,10 +85,9 @@ def whole_file(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]:
         with _opened(os.dup(number), binary) as file:
             yield file
         return
+    check_output(path)
     kept = _status(path)
     if kept is not None and not stat.S_ISREG(kept.st_mode):
-        if stat.S_ISDIR(kept.st_mode):
-            raise ValueError(f"{path}: is a folder, not a file to write")
         with _opened(os.open(path, os.O_WRONLY), binary) as file:
             yield file
         return
@@ -95,8 +95,6 @@ def whole_file(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]:
         raise PermissionError(13, "is write-protected", path)
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
-    if not os.path.isdir(folder):
-        raise ValueError(f"{path}: there is no folder {folder} to write into")
     # Short enough for every file system, and hidden if the machine dies.
     partial = os.path.join(folder, f".{name[:40]}.{secrets.token_hex(8)}")
     mode = 0o666 if kept is None else stat.S_IMODE(kept.st_mode)

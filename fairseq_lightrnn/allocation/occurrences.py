@@ -81,9 +81,10 @@ class Occurrences:
         is_first = torch.ones_like(counts, dtype=torch.bool)
         if first is not None:
             is_first.fill_(False)[first] = True
-        others = _shares_within(counts.masked_fill(is_first, 0), most, rows / 4)
-        rows -= float((others * counts).masked_fill(is_first, 0).sum())
-        firsts = _shares_within(counts.masked_fill(~is_first, 0), most, rows)
+        rare = counts.masked_fill(is_first, 0)
+        others = _shares_within(rare, most, rows / 4)
+        rows -= float((others * rare).sum())
+        firsts = _shares_within(counts - rare, most, rows)
         self.chances = torch.where(is_first, firsts, others)
         self._words = self._prefixes.new_empty(0)
         self._rows = torch.empty(0, self.row_size)

@@ -143,8 +143,15 @@ class TaskTables:
         self.save(table, 0, file_name, symbols)
         return table
 
+    @property
+    def _writes(self) -> bool:
+        """Whether this worker writes files."""
+        return rank() == 0 and not self.args.no_save
+
     def save_others(self, words: WordHead) -> None:
         """Writes the tables of a training that goes on from elsewhere into its own folder."""
+        if not self._writes:
+            return
         path = Path(self.args.save_dir) / "word_table.txt"
         try:
             saved = WordTable.load(path, self.dictionary.symbols) if path.exists() else None
@@ -167,7 +174,7 @@ class TaskTables:
 
     def forget_reports(self) -> None:
         """Removes what an earlier training in the same folder reported."""
-        if rank() == 0 and not self.args.no_save:
+        if self._writes:
             (Path(self.args.save_dir) / _REPORTS).unlink(missing_ok=True)
 
     def add_report(self, report: dict[str, Any]) -> None:
@@ -175,7 +182,7 @@ class TaskTables:
 
         A training that was killed before its checkpoint repeats what it did since the last one.
         """
-        if rank() != 0 or self.args.no_save:
+        if not self._writes:
             return
         path = Path(self.args.save_dir) / _REPORTS
         lines = path.read_text().splitlines() if path.exists() else []
@@ -191,7 +198,7 @@ class TaskTables:
         symbols: Sequence[str] | None = None,
     ) -> None:
         """Writes a table next to the checkpoints, under its epoch and as the newest."""
-        if rank() != 0 or self.args.no_save:
+        if not self._writes:
             return
         directory = Path(self.args.save_dir)
         directory.mkdir(parents=True, exist_ok=True)
