@@ -97,12 +97,7 @@ class Occurrences:
         Raises:
           ValueError: a word id is out of range.
         """
-        between = np.full(window, num_words, np.int32)
-        parts = [between]
-        for piece in tokens:
-            parts += [_piece(piece, num_words).astype(np.int32), between]
-        text = np.concatenate(parts)
-        del parts
+        text = _joined(tokens, num_words, window)
         counts = np.zeros(num_words + 1, np.int64)
         for start in range(0, len(text), _TOKENS_AT_ONCE):
             counts += np.bincount(text[start : start + _TOKENS_AT_ONCE], minlength=len(counts))
@@ -153,6 +148,20 @@ def neighbour_counts(
     return list(executor.map(count, blocks))
 
 
+def _joined(tokens: Iterable[np.ndarray], num_words: int, window: int) -> np.ndarray:
+    """Returns the text in one, V ``window`` times around and between its pieces."""
+    between = np.full(window, num_words, np.int32)
+    done: list[np.ndarray] = []
+    parts, length = [between], 0
+    for piece in tokens:
+        parts += [_piece(piece, num_words).astype(np.int32), between]
+        length += len(piece)
+        if length > _TOKENS_AT_ONCE:  # memory of millions of small pieces never comes back
+            done.append(np.concatenate(parts))
+            parts, length = [], 0
+    return np.concatenate([*done, *parts])
+
+
 def _piece(piece: np.ndarray, num_words: int) -> np.ndarray:
     piece = np.asarray(piece).reshape(-1)
     if piece.size and (piece.min() < 0 or piece.max() >= num_words):
@@ -194,6 +203,8 @@ def _places(
     places = places[:end]
     places.sort()  # far faster than to sort indices
     places %= len(text)
+    if len(text) <= np.iinfo(np.int32).max:
+        places = places.astype(np.int32)
     return places, np.concatenate([[0], kept[:-1].cumsum()])
 
 
@@ -273,19 +284,19 @@ def word_vectors(
     basis = random.standard_normal((shape[1], width), dtype=np.float32)
 
     def total(
-        part: Callable[[sparse.csr_array, np.ndarray], np.ndarray], basis: np.ndarray
+        part: Callable[[sparse.csr_array, np.ndarray], np.ndarray], basis: np.ndarray, rows: int
     ) -> np.ndarray:
         """Sums up what blocks give in their order; few at once, for each is as large as the sum."""
-        result: np.ndarray | float = 0.0
+        result = np.zeros((rows, basis.shape[1]))
         for start in range(0, len(information), _BLOCKS_AT_ONCE):
             some = information[start : start + _BLOCKS_AT_ONCE]
             for one in executor.map(part, some, [basis] * len(some)):
-                result = result + one.astype(np.float64)
-        return np.asarray(result)
+                result += one
+        return result
 
     for _ in range(_POWER_ITERATIONS):
-        basis = _orthonormal(total(lambda block, basis: block.T @ (block @ basis), basis))
-    _, axes = np.linalg.eigh(total(_squares, basis))
+        basis = _orthonormal(total(lambda block, basis: block.T @ (block @ basis), basis, shape[1]))
+    _, axes = np.linalg.eigh(total(_squares, basis, basis.shape[1]))
     basis = basis @ axes[:, ::-1][:, :dim].astype(np.float32)
     vectors[:, basis.shape[1] :] = 0.0
 
