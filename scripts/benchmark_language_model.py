@@ -14,6 +14,9 @@ Systems (``--systems``), LSTMs first:
   vectors for input and output; ``softmax-ffn``: with a feed-forward layer of four times the width;
 * ``recommended``: ``lightrnn_lm_gated`` without one more flag; ``-separate``: with component
   vectors of its own for input and output; ``-linear``: without the feed-forward layer;
+  ``-recurrent``: without that and with the paper's second recurrent step in place of gates (64
+  numbers of each word's own, as has the recommended one of a small vocabulary); ``-random``: on a
+  random table;
 * ``gated``: with nothing but one table; ``-bias``: and a bias for each word; ``-further``: three
   further tables, ``-further-bias``: both; ``-rows``: 4√V rows of √V/4 columns; ``-3d``, ``-4d``:
   with three and four components;
@@ -83,6 +86,8 @@ LSTMS: dict[str, list[str]] = {
     "recommended": ["lightrnn_lm_gated"],
     "recommended-separate": ["lightrnn_lm_gated", "--component-vectors", "separate"],
     "recommended-linear": ["lightrnn_lm_gated", "--output-ffn-dim", "0"],
+    "recommended-recurrent": ["lightrnn_lm", "--word-dim", "65"],
+    "recommended-random": ["lightrnn_lm_gated", "--initial-table", "random"],
     "gated": ["lightrnn_lm_gated", *ONE_TABLE],
     "gated-bias": ["lightrnn_lm_gated", "--word-dim", "1", "--further-tables", "0"],
     "gated-further": ["lightrnn_lm_gated", "--word-dim", "0", "--further-tables", "3"],
