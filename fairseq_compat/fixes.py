@@ -426,7 +426,7 @@ def spare_bf16_the_tpu(module: ModuleType) -> None:
     def parse_args_and_arch(*args: Any, **kwargs: Any) -> Any:
         found = parse(*args, **kwargs)
         flags = found[0] if isinstance(found, tuple) else found
-        if flags.bf16:
+        if getattr(flags, "bf16", False):  # fairseq-validate has flags that were given alone
             flags.tpu = False
         return found
 

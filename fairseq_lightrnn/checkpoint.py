@@ -21,6 +21,7 @@ from fairseq_lightrnn.core.table import WordTable
 from fairseq_lightrnn.damage import checkpoint_damage
 from fairseq_lightrnn.errors import value_errors
 from fairseq_lightrnn.files import whole_file
+from fairseq_lightrnn.models.vocabulary import vocabulary_digest
 
 __all__ = [
     "build_model",
@@ -173,7 +174,11 @@ def find_device(name: str | torch.device) -> torch.device:
 
 
 def find_dictionary(
-    checkpoint: Path, tables: list[np.ndarray], data: str | Path | None, recorded: str | None
+    checkpoint: Path,
+    tables: list[np.ndarray],
+    data: str | Path | None,
+    recorded: str | None,
+    digest: int | None = None,
 ) -> Dictionary:
     """Finds the words of a language model.
 
@@ -184,9 +189,10 @@ def find_dictionary(
             data, then beside the checkpoint. Failing that, words are taken from a word table file
             beside the checkpoint that seats as many words in the same cells.
         recorded: where the training had its data.
+        digest: of the words, if it is known; see :func:`vocabulary_digest`.
 
     Raises:
-        ValueError: if the words are not found, or are not as many as the model's.
+        ValueError: if the words are not found, or are not the model's.
     """
     if data is not None:
         folders = [Path(data)]
@@ -199,12 +205,14 @@ def find_dictionary(
         if not file.is_file():
             continue
         dictionary = _load_dictionary(file)
-        if len(dictionary) == len(tables[0]):
+        reason = None
+        if len(dictionary) != len(tables[0]):
+            reason = f"has {len(dictionary)} words, the model of {checkpoint} has {len(tables[0])}"
+        elif digest not in (None, vocabulary_digest(dictionary.symbols)):
+            reason = f"has other words than the model of {checkpoint}, or in another order"
+        if reason is None:
             return dictionary
-        others.append(
-            f"{file}: has {len(dictionary)} words, the model of {checkpoint} has {len(tables[0])}; "
-            "give the dictionary that it was trained with"
-        )
+        others.append(f"{file}: {reason}; give the dictionary that it was trained with")
     if data is not None:
         raise ValueError(
             others[0] if others else f"{files[0]}: no such dictionary; --data names its folder"

@@ -23,6 +23,7 @@ from typing import IO, Any, BinaryIO
 
 __all__ = [
     "STANDARD",
+    "check_new_folder",
     "check_output",
     "open_bytes",
     "read_lines",
@@ -43,7 +44,8 @@ def check_output(path: str | Path, flag: str = "") -> None:
     """Refuses, before any work is done, what :func:`whole_file` would refuse in the end.
 
     Raises:
-        ValueError: if the path is a folder, or in none; the flag is named, if there is one.
+        ValueError: if the path is a folder or in none, or may not be written; the flag is named, if
+            there is one.
     """
     path = os.fspath(path)
     if path == STANDARD or _OPEN.fullmatch(path):
@@ -54,6 +56,32 @@ def check_output(path: str | Path, flag: str = "") -> None:
     folder = os.path.dirname(os.path.realpath(path))
     if not path or not os.path.isdir(folder):
         raise ValueError(f"{name}: there is no folder {folder} to write into")
+    kept = _status(path)
+    if kept is not None and not os.access(path, os.W_OK):
+        raise ValueError(f"{name}: is write-protected")
+    if kept is None or stat.S_ISREG(kept.st_mode):
+        _check_room(folder, name)
+
+
+def check_new_folder(path: str | Path, flag: str = "") -> None:
+    """Refuses, before any work is done, a folder that cannot be made, or that holds something.
+
+    Raises:
+        ValueError: naming the path, and the flag if there is one.
+    """
+    path = Path(path)
+    name = f"{flag} {path}" if flag else str(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{name}: exists already; give a new folder")
+    parent = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+    if not parent.is_dir():
+        raise ValueError(f"{name}: {parent} is a file, not a folder")
+    _check_room(parent, name)
+
+
+def _check_room(folder: str | Path, name: str) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{name}: nothing may be written into the folder {folder}")
 
 
 @contextmanager
@@ -65,7 +93,7 @@ def whole_file(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]:
         binary: write bytes instead of text.
 
     Raises:
-        ValueError: if the folder does not exist, or the path is a folder.
+        ValueError: as :func:`check_output`.
         OSError: whatever else stands in the way.
     """
     path = os.fspath(path)
@@ -91,8 +119,6 @@ def whole_file(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]:
         with _opened(os.open(path, os.O_WRONLY), binary) as file:
             yield file
         return
-    if kept is not None and not os.access(path, os.W_OK):
-        raise PermissionError(13, "is write-protected", path)
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
     # Short enough for every file system, and hidden if the machine dies.

@@ -117,7 +117,9 @@ class LanguageModel:
         state = load_state(checkpoint)
         tables = language_model_tables(checkpoint, state)
         settings = OmegaConf.create(OmegaConf.to_container(state["cfg"].task))
-        dictionary = find_dictionary(checkpoint, tables, data, settings.data)
+        digest = state["model"].get("decoder.vocabulary.digest")
+        known = None if digest is None else int(digest)
+        dictionary = find_dictionary(checkpoint, tables, data, settings.data, known)
         with value_errors():
             task = LightRNNLanguageModelingTask(
                 settings, dictionary, dictionary, targets=["future"]

@@ -35,6 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from allocation_peers import PEERS, Instance
+from side_by_side import machine
 
 from fairseq_lightrnn.allocation import assignment, joint
 from fairseq_lightrnn.allocation.assignment import SolverOptions
@@ -327,6 +328,8 @@ def main() -> None:
     parser.add_argument("--solve", help=argparse.SUPPRESS)
     parser.add_argument("--instance", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.keep and not args.json:
+        parser.error("--keep: adds to the results of a file; name it with --json")
     if args.solve:
         child(args.solve, args.instance)
         return
@@ -334,6 +337,7 @@ def main() -> None:
     command = shlex.join(["python", "scripts/benchmark_allocation.py", *given])
     report: dict = {
         "commands": [command],
+        "commit": machine()["commit"],
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
@@ -345,6 +349,10 @@ def main() -> None:
     }
     if args.keep and args.json and args.json.exists():
         before = json.loads(args.json.read_text(encoding="utf-8"))
+        others = {one["dim"] for name, one in before["instances"].items()
+                  if name in {f"synthetic-{size}" for size in args.sizes}} - {args.dim}  # fmt: skip
+        if others:
+            parser.error(f"--keep: {args.json} has these sizes with --dim {others.pop()}")
         report["commands"] = [*before["commands"], command]
         report["instances"] = before["instances"]
 

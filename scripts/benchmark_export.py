@@ -58,7 +58,10 @@ def parse() -> argparse.Namespace:
     add("--test-words", type=int, default=50_000, metavar="N", help="(default: %(default)s)")
     add("--browser", action="store_true", help="measure suggestions of int8 in Chromium too")
     add("--train-only", action="store_true", help="export and measure nothing")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if len(args.seeds) > 1:
+        parser.error("--seeds: one at a time, each with an OUTPUT of its own")
+    return args
 
 
 def flags_of(system: str, data: Path, folder: Path, args: argparse.Namespace) -> list[Any]:
@@ -179,7 +182,8 @@ def run(system: str, quantise: str, folder: Path, data: Path, args: argparse.Nam
     from export_measures import in_browser, sizes
     from language_model_text import find_text
 
-    kept = args.out / f"{system}-{quantise}.json"
+    browser = args.browser and quantise == "int8"
+    kept = args.out / f"{system}-{quantise}{'-browser' if browser else ''}.json"
     if kept.exists():
         return json.loads(kept.read_text())
     text = find_text(args.text)["test"]
@@ -201,7 +205,7 @@ def run(system: str, quantise: str, folder: Path, data: Path, args: argparse.Nam
     if (folder / "first.onnx").exists():
         metrics = json.loads((folder / "model.json").read_text())["metrics"]
         result["difference"] = metrics["difference"]
-        if args.browser and quantise == "int8":
+        if browser:
             result |= in_browser(folder, text)
     kept.write_text(json.dumps(result) + "\n")
     return result
@@ -230,12 +234,13 @@ def main() -> None:
 
     fairseq_compat.install()
     from benchmark_language_model import LSTMS
-    from language_model_runs import describe
+    from language_model_runs import claim_folder
     from language_model_text import binarise
     from side_by_side import write_results
 
     args = parse()
-    args.out.mkdir(parents=True, exist_ok=True)
+    report = claim_folder(args, "quantize", "browser", "train_only", seed=args.seeds[0])
+    report["versions"] |= {one: version(one) for one in ("onnx", "onnxruntime")}
     data, results = binarise(args.text, args.out), []
     has_tables = any(system in LSTMS for system in args.systems)
     seconds = make_tables(data, args) if has_tables else {}
@@ -249,8 +254,6 @@ def main() -> None:
             if folder is None:
                 continue
             results.append(run(system, quantise, folder, data, args))
-            report = describe(args)
-            report["versions"] |= {one: version(one) for one in ("onnx", "onnxruntime")}
             report |= {"words": count_words(data), "tables": seconds, "results": results}
             write_results(args.out, report, table(results))
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from language_model_report import summarise
-from language_model_runs import OURS, add_run_flags, describe, test, training_flags
+from language_model_runs import OURS, add_run_flags, claim_folder, test, training_flags
 from language_model_text import binarise, count_tokens
 from side_by_side import train_in_steps
 
@@ -116,9 +116,8 @@ def train(name: str, seed: int, data: Path, args: argparse.Namespace) -> Path:
 
 def main() -> None:
     args = parse()
-    args.out.mkdir(parents=True, exist_ok=True)
+    description = claim_folder(args)
     data = binarise(args.text, args.out)
-    description = describe(args)
     for seed in args.seeds:
         for name in args.rungs:
             if not args.report:

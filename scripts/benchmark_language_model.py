@@ -60,7 +60,7 @@ from language_model_runs import (
     OURS,
     PEERS,
     add_training_flags,
-    describe,
+    claim_folder,
     schedule_flags,
     test,
     training_flags,
@@ -283,11 +283,12 @@ def run(system: str, seed: int, folder: Path, args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse()
-    args.out.mkdir(parents=True, exist_ok=True)
     spelt = [system for system in args.systems if "@" in system or system == KENLM]
     if spelt and not args.report:
         require_known_words(args.text, spelt[0])
-    description = describe(args)
+    # A rate that falls on a line must know the end.
+    more = [] if args.lr_schedule == "linear" else ["epochs"]
+    description = claim_folder(args, "seconds", "step", *more)
     for seed in args.seeds:
         for system in args.systems:
             folder = args.out / f"{system}-{seed}"

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from side_by_side import PLUGIN, machine, run_measured, write_results
+from side_by_side import PLUGIN, keep_settings, machine, run_measured, write_results
 
 _LINE = 25  # words
 _HELD_OUT = 20_000  # words
@@ -128,7 +128,8 @@ def main() -> None:
         write_text(args.out, args.words, args.tokens)
         return
     args = parse()
-    args.out.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    keep_settings(args.out, settings)
     kept = args.out / "steps.json"
     steps = json.loads(kept.read_text()) if kept.exists() else []
     for name, command in commands(args):
@@ -136,7 +137,6 @@ def main() -> None:
             steps.append(run(name, command, args))
             kept.write_text(json.dumps(steps))
             print(steps[-1], flush=True)
-    settings = {name: value for name, value in vars(args).items() if name != "out"}
     found = {"settings": settings, **machine(), "steps": steps, **sizes(args)}
     lines = ["| step | seconds | of the CPU | peak GiB |", "|---|---|---|---|"]
     lines += [f"| {s['step']} | {s['seconds']:,.0f} | {s['cpu_seconds']:,.0f} | "

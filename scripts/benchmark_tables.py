@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from language_model_report import summarise
-from language_model_runs import OURS, add_training_flags, describe, test, training_flags
+from language_model_runs import OURS, add_training_flags, claim_folder, test, training_flags
 from language_model_text import binarise
 from side_by_side import read_lines, train_in_steps
 
@@ -155,9 +155,8 @@ def keep_reallocations(out: Path) -> None:
 
 def main() -> None:
     args = parse()
-    args.out.mkdir(parents=True, exist_ok=True)
+    description = claim_folder(args, "epochs")
     data = binarise(args.text, args.out)
-    description = describe(args)
     for seed in args.seeds:
         for name in args.tables:
             folder = train(name, seed, data, args)

@@ -41,6 +41,7 @@ from side_by_side import (
     collect,
     device_flags,
     is_tested,
+    keep_settings,
     machine,
     mean_and_spread,
     train_in_steps,
@@ -287,15 +288,20 @@ def summarise(args: argparse.Namespace) -> None:
     if args.metrics == "translations":
         for seed in sorted({seed for runs in systems.values() for seed in runs}):
             add_significance(seed, systems, args)
-    ignored = ("out", "train", "valid", "test", "seeds", "systems")
     report = {
-        "settings": {name: value for name, value in vars(args).items() if name not in ignored},
+        "settings": settings_of(args),
         "sha256": checksums(args),
         "target_words": words,
         **machine(),
         "systems": systems,
     }
     write_results(args.out, report, markdown(systems, words, args.gpu))
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the flags that all runs of a folder have in common."""
+    own = ("out", "train", "valid", "test", "seeds", "systems")
+    return {name: value for name, value in vars(args).items() if name not in own}
 
 
 def checksums(args: argparse.Namespace) -> dict[str, str]:
@@ -337,7 +343,7 @@ def markdown(systems: Systems, words: int, gpu: bool) -> str:
 
 def main() -> None:
     args = parse()
-    args.out.mkdir(parents=True, exist_ok=True)
+    keep_settings(args.out, {**settings_of(args), **checksums(args)})
     data = binarise(args)
     for seed in args.seeds:
         for system in args.systems:

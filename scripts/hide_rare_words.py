@@ -13,6 +13,8 @@ from pathlib import Path
 
 from language_model_text import UNKNOWN, count_words, find_text
 
+from fairseq_lightrnn.files import whole_file
+
 
 def hide_rare_words(text: Path, to: Path, least: int) -> None:
     """Writes the splits of a text.
@@ -21,14 +23,19 @@ def hide_rare_words(text: Path, to: Path, least: int) -> None:
         text: folder of the splits.
         to: folder to write.
         least: how often a word must occur in the training text.
+
+    Raises:
+        SystemExit: if the text would be written over itself.
     """
+    if to.resolve() == text.resolve():
+        raise SystemExit(f"{to}: is where the text lies; give another folder to write to")
     files = find_text(text)
     counts = count_words(files["train"])
     to.mkdir(parents=True, exist_ok=True)
     for split, path in files.items():
         with (
             open(path, encoding="utf-8") as lines,
-            open(to / f"{split}.txt", "w", encoding="utf-8") as file,
+            whole_file(to / f"{split}.txt") as file,
         ):
             for line in lines:
                 words = line.split()

@@ -16,6 +16,7 @@ from side_by_side import (
     checksum,
     device_flags,
     is_tested,
+    keep_settings,
     machine,
     write_test,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "PEERS",
     "add_run_flags",
     "add_training_flags",
+    "claim_folder",
     "describe",
     "schedule_flags",
     "test",
@@ -143,9 +145,30 @@ def test(
     write_test(folder, test_ppl=float(found[2]) if found[2] else round(2 ** float(found[1]), 2))
 
 
+def claim_folder(args: argparse.Namespace, *free: str, **more: Any) -> dict[str, Any]:
+    """Describes a comparison, whose folder is one of its settings and texts from now on.
+
+    Args:
+        args: the flags.
+        *free: names of those that runs of one folder may differ in.
+        **more: what they must have in common besides.
+
+    Returns:
+        What is needed to reproduce the figures.
+
+    Raises:
+        SystemExit: if the folder has runs of other settings or texts.
+    """
+    description = describe(args)
+    fixed = {name: one for name, one in description["settings"].items() if name not in free}
+    texts = {f"{split} text": one for split, one in description["sha256"].items()}
+    keep_settings(args.out, {**fixed, **texts, "gpu": args.gpu, **more})
+    return description
+
+
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """Returns what is needed to reproduce the figures."""
-    ignored = ("text", "out", "seeds", "systems", "tables", "gpu", "report")
+    ignored = ("text", "out", "seeds", "systems", "tables", "rungs", "gpu", "report")
     return {
         "settings": {name: value for name, value in vars(args).items() if name not in ignored},
         "sha256": {split: checksum(path) for split, path in find_text(args.text).items()},

@@ -62,7 +62,7 @@ def joined(values: list[Any]) -> str:
     """Returns the mean of numbers, with half of their range; the first of words."""
     numbers = [value for value in values if isinstance(value, (int, float))]
     if not numbers or len(numbers) < len(values):
-        return shown(values[0])
+        return shown(" ".join(dict.fromkeys(map(str, values))))
     if len(set(numbers)) == 1:
         return shown(numbers[0])
     return mean_and_spread(numbers)
@@ -74,6 +74,9 @@ def rows_of(report: Mapping[str, Any]) -> list[dict[str, str]]:
     for key in ("results", "steps"):
         for record in report.get(key, []):
             rows.append({name: shown(value) for name, value in flat(record).items()})
+    for key in ("first_words", "first_half"):
+        if key in report:
+            rows += _named(key.replace("_", " "), report[key])
     for key in ("instances", "runs"):
         for name, record in report.get(key, {}).items():
             rows += _named(name, record)
@@ -124,6 +127,14 @@ def origin(report: Mapping[str, Any]) -> Iterable[str]:
     if sums:
         known = ", ".join(f"{name} {value}" for name, value in sums.items())
         yield f"SHA-256 of the texts begins with: {known}."
+    totals = {
+        name.replace("_", " "): value
+        for name, value in report.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    } | flat({"exponent of": report.get("exponents", {})})
+    if totals:
+        told = ", ".join(f"{name} {shown(value)}" for name, value in totals.items())
+        yield f"As a whole: {told}."
     if isinstance(report.get("note"), str):
         yield f"Note: {report['note']}."
 

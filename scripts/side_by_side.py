@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -38,6 +38,7 @@ __all__ = [
     "count_parameters",
     "device_flags",
     "is_tested",
+    "keep_settings",
     "last_epoch",
     "machine",
     "mean_and_spread",
@@ -98,6 +99,25 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
+def keep_settings(out: Path, settings: Mapping[str, Any]) -> None:
+    """Makes a folder, or lets one that has runs be gone on with if they have the same settings.
+
+    Raises:
+        SystemExit: if they have others; says which, and what to do.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "settings.json"
+    given = json.loads(json.dumps(settings, default=str))
+    known = json.loads(path.read_text()) if path.exists() else given
+    for name in {**known, **given}:
+        if known.get(name) != given.get(name):
+            raise SystemExit(
+                f"{out}: its runs have {name} {known.get(name)}, not {given.get(name)}; give "
+                "another folder to write to"
+            )
+    path.write_text(json.dumps(given, indent=1) + "\n")
+
+
 def measure_each(
     out: Path,
     settings: dict[str, Any],
@@ -125,10 +145,21 @@ def measure_each(
     systems = list(systems)
     for size in sizes:
         for system in systems:
-            if (size, system) not in {(one["words"], one["system"]) for one in read_lines(kept)}:
+            if (size, system) not in _measured(kept):
                 append_line(kept, measure(system, size))
                 print(read_lines(kept)[-1], flush=True)
-    return {**report, "results": read_lines(kept)}
+    # What failed once and was measured after all counts as that.
+    records = {(one["words"], one["system"]): one for one in read_lines(kept)}
+    return {**report, "results": list(records.values())}
+
+
+def _measured(kept: Path) -> set[tuple[int, str]]:
+    """Returns what was measured without an error."""
+    return {
+        (one["words"], one["system"])
+        for one in read_lines(kept)
+        if not any("error" in part for part in (one, one.get("one", {}), one.get("two", {})))
+    }
 
 
 def call(module: str, *arguments: Any, log: Path | None = None) -> str:
@@ -247,7 +278,7 @@ def train_for(
 
 
 class _Training(NamedTuple):
-    """What a training process printed, and the seconds and memory that it used."""
+    """What a training process printed, the seconds and memory that it used, and its commit."""
 
     text: str
     used: dict[str, Any]
@@ -265,6 +296,7 @@ def _train(folder: Path, flags: list[Any], program: str | None = None) -> _Train
         "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
         "seconds": round(time.monotonic() - start, 1),
         "peak_mib": round(used.ru_maxrss / 1024),
+        "commit": commit(),
     }
     return _Training(output, seconds)
 
@@ -333,6 +365,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         "cpu_seconds_per_epoch": round(_seconds_per_epoch(steps), 1),
         "seconds_per_epoch": round(_seconds_per_epoch(steps, "seconds"), 1),
         "peak_mib": round(max(step["peak_mib"] for step in steps)),
+        "commit": " ".join(dict.fromkeys(step["commit"] for step in steps if step.get("commit"))),
     }
 
 
@@ -389,16 +422,20 @@ def checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
+def commit() -> str | None:
+    """Returns the commit that runs, and whether it was changed; None outside of git."""
+    git = ["git", "-C", str(PLUGIN), "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
 def machine() -> dict[str, Any]:
     """Returns commit, versions and hardware."""
     import torch
 
-    git = ["git", "-C", str(PLUGIN), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     packages = ("fairseq", "torch", "numpy", "scipy", "sacrebleu")
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
-        "commit": commit or None,
+        "commit": commit(),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), **gpu},
     }

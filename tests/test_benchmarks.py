@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fairseq_run import train
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -17,6 +19,7 @@ import benchmark_scale_out  # noqa: E402
 import benchmark_tables  # noqa: E402
 import benchmark_translation  # noqa: E402
 import language_model_runs  # noqa: E402
+from hide_rare_words import hide_rare_words  # noqa: E402
 
 COMMON = {"width": 8, "layers": 1, "dropout": 0.1, "lr": 0.01, "gpu": False}
 BLOCKS = {"block": 35, "batch_size": 32, "transformer_block": 140, "transformer_lr": 0.001}
@@ -142,3 +145,28 @@ def test_two_workers_average_every_gradient_once(
     *_, paper, _, error = benchmark_scale_out.summarise(results).splitlines()
     assert " | 3.0 | " in paper and " | 1.00 × | " in paper
     assert error.startswith("| 900 | lstm_lm | too large |")
+
+
+def test_rare_words_are_hidden(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "train.txt").write_text("a b a\nb c\n")
+    for split in ("valid", "test"):
+        (text / f"{split}.txt").write_text("c a d\n")
+    hide_rare_words(text, tmp_path / "hidden", 2)
+    assert (tmp_path / "hidden" / "train.txt").read_text() == "a b a\nb <unk>\n"
+    assert (tmp_path / "hidden" / "test.txt").read_text() == "<unk> a <unk>\n"
+    with pytest.raises(SystemExit, match="is where the text lies"):
+        hide_rare_words(text, text / ".", 2)
+    assert (text / "train.txt").read_text() == "a b a\nb c\n"
+
+
+def test_expanded_rows(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(data, tmp_path / "trained", max_epoch=1, arch="lightrnn_lm_gated")
+    script = Path(__file__).parents[1] / "examples" / "inference" / "expanded_rows.py"
+    arguments = [str(script), str(tmp_path / "trained"), str(data / "../valid.txt"), "20"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out.startswith("top 1: mean ")

@@ -20,6 +20,9 @@ from fairseq.optim import FairseqOptimizer
 from fairseq.tasks import FairseqTask
 from fairseq_run import TASK, read_log, run, train, train_arguments, valid_losses
 
+from fairseq_lightrnn.core.network import RegularisedLSTM
+from fairseq_lightrnn.errors import UsageError
+from fairseq_lightrnn.models.carried_state import CarriedState
 from fairseq_lightrnn.tasks.lightrnn_language_modeling import LightRNNLanguageModelingTask
 from fairseq_lightrnn.tasks.table_task import TableTask
 
@@ -131,18 +134,87 @@ def test_an_update_that_overflowed_has_no_part_in_the_next(
     task.args = SimpleNamespace(tokens_per_sample=10, random_block_lengths=True)
     task._block_lengths, task._update = [], (-1, None)
     rates: list[float] = []
+    model = torch.nn.Module()
     optimizer = SimpleNamespace(
         get_lr=lambda: 1.0, set_lr=rates.append, scaler=SimpleNamespace(loss_scale=8.0)
     )
-    task.train_step({"block_length": 40}, None, None, optimizer, 3)  # overflows
+    task.train_step({"block_length": 40}, model, None, optimizer, 3)  # overflows
     optimizer.scaler.loss_scale = 4.0
     for length in (5, 15):
-        task.train_step({"block_length": length}, None, None, optimizer, 3)
+        task.train_step({"block_length": length}, model, None, optimizer, 3)
     task.optimizer_step(optimizer, None, 3)
     assert rates == [1.0, 1.0]  # for blocks of 10, and back
-    task.train_step({"block_length": 20}, None, None, optimizer, 4)
+    task.train_step({"block_length": 20}, model, None, optimizer, 4)
     task.optimizer_step(optimizer, None, 4)
     assert rates[2:] == [2.0, 1.0]
+
+
+def test_blocks_of_an_update_can_be_read_again_or_left_out() -> None:
+    """As fairseq does where gradients overflow or are no numbers, and for want of memory."""
+    carried = CarriedState().train()
+
+    def read(block: int) -> float | None:
+        """Reads a block, whose state is its number, and returns the state before it."""
+        before = carried.before("train", block, 1)
+        carried.after("train", block, (torch.full((1, 1, 1), block),) * 2)
+        return None if before is None else before[0].item()
+
+    assert [read(block) for block in (0, 1, 2)] == [None, 0, 1]
+    carried.forget_update()
+    for _ in range(2):
+        assert [read(block) for block in (3, 4)] == [2, 3]
+    assert read(6) == 4  # there was no memory for block 5
+    carried.forget_update()
+    with pytest.raises(UsageError, match="block 5 of 1 lanes of 'train' cannot follow block 6"):
+        read(5)
+    saved = carried.state_dict()
+    carried.load_state_dict(saved)
+    with pytest.raises(UsageError, match="block 9 of 1 lanes of 'train' cannot follow block 6"):
+        read(9)
+    assert [read(block) for block in (7, 0, 1)] == [6, None, 0]
+
+
+def test_a_batch_without_memory_is_left_out(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    forward, calls = RegularisedLSTM.forward, []
+
+    def sometimes(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self.training)
+        if sum(calls) == 3 and self.training:
+            raise RuntimeError("out of memory")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(RegularisedLSTM, "forward", sometimes)
+    train(data, tmp_path, CARRY, batch_size=4, max_epoch=1)
+    assert "attempting to recover from OOM" in caplog.text
+    assert (tmp_path / "checkpoint1.pt").exists()
+
+
+def test_half_precision_resumes_in_mid_epoch(data: Path, tmp_path: Path) -> None:
+    flags = {"batch_size": 4, "max_epoch": 2}
+    train(data, tmp_path / "a", CARRY, "--bf16", save_interval_updates=3, **flags)
+    middle = sorted((tmp_path / "a").glob("checkpoint_2_*.pt"))[0]
+    train(data, tmp_path / "b", CARRY, "--bf16", restore_file=middle, **flags)
+    one, two = (valid_losses(read_log(tmp_path / name))[-1] for name in "ab")
+    assert one == pytest.approx(two, abs=0.01)
+
+
+def test_fairseq_validate(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path, CARRY, batch_size=4, max_epoch=1)
+    path = tmp_path / "checkpoint1.pt"
+    run("validate", data, *TASK, "--path", path, "--cpu", "--batch-size", 4, "--num-workers", 0)
+
+
+def test_what_evaluation_cannot_do_is_refused(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path, CARRY, batch_size=4, max_epoch=1)
+    evaluate = ["eval-lm", data, *TASK, "--path", tmp_path / "checkpoint1.pt", "--cpu"]
+    for flags, message in {
+        ("--add-bos-token",): "--add-bos-token: the model was trained without it; leave it out",
+        ("--num-shards", 2, "--shard-id", 1): "--num-shards 2: a carried hidden state reads",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            run(*evaluate, *flags, "--num-workers", 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

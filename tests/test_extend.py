@@ -225,6 +225,8 @@ def test_words_are_dropped(checkpoint: Path, tmp_path: Path) -> None:
         (["--drop", "special.txt"], "'<unk>' cannot be dropped"),
         (["unknown.txt", "--min-count", "0"], "--min-count 0: must be at least 1"),
         (["no-such.txt"], "no-such.txt: no such text file"),
+        (["--drop", "known.txt", "--min-count", "2"], "--min-count 2 is for words of a text"),
+        (["unknown.txt", "-o", "known.txt/new"], "known.txt is a file, not a folder"),
     ],
 )
 def test_mistakes_end_in_a_sentence(
@@ -240,7 +242,7 @@ def test_mistakes_end_in_a_sentence(
     for name, words in (("known", "w1"), ("unknown", "unheard"), ("special", "<unk>")):
         (tmp_path / f"{name}.txt").write_text(words + "\n")
     with pytest.raises(SystemExit, match=f"lightrnn-extend: .*{message}"):
-        extend.main(["trained", *arguments, "-o", "new"])
+        extend.main(["trained", "-o", "new", *arguments])
     assert not (tmp_path / "new").exists()
 
 

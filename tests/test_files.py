@@ -18,7 +18,14 @@ import torch
 
 from fairseq_lightrnn.commands.table_page import write_table_page
 from fairseq_lightrnn.core.table import WordTable
-from fairseq_lightrnn.files import read_lines, read_text, text_chunks, whole_file
+from fairseq_lightrnn.files import (
+    check_new_folder,
+    check_output,
+    read_lines,
+    read_text,
+    text_chunks,
+    whole_file,
+)
 
 
 def write(path: Any, text: str = "new\n") -> None:
@@ -126,6 +133,35 @@ class TestWriting:
             with pytest.raises(ValueError, match=message):
                 write(path)
         assert list(tmp_path.iterdir()) == []
+
+    def test_what_may_not_be_written_is_told_before(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "file").write_text("")
+        monkeypatch.setattr(os, "access", lambda path, mode: os.fspath(path) != str(closed))
+        closed = tmp_path / "file"
+        with pytest.raises(ValueError, match="--output .*file: is write-protected"):
+            check_output(closed, "--output")
+        check_output(tmp_path / "new")
+        closed = tmp_path
+        for path in (tmp_path / "file", tmp_path / "new"):
+            with pytest.raises(ValueError, match="nothing may be written into the folder"):
+                check_output(path)
+        with pytest.raises(ValueError, match="nothing may be written into the folder"):
+            check_new_folder(tmp_path / "a" / "b")
+        check_output("/dev/null")
+
+    def test_a_new_folder_holds_nothing(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        check_new_folder(tmp_path / "a" / "b")
+        (tmp_path / "a").mkdir()
+        check_new_folder(tmp_path / "a")
+        for path, message in {
+            tmp_path: "exists already", tmp_path / "file": "exists already",
+            tmp_path / "file" / "a": "file is a file, not a folder",
+        }.items():  # fmt: skip
+            with pytest.raises(ValueError, match=f"-o .*{message}"):
+                check_new_folder(path, "-o")
 
     def test_all_that_is_written_goes_this_way(self, tmp_path: Path) -> None:
         """Tables, pages and checkpoints go into a pipe."""

@@ -181,6 +181,10 @@ class TestTraining:
             model = {flag: tmp_path / "a" / "checkpoint1.pt"}
             with pytest.raises(SystemExit, match="does not fit into the shape 12x4"):
                 train(data, tmp_path / flag, table_shape="12x4", **model)
+            with pytest.raises(SystemExit, match="have 2 components, those of the shape 4x4x4 3"):
+                train(data, tmp_path / flag, table_shape="4x4x4", **model)
+            with pytest.raises(SystemExit, match=f"--{flag.replace('_', '-')} nix.pt: no such"):
+                train(data, tmp_path / "c", **{flag: "nix.pt"})
 
     def test_a_kept_input_table_can_be_asked_for_later(self, data: Path, tmp_path: Path) -> None:
         flags = {"arch": "lightrnn_lm_gated", "component_vectors": "separate"}

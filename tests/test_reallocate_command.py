@@ -200,6 +200,8 @@ def test_mistakes_end_in_one_sentence(data: Path, trained: Path, tmp_path: Path)
         (["--table-shape", "2x2"], "--table-shape 2x2: a table of shape 2x2 has 4 cells"),
         (["--words", 0], "--words 0: must be above 0"),
         (["--memory", 1e-9], "--memory 1e-09: the counts of 48 words alone take"),
+        (["--table-shape", "6x9", "--objective", "joint"], "--objective joint: words are seated"),
+        (["--export", checkpoint / "new"], "--export .*: .*checkpoint2.pt is a file"),
     ]:
         with pytest.raises(SystemExit, match=message):
             reallocate(checkpoint, data, output, *flags)
@@ -209,7 +211,10 @@ def test_mistakes_end_in_one_sentence(data: Path, trained: Path, tmp_path: Path)
         reallocate(checkpoint, data, tmp_path / "absent" / "new.pt")
     with pytest.raises(SystemExit, match="--output .*: is a folder, not a file to write"):
         reallocate(checkpoint, data, tmp_path)
-    for flag, value in {"--words": 5, "--objective": "joint", "--split": "valid"}.items():
+    given = {
+        "--words": 5, "--objective": "joint", "--split": "valid", "--memory": 1, "--max-tokens": 99,
+    }  # fmt: skip
+    for flag, value in given.items():
         with pytest.raises(SystemExit, match=f"--table and {flag}: give one of them"):
             reallocate(checkpoint, data, output, "--table", trained / "word_table.txt", flag, value)
     assert list(tmp_path.iterdir()) == []

@@ -241,5 +241,8 @@ class TestBadInput:
         (tmp_path / "refs.txt").write_text("w1\n")
         self.refused("no reference for the n-best list 1", checkpoint, nbest, "--tune",
                      tmp_path / "refs.txt")  # fmt: skip
+        (tmp_path / "empty").write_text("")
+        self.refused("empty: holds no n-best list to tune on", checkpoint, tmp_path / "empty",
+                     "--tune", tmp_path / "refs.txt")  # fmt: skip
         nbest.write_text("0 ||| w1\nw2 w3\n")
         self.refused(f"{nbest}: line 2 has 1 fields", checkpoint, nbest)

@@ -237,6 +237,13 @@ def test_the_command_suggests_completes_and_samples(
         (["next", "--seed", "1"], "--seed is for sample, not for next"),
         (["next", "-k", "0"], "-k 0: must be at least 1"),
         (["score", "no-such-file"], "no-such-file: no such text file"),
+        (["score", "-k", "3"], "-k is for next and complete, not for score"),
+        (["sample", "--seed", "-1"], "--seed -1: must be at least 0"),
+        (["sample", "--top-k", "0"], "--top-k 0: must be at least 1"),
+        (["sample", "--temperature", "0"], "--temperature 0.0: must be above 0"),
+        (["sample", "--top-p", "1.5"], "--top-p 1.5: must be above 0 and at most 1"),
+        (["sample", "--top-k", "2", "--top-p", "0.5"], "--top-k and --top-p: give one of them"),
+        (["learn", "--learnt", "-"], "--learnt -: give a file"),
     ],
 )
 def test_mistakes_end_in_a_sentence(one: Path, arguments: list[str], message: str) -> None:
@@ -276,6 +283,8 @@ def test_flags_of_the_export_are_checked_first(tmp_path: Path) -> None:
         ("-o", str(tmp_path / "x"), "--format", "flash"): "--format flash: unknown",
         ("-o", str(tmp_path)): f"{tmp_path}: holds something else than an exported model",
         ("-o", str(tmp_path / "x"), "--text", "absent.txt"): "absent.txt: no such text file",
+        ("-o", str(tmp_path / "file" / "x")): f"{tmp_path / 'file'} is a file, not a folder",
+        ("-o", str(tmp_path / "x"), "--format", "torch", "--opset", "18"): "--opset 18 is of ONNX",
     }.items():
         with pytest.raises(SystemExit, match=message):
             export_command.main(["nowhere", *flags])

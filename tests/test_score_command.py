@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +354,13 @@ class TestBadInput:
             self.refused("its dictionary is neither", moved, text)
             (moved / "dict.txt").write_bytes((hidden / "dict.txt").read_bytes())
             assert summary(capsys, moved, text) == expected
+            # The recorded folder has other data by now, of as many words.
+            data.mkdir()
+            lines = (hidden / "dict.txt").read_text().splitlines()
+            (data / "dict.txt").write_text("\n".join(lines[::-1]) + "\n")
+            assert summary(capsys, moved, text) == expected
+            self.refused(f"{data / 'dict.txt'}: has other words", moved, text, "--data", data)
+            shutil.rmtree(data)
         finally:
             hidden.rename(data)
 

@@ -115,8 +115,10 @@ def test_the_command(
     "flags, message",
     [
         (["--full"], "--full needs --level word"),
-        (["--context", "few"], "--context few: sentence 2 has no context"),
+        (["--context", "few"], "--context few: has fewer lines than the text"),
         (["--context", "few", "--carry-hidden-state"], "give one of them"),
+        (["--context", "-"], "--context -: the text is the standard input"),
+        (["absent", "--context", "few"], "lightrnn-score: absent: no such text file"),
         (["--full", "--level", "word", "--carry-hidden-state"], "--full needs --no-carry"),
     ],
 )

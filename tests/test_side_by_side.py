@@ -243,3 +243,40 @@ def test_parameters_are_what_is_learnt(books: ModuleType, tmp_path: Path) -> Non
     torch.save({"model": model}, tmp_path / "checkpoint_best.pt")
     counted = books.count_parameters(tmp_path, ("embedding", "softmax"))
     assert counted == {"parameters": 6 + 2 + 12, "vocabulary_parameters": 6 + 2}
+
+
+def test_a_folder_has_runs_of_one_comparison(books: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    books.keep_settings(out, {"width": 8, "text": Path("a")})
+    books.keep_settings(out, {"width": 8, "text": Path("a")})
+    with pytest.raises(SystemExit, match="out: its runs have width 8, not 16; give another folder"):
+        books.keep_settings(out, {"width": 16, "text": Path("a")})
+    with pytest.raises(SystemExit, match="its runs have lanes None, not 3"):
+        books.keep_settings(out, {"width": 8, "text": Path("a"), "lanes": 3})
+
+
+def test_what_failed_is_measured_again(books: ModuleType, tmp_path: Path) -> None:
+    errors = [{"error": "no memory"}, {"two": {"error": "no memory"}}, {"speed": 3}]
+    measured = []
+
+    def measure(system: str, size: int) -> dict[str, Any]:
+        measured.append(system)
+        return {"words": size, "system": system, **errors[len(measured) - 1]}
+
+    for _ in range(4):
+        report = books.measure_each(tmp_path, {}, [5], ["paper"], measure)
+    assert len(measured) == 3
+    assert report["results"] == [{"words": 5, "system": "paper", "speed": 3}]
+
+
+def test_runs_know_their_commit(books: ModuleType, tmp_path: Path) -> None:
+    books.train_in_steps(tmp_path, ["data"], epochs=2, step=1)
+    steps = books.read_lines(tmp_path / "steps.jsonl")
+    assert finish(books, tmp_path)["commit"] == (steps[0]["commit"] or "")
+    (tmp_path / "steps.jsonl").write_text(
+        "".join(
+            json.dumps({**step, "commit": name}) + "\n"
+            for step, name in zip(steps, "ab", strict=True)
+        )
+    )
+    assert finish(books, tmp_path)["commit"] == "a b"

@@ -30,7 +30,8 @@ def export(checkpoint: Path, data: Path, words: int | None, folder: Path) -> flo
     some = [] if words is None else ["--words", words]
     command = [
         Path(sys.executable).with_name("lightrnn-reallocate"), checkpoint, data, *some,
-        "--output", folder.with_suffix(".pt"), "--export", folder, "--max-tokens", 4096,
+        "--objective", "row-first", "--output", folder.with_suffix(".pt"), "--export", folder,
+        "--max-tokens", 4096,
     ]  # fmt: skip
     started = time.monotonic()
     subprocess.run([str(part) for part in command], check=True, stderr=subprocess.DEVNULL)

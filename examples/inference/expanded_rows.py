@@ -21,7 +21,7 @@ def main() -> None:
     model = LanguageModel.from_pretrained(sys.argv[1])
     with open(sys.argv[2], encoding="utf-8") as file:
         lines = file.readlines()[: int(sys.argv[3]) if len(sys.argv) > 3 else 200]
-    words = [word for line in lines for word in [model.start, *model.encode(line)[1].tolist()]]
+    words = [word for line in lines for word in (*model.start, *model.encode(line)[1].tolist())]
     expanded: dict[int, list[int]] = {1: [], 5: [], 10: [], 100: []}
     context = None
     with torch.no_grad():
@@ -34,7 +34,7 @@ def main() -> None:
                 rows.append(int(found.expanded))
                 if number % (EVERY * CHECKED) == 0:
                     every = next_word_log_probs(model.decoder.head, context)
-                    best = every.topk(count).values
+                    best = every.topk(found.words.shape[1]).values
                     torch.testing.assert_close(found.log_probs, best, atol=1e-5, rtol=1e-5)
     for count, rows in expanded.items():
         median = sorted(rows)[len(rows) // 2]

@@ -34,8 +34,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--quantize", default="none", metavar="|".join(QUANTISATIONS),
         help="how numbers are stored: in single precision (none, default), in half, or in eight or "
         "four bits by onnxruntime's quantisers")  # fmt: skip
-    add("--opset", type=int, default=DEFAULT_OPSET, metavar="N",
-        help=f"of ONNX, from {OPSETS.start} to {OPSETS.stop - 1} (default: %(default)s)"
+    add("--opset", type=int, metavar="N",
+        help=f"of ONNX, from {OPSETS.start} to {OPSETS.stop - 1} (default: {DEFAULT_OPSET})"
         )  # fmt: skip
     add("--text", action="append", default=[], metavar="FILE", help="measure the perplexity of "
         "this text, a sentence a line, with the checkpoint and with the export")  # fmt: skip
@@ -45,14 +45,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 @command("lightrnn-export", _parse)
 def main(args: argparse.Namespace) -> None:
     """Exports a model as the flags ask for."""
-    check_format(args.format, args.quantize, args.opset)
+    if args.format == "torch" and args.opset is not None:
+        raise ValueError(f"--opset {args.opset} is of ONNX, not of --format torch; leave it out")
+    opset = DEFAULT_OPSET if args.opset is None else args.opset
+    check_format(args.format, args.quantize, opset)
     if args.format == "web":
         find_npm()
     check_folder(args.output)
     check_texts(args.text)
     model = LanguageModel.from_pretrained(args.checkpoint, args.data)
-    text = read_texts(args.text) if args.text else ()
-    found = export_model(model, args.output, args.format, args.quantize, args.opset, text)
+    text = list(read_texts(args.text)) if args.text else []
+    if args.text and not text:
+        raise ValueError(f"--text {args.text[0]}: is empty; give a text to measure")
+    found = export_model(model, args.output, args.format, args.quantize, opset, text)
     size = sum(entry["bytes"] for entry in found["files"].values())
     print(f"{args.output}\t{size / 1e6:.2f} MB")
     for name, value in found["metrics"]["perplexity"].items():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fairseq_lightrnn.commands.run import command
 from fairseq_lightrnn.commands.text import check_texts, one_line, read_chunks
-from fairseq_lightrnn.files import check_output
+from fairseq_lightrnn.files import STANDARD, check_output
 from fairseq_lightrnn.runtime.model import ExportedModel
 from fairseq_lightrnn.signature import signature
 
@@ -18,9 +18,11 @@ __all__ = ["main"]
 
 _ACTIONS = ("score", "next", "complete", "sample", "learn")
 _ONLY = {
-    "level": "score", "carry_hidden_state": "score", "temperature": "sample", "top_k": "sample",
-    "top_p": "sample", "max_words": "sample", "seed": "sample",
+    "k": "next complete", "level": "score", "carry_hidden_state": "score", "temperature": "sample",
+    "top_k": "sample", "top_p": "sample", "max_words": "sample", "seed": "sample",
 }  # fmt: skip
+# Numbers that flags may not be below.
+_LEAST = {"threads": 1, "k": 1, "max_words": 1, "top_k": 1, "seed": 0}
 # Texts that are continued side by side.
 _AT_ONCE = 64
 
@@ -41,7 +43,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--learnt", metavar="FILE", help="what the model has learnt from its user; learn adds to "
         "it, or begins it")  # fmt: skip
     add("--threads", type=int, default=1, metavar="N", help="of the processor (default: 1)")
-    add("-k", type=int, default=10, metavar="K", help="next, complete: how many words (default: "
+    add("-k", type=int, metavar="K", help="next, complete: how many words (default: "
         "10)")  # fmt: skip
     add("--level", choices=("corpus", "sentence", "word"), help="score: one summary (default), a "
         "line a sentence, or a line a word; logarithms are natural ones")  # fmt: skip
@@ -71,20 +73,31 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name, action in _ONLY.items():
-        if getattr(args, name) is not None and args.action != action:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is for {action}, not for {args.action}")
-    for name in ("threads", "k", "max_words"):
+    for name, actions in _ONLY.items():
+        if getattr(args, name) is not None and args.action not in actions.split():
+            only = " and ".join(actions.split())
+            raise ValueError(f"{_flag(name)} is for {only}, not for {args.action}")
+    for name, least in _LEAST.items():
         value = getattr(args, name)
-        if value is not None and value < 1:
-            flag = "-k" if name == "k" else f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} {value}: must be at least 1")
-    if args.action == "learn" and args.learnt is None:
-        raise ValueError("learn needs --learnt FILE, where it keeps what it learns")
+        if value is not None and value < least:
+            raise ValueError(f"{_flag(name)} {value}: must be at least {least}")
+    if args.temperature is not None and not 0 < args.temperature < math.inf:
+        raise ValueError(f"--temperature {args.temperature}: must be above 0")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p {args.top_p}: must be above 0 and at most 1")
+    if args.top_k is not None and args.top_p is not None:
+        raise ValueError("--top-k and --top-p: give one of them")
     if args.action == "learn":
+        if args.learnt is None:
+            raise ValueError("learn needs --learnt FILE, where it keeps what it learns")
+        if args.learnt == STANDARD:
+            raise ValueError("--learnt -: give a file; the standard output says what was learnt")
         check_output(args.learnt, "--learnt")
     check_texts(args.text)
+
+
+def _flag(name: str) -> str:
+    return "-k" if name == "k" else f"--{name.replace('_', '-')}"
 
 
 def _groups(args: argparse.Namespace, size: int) -> Iterator[list[str]]:
@@ -145,12 +158,13 @@ def _score(model: ExportedModel, args: argparse.Namespace) -> None:
 
 def _suggest(model: ExportedModel, args: argparse.Namespace) -> None:
     _line("text_id", "word", "probability")
+    count = 10 if args.k is None else args.k
     number = 0
     for chunk in _groups(args, _AT_ONCE):
         if args.action == "complete":
-            found = [model.complete(line, args.k) for line in chunk]
+            found = [model.complete(line, count) for line in chunk]
         else:
-            found = model.next_words(chunk, args.k)
+            found = model.next_words(chunk, count)
         for pairs in found:
             number += 1
             for word, probability in pairs:
@@ -180,6 +194,7 @@ def _sample(model: ExportedModel, args: argparse.Namespace) -> None:
 
 
 def _learn(model: ExportedModel, args: argparse.Namespace) -> None:
+    model.check_learnt(args.learnt)
     lesson = model.learn(line for chunk in read_chunks(args.text) for line in chunk)
     model.save_learnt(args.learnt)
     _line("new words", len(lesson.new))

@@ -26,6 +26,7 @@ from fairseq_lightrnn.commands.text import read_texts
 from fairseq_lightrnn.core.decoder import Decoder
 from fairseq_lightrnn.core.features import WordBias
 from fairseq_lightrnn.core.seats import Seats
+from fairseq_lightrnn.files import check_new_folder
 from fairseq_lightrnn.language_model import LanguageModel
 from fairseq_lightrnn.models.vocabulary import vocabulary_digest
 from fairseq_lightrnn.models.word_head import WordHead
@@ -50,7 +51,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "word a line, will do, but tells nothing of their use; - is the standard input"
         )  # fmt: skip
     add("--drop", metavar="FILE", help="take the words of this file from the model")
-    add("--min-count", type=int, default=1, metavar="N", help="add words that the text has so "
+    add("--min-count", type=int, metavar="N", help="add words that the text has so "
         "often (default: 1)")  # fmt: skip
     add("-o", "--output", required=True, metavar="DIR", help="a new folder: checkpoint_best.pt "
         "and the dictionary that belongs to it are written there")  # fmt: skip
@@ -65,10 +66,12 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.output)
     if not args.text and args.drop is None:
         raise ValueError("nothing to do: give text with new words, or --drop")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--output {folder}: exists already; give a new folder")
-    if args.min_count < 1:
-        raise ValueError(f"--min-count {args.min_count}: must be at least 1")
+    check_new_folder(folder, "--output")
+    if args.min_count is not None and not args.text:
+        raise ValueError(f"--min-count {args.min_count} is for words of a text; give one")
+    least = 1 if args.min_count is None else args.min_count
+    if least < 1:
+        raise ValueError(f"--min-count {least}: must be at least 1")
     checkpoint = find_checkpoint(args.checkpoint)
     model = LanguageModel.from_pretrained(checkpoint, args.data)
     if not isinstance(model.decoder, Decoder):
@@ -77,9 +80,9 @@ def main(args: argparse.Namespace) -> None:
     lines = list(read_texts(args.text)) if args.text else []
     kept = _kept(model, args.drop)
     counts = count_new_words(model, lines)
-    words = [word for word, count in counts.items() if count >= args.min_count]
+    words = [word for word, count in counts.items() if count >= least]
     if args.text and not words and args.drop is None:
-        rare = f" {args.min_count} times (--min-count)" if counts else ""
+        rare = f" {least} times (--min-count)" if counts else ""
         raise ValueError(
             f"{', '.join(args.text)}: holds no word that the model does not know{rare}"
         )
@@ -106,12 +109,13 @@ def _kept(model: LanguageModel, drop: str | None) -> torch.Tensor:
     """Returns the words that stay."""
     dictionary = model.dictionary
     dropped = set()
-    for word in [] if drop is None else read_texts([drop]):
-        number = dictionary.indices.get(word.strip())
+    lines = [] if drop is None else read_texts([drop])
+    for word in filter(None, map(str.strip, lines)):
+        number = dictionary.indices.get(word)
         if number is None:
-            raise ValueError(f"--drop {drop}: {word.strip()!r} is not in the dictionary")
+            raise ValueError(f"--drop {drop}: {word!r} is not in the dictionary")
         if number < dictionary.nspecial:
-            raise ValueError(f"--drop {drop}: {word.strip()!r} cannot be dropped")
+            raise ValueError(f"--drop {drop}: {word!r} cannot be dropped")
         dropped.add(number)
     return torch.tensor([word for word in range(len(dictionary)) if word not in dropped])
 

@@ -35,7 +35,7 @@ from fairseq_lightrnn.checkpoint import (
 from fairseq_lightrnn.commands.run import command
 from fairseq_lightrnn.core.conditioning import Recurrent
 from fairseq_lightrnn.core.table import WordTable
-from fairseq_lightrnn.files import check_output, whole_file
+from fairseq_lightrnn.files import check_new_folder, check_output, whole_file
 from fairseq_lightrnn.models.flags import parse_shape, settle
 from fairseq_lightrnn.models.word_head import WordHead
 from fairseq_lightrnn.tasks.flags import REALLOCATION_MEMORY
@@ -44,6 +44,11 @@ from fairseq_lightrnn.tasks.reallocator import Reallocator, log_reallocation
 __all__ = ["main"]
 
 logger = logging.getLogger(__name__)
+
+# What flags are if they are not given.
+_OBJECTIVE = "true-loss"
+_SPLIT = "train"
+_MAX_TOKENS = 8192
 
 Export = Callable[[AllocationStatistics], None]
 
@@ -74,13 +79,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--words", type=int, metavar="N",
         help="seat words by about this many words of text, and measure the new table of true-loss "
         "by others (default: by all, measured by 131,072 of them)")  # fmt: skip
-    add("--memory", type=float, default=REALLOCATION_MEMORY, metavar="GIB",
+    add("--memory", type=float, metavar="GIB",
         help="GiB that statistics, costs and memories of the text may take, besides some 300 bytes "
-        "a word (default: %(default)s)")  # fmt: skip
+        f"a word (default: {REALLOCATION_MEMORY})")  # fmt: skip
     add("--export", metavar="DIR", help="also write the statistics, the table and the output "
         "vectors to this new folder, for scripts/benchmark_allocation.py --instances")  # fmt: skip
-    add("--max-tokens", type=int, default=8192, metavar="N",
-        help="words of a batch (default: %(default)s); models trained with --carry-hidden-state "
+    add("--max-tokens", type=int, metavar="N",
+        help=f"words of a batch (default: {_MAX_TOKENS}); models trained with --carry-hidden-state "
         "keep their lanes")  # fmt: skip
     add("--device", default="cpu", help="where to compute: cpu (default), cuda, …")
     return parser.parse_intermixed_args(arguments)
@@ -101,7 +106,7 @@ def main(args: argparse.Namespace) -> None:
     else:
         shape = _new_shape(args, model.decoder.words)
         _check_memory(args, model.decoder.words)
-        task.load_dataset(args.split)
+        task.load_dataset(args.split or _SPLIT)
         if shape is None:
             report = _move(args, task, model)
         else:
@@ -127,30 +132,30 @@ def _check(args: argparse.Namespace) -> None:
     for flag in ("output", "report"):
         if getattr(args, flag) is not None:
             check_output(getattr(args, flag), f"--{flag}")
-    if args.export and Path(args.export).exists():
-        raise ValueError(f"--export {args.export}: exists already; give a new folder")
+    if args.export:
+        check_new_folder(args.export, "--export")
     for flag in ("words", "memory", "max_tokens"):
         value = getattr(args, flag)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"--{flag.replace('_', '-')} {value}: must be above 0")
-    for other in ("table_shape", "export", "words", "objective", "split"):
+    for other in (
+        "table_shape", "export", "words", "objective", "split", "memory", "max_tokens",
+    ):  # fmt: skip
         if args.table and getattr(args, other) is not None:
             raise ValueError(f"--table and --{other.replace('_', '-')}: give one of them")
-    args.objective = args.objective or "true-loss"
-    args.split = args.split or "train"
 
 
 def _load(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """Loads the checkpoint and sets up its task for the flags."""
     overrides = {
         "data": args.data,
-        "train_subset": args.split,
-        "reallocation_objective": args.objective,
+        "train_subset": args.split or _SPLIT,
+        "reallocation_objective": args.objective or _OBJECTIVE,
         "reallocation_words": args.words,
-        "reallocation_memory": args.memory,
+        "reallocation_memory": args.memory or REALLOCATION_MEMORY,
         "initial_table": "random",
         "reallocate_epochs": None,
-        "max_tokens": args.max_tokens,
+        "max_tokens": args.max_tokens or _MAX_TOKENS,
         "batch_size": None,
         "path": args.checkpoint,
         "restore_file": os.path.abspath(args.checkpoint),
@@ -174,7 +179,7 @@ def _keep_input_table(args: argparse.Namespace, state: dict[str, Any], task: Any
     Returns:
         Whether it did not do so before.
     """
-    if args.table or args.table_shape or args.objective != "true-loss":
+    if args.table or args.table_shape or args.objective not in (None, _OBJECTIVE):
         return False
     cfg = state["cfg"].model
     before = cfg.get("keep_input_table", False)
@@ -217,12 +222,13 @@ def _seat(args: argparse.Namespace, task: Any, words: WordHead) -> dict[str, Any
 
 def _check_memory(args: argparse.Namespace, words: WordHead) -> None:
     """Refuses a memory in which not even counts have room."""
+    memory = args.memory or REALLOCATION_MEMORY
     size = words.table.num_words, words.table.num_components, words.head.softmax.vectors.dim
     try:
-        with statistics_storage(args.memory, size, tempfile.gettempdir()):
+        with statistics_storage(memory, size, tempfile.gettempdir()):
             pass
     except ValueError as error:
-        raise ValueError(f"--memory {args.memory}: {error}") from None
+        raise ValueError(f"--memory {memory}: {error}") from None
 
 
 def _new_shape(args: argparse.Namespace, words: WordHead) -> tuple[int, ...] | None:
@@ -232,6 +238,11 @@ def _new_shape(args: argparse.Namespace, words: WordHead) -> tuple[int, ...] | N
     shape = parse_shape(args.table_shape, words.table.num_words)
     if shape == words.table.shape:
         return None
+    if args.objective is not None:
+        raise ValueError(
+            f"--objective {args.objective}: words are seated in a new shape by what their rows and "
+            "columns would predict of their states; leave it out, or --table-shape"
+        )
     if words.further_tables:
         raise ValueError(
             f"--table-shape {args.table_shape}: the model has further tables of shape "
@@ -335,7 +346,7 @@ def _exporter(args: argparse.Namespace, words: WordHead) -> Export | None:
     folder = Path(args.export)
 
     def export(statistics: AllocationStatistics) -> None:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / "sums.npy", statistics.sums.float().numpy())
         table = words.table.table()
         outputs: dict[str, Any] = {}

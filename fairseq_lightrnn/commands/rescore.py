@@ -92,7 +92,9 @@ def main(args: argparse.Namespace) -> None:
     kenlm = _load_kenlm(args.kenlm) if args.kenlm else None
     lists = read_nbest(read_texts([args.nbest]), args.nbest)
     references = None
-    if args.tune and lists:
+    if args.tune and not lists:
+        raise ValueError(f"{args.nbest}: holds no n-best list to tune on (--tune {args.tune})")
+    if args.tune:
         keys = [nbest[0].key for nbest in lists]
         lines = list(read_texts([args.tune]))
         form = args.reference_format or reference_format(lines, keys, args.tune)

@@ -21,7 +21,13 @@ from fairseq.data import data_utils
 from tqdm import tqdm
 
 from fairseq_lightrnn.commands.run import command
-from fairseq_lightrnn.commands.text import add_scoring_flags, one_line, read_chunks, read_texts
+from fairseq_lightrnn.commands.text import (
+    add_scoring_flags,
+    check_texts,
+    one_line,
+    read_chunks,
+    read_texts,
+)
 from fairseq_lightrnn.core.scoring import CorpusScore
 from fairseq_lightrnn.criterions.two_component_cross_entropy import component_names
 from fairseq_lightrnn.data.binarised import check_binarised
@@ -93,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
     _check(args)
     model = LanguageModel.from_pretrained(args.checkpoint, args.data, args.device)
     _settle_state(model, args)
-    contexts: Iterator[str] = read_texts([args.context]) if args.context else repeat("")
+    contexts: Iterator[str] = _contexts(args.context) if args.context else repeat("")
     again = contexts
     if args.full:  # reads them once more, sentence by sentence
         contexts, again = tee(contexts)
@@ -138,8 +144,11 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.full and args.carry_hidden_state:
         raise ValueError("--full needs --no-carry-hidden-state: each sentence starts afresh")
+    if args.context == STANDARD and STANDARD in (args.text or [STANDARD]):
+        raise ValueError("--context -: the text is the standard input; give a file for one of them")
     if args.batch_words < 1:
         raise ValueError(f"--batch-words {args.batch_words}: must be at least 1")
+    check_texts(args.text)
 
 
 def _settle_state(model: LanguageModel, args: argparse.Namespace) -> None:
@@ -172,7 +181,7 @@ def _scores(
         "batch_words": args.batch_words,
     }
     if args.split is None:
-        return _named(args, model.score_lines(_lines(args), contexts=contexts, **options))
+        return model.score_lines(_lines(args), contexts=contexts, **options)
     return model.score_ids(_binarised(args.data, args.split, model), **options)
 
 
@@ -184,12 +193,10 @@ def _lines(args: argparse.Namespace) -> Iterator[str | None]:
             yield None
 
 
-def _named(args: argparse.Namespace, scores: Iterator[SentenceScore]) -> Iterator[SentenceScore]:
-    """Names the flag of contexts that are too few."""
-    try:
-        yield from scores
-    except ValueError as error:
-        raise ValueError(f"--context {args.context}: {error}" if args.context else error) from error
+def _contexts(path: str) -> Iterator[str]:
+    """Yields the context of each sentence, as long as there is one."""
+    yield from read_texts([path])
+    raise ValueError(f"--context {path}: has fewer lines than the text")
 
 
 def _binarised(data: str, split: str, model: LanguageModel) -> Iterable[np.ndarray]:

@@ -34,6 +34,9 @@ class CarriedState(nn.Module):
         self.register_buffer("block", torch.tensor(-1))
         self.register_buffer("states", torch.empty(2, 1, 0, 1))
         self._evaluation: dict[str, tuple[int, Tensor]] = {}
+        # Of training: the last block, without asking the device; states of blocks since the last
+        # update; whether this process has read a block.
+        self._last, self._recent, self._reading = -1, dict[int, Tensor](), False
 
     def before(self, stream: str, block: int, lanes: int) -> State | None:
         """Returns the state of this worker's lanes before a block, or None before the first.
@@ -44,7 +47,7 @@ class CarriedState(nn.Module):
         if block == 0:
             return None
         if self.training:
-            last, states, workers = int(self.block), self.states, world_size()
+            (last, states), workers = self._reached(block), world_size()
         else:
             last, states = self._evaluation.get(stream, (-1, torch.empty(2, 1, 0, 1)))
             workers = 1
@@ -71,10 +74,30 @@ class CarriedState(nn.Module):
             states = torch.cat(parts, dim=2)
         self.states = states
         self.block.fill_(block)
+        self._last, self._recent[block], self._reading = block, states, True
+
+    def forget_update(self) -> None:
+        """Forgets what is needed to read the blocks of an update again, for the next one begins."""
+        self._recent = {self._last: self.states}
+
+    def _reached(self, block: int) -> tuple[int, Tensor]:
+        """Returns which block a block of training is to follow, and the states after it.
+
+        fairseq reads the blocks of an update again if gradients overflow or are no numbers, and
+        leaves out a block that it has no memory for.
+        """
+        if block - 1 in self._recent:
+            return block - 1, self._recent[block - 1]
+        if self._reading and block - 1 > self._last:
+            return block - 1, self.states
+        return self._last, self.states
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes states of any size."""
         saved = state_dict.get(f"{prefix}states")
         if saved is not None:
-            self.states = torch.empty_like(saved, device=self.states.device)
+            # fairseq saves half precision as single.
+            self.states = torch.empty(saved.shape).to(self.states)
+            self._last, self._recent = int(state_dict[f"{prefix}block"]), {}
+            self._reading = False
         super()._load_from_state_dict(state_dict, prefix, *args)

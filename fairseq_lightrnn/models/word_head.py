@@ -215,7 +215,8 @@ class WordHead:
             if not any(key.endswith("softmax.vectors.weight") for key in state_dict):
                 raise LoadError(
                     "the model reads and predicts words by the same vectors, which belong to one "
-                    "table: give --component-vectors shared, and no --keep-input-table"
+                    "table: give --component-vectors shared (transformers: "
+                    "--share-decoder-input-output-embed), and no --keep-input-table"
                 )
             for key, buffer in decoder.named_buffers():
                 if buffer is self.table.coordinates:
@@ -249,10 +250,13 @@ class TableDecoder:
 
 def _check_cells(coordinates: Tensor, shape: tuple[int, ...]) -> None:
     """Refuses tables of another shape, and those that averaging made of different ones."""
+    sizes = "x".join(map(str, shape))
     if coordinates.size(1) != len(shape):
-        return  # torch names the sizes
+        raise LoadError(
+            f"the model's words have {coordinates.size(1)} components, those of the shape {sizes} "
+            f"{len(shape)}: give the --table-shape (or the table files) that it was made with"
+        )
     if (coordinates.amax(0) >= coordinates.new_tensor(shape)).any():
-        sizes = "x".join(map(str, shape))
         raise LoadError(
             f"the model's word table does not fit into the shape {sizes}: give the --table-shape "
             "(or the table files) that it was made with"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fairseq_lightrnn.files import read_text, whole_file
+from fairseq_lightrnn.files import check_new_folder, read_text, whole_file
 
 __all__ = [
     "DESCRIPTION",
@@ -43,6 +43,8 @@ def check_folder(folder: str | Path) -> None:
         raise ValueError(f"{folder}: is a file, the export is a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / DESCRIPTION).is_file():
         raise ValueError(f"{folder}: holds something else than an exported model; name a new one")
+    if not folder.exists():
+        check_new_folder(folder)
 
 
 def write_folder(

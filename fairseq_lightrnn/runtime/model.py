@@ -244,12 +244,20 @@ class ExportedModel(TextModel):
         """Writes what was learnt into a file of its own.
 
         Raises:
-            ValueError: if the file would be one of the model's folder.
+            ValueError: as :meth:`check_learnt`.
+        """
+        self.check_learnt(path)
+        save(self.learnt, path, model_digest(self.description))
+
+    def check_learnt(self, path: str | Path) -> None:
+        """Refuses a file that what was learnt is not to be written to.
+
+        Raises:
+            ValueError: if it would be one of the model's folder.
         """
         folder = self._folder
         if folder is not None and Path(path).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{path}: is in the folder of the model, which stays as it is")
-        save(self.learnt, path, model_digest(self.description))
 
     def load_learnt(self, path: str | Path) -> None:
         """Reads what :meth:`save_learnt` wrote, in place of what was learnt since.

@@ -18,6 +18,7 @@ from fairseq_lightrnn.criterions import two_component_cross_entropy  # noqa: F40
 from fairseq_lightrnn.data.lanes import SHORTEST_BLOCK, LaneDataset, LaneIterator
 from fairseq_lightrnn.data.target_input import TargetInputDataset, consecutive_text
 from fairseq_lightrnn.errors import UsageError
+from fairseq_lightrnn.models.carried_state import CarriedState
 from fairseq_lightrnn.tasks.flags import TableTaskConfig
 from fairseq_lightrnn.tasks.table_task import TableTask
 from fairseq_lightrnn.workers import world_size
@@ -109,7 +110,10 @@ class LightRNNLanguageModelingTask(TableTask, LanguageModelingTask):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Reads text as the training did, from which fairseq-eval-lm loads a checkpoint."""
+        known = "add_bos_token" in state_dict
         trained = {name: state_dict.pop(name, False) for name in _KNOWN_TO_CHECKPOINT}
+        if known and self.args.add_bos_token and not trained["add_bos_token"]:
+            raise UsageError("--add-bos-token: the model was trained without it; leave it out")
         if trained["add_bos_token"] and not self.args.add_bos_token:
             # fairseq-eval-lm itself looks at the flag, and leaves the beginnings of texts out.
             raise UsageError(
@@ -209,6 +213,10 @@ class LightRNNLanguageModelingTask(TableTask, LanguageModelingTask):
     ) -> Any:
         """Computes gradients of a batch, whose length the step of the optimiser heeds."""
         update = update_num, getattr(getattr(optimizer, "scaler", None), "loss_scale", None)
+        if update[0] != self._update[0]:
+            for module in model.modules():
+                if isinstance(module, CarriedState):
+                    module.forget_update()
         if update != self._update:
             self._update, self._block_lengths = update, []
         self._block_lengths.append(sample.get("block_length", self.args.tokens_per_sample))
@@ -233,6 +241,11 @@ class LightRNNLanguageModelingTask(TableTask, LanguageModelingTask):
                 raise UsageError(
                     f"--context-window {context_window}: a carried hidden state has all the text "
                     "before as context; leave one of the flags out"
+                )
+            if kwargs.get("num_shards", 1) != world_size():
+                raise UsageError(
+                    f"--num-shards {kwargs['num_shards']}: a carried hidden state reads the text "
+                    "in one pass; leave it out, or give --sample-break-mode eos"
                 )
             dataset = dataset.in_one_pass()
         elif context_window > 0:

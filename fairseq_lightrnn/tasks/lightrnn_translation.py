@@ -71,9 +71,9 @@ class LightRNNTranslationTask(TableTask, TranslationTask):
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> nn.Module:
         """Builds a model; the initial tables are seated when training begins."""
         self._source_table = str(getattr(cfg, "source_table", "none"))
-        if hasattr(cfg, "table_shape") and not from_checkpoint:
-            self._check_table_flags(cfg)
         model: Any = super().build_model(cfg, from_checkpoint)
+        if hasattr(cfg, "table_shape") and not from_checkpoint:
+            self._check_table_flags(cfg)  # of what they come to
         moving = self.args.reallocate_epochs and model.decoder.words.input_table is None
         if self._source_table == "shared" and moving and not from_checkpoint:
             logger.warning(

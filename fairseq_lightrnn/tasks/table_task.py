@@ -1,5 +1,6 @@
 """What every LightRNN task does at fairseq's hooks; the work is done by its parts."""
 
+import glob
 import logging
 import math
 import os
@@ -119,7 +120,7 @@ class TableTask:
                 average_weights_alone()
             # fairseq is to read it next; evaluation of another model does not.
             self._take_folder()
-            check_checkpoints(self._restored(), self.args.finetune_from_model or "")
+            self._check_files()
         if not from_checkpoint and hasattr(cfg, "table_shape"):
             self.tables.read_files(cfg)
             moving = self.args.reallocation_objective == "true-loss"
@@ -137,6 +138,15 @@ class TableTask:
                 f"--task {self.stock_task} with that model"
             )
         return model
+
+    def _check_files(self) -> None:
+        """Refuses checkpoints to begin with that are missing or damaged."""
+        restored, begun = self._restored(), self.args.finetune_from_model or ""
+        if self.args.restore_file != LAST_CHECKPOINT:
+            _require(restored, "--restore-file")
+        elif begun and not os.path.isfile(restored):
+            _require(begun, "--finetune-from-model")
+        check_checkpoints(restored, begun)
 
     def _take_folder(self) -> None:
         """Makes the folder of checkpoints this training's, and its last checkpoint a whole one."""
@@ -334,6 +344,13 @@ class TableTask:
     def post_validate(self, model: Any, stats: dict[str, Any], agg: Any) -> None:
         """Is called after each validation subset, with what will be logged of it."""
         self.validation_losses.validated(float(stats["loss"]))
+
+
+def _require(path: str, flag: str) -> None:
+    """Refuses a checkpoint that is not there, whole or in shards."""
+    shards = f"{glob.escape(path.removesuffix('.pt'))}-*.pt"
+    if "://" not in path and not os.path.isfile(path) and not glob.glob(shards):
+        raise UsageError(f"{flag} {path}: no such checkpoint")
 
 
 def _check_size(cfg: Any, words: int) -> None:

@@ -27,7 +27,7 @@ function suggest() {
       const share = document.createElement("small");
       share.textContent = probability < 1e-4 ? "< 0.01%" : percent.format(probability);
       button.append(name, share);
-      button.addEventListener("click", () => accept(word, typed));
+      button.addEventListener("click", () => accept(word));
       return button;
     }));
     by("latency").value = `${milliseconds.toFixed(1)} ms`;
@@ -41,9 +41,9 @@ function failed(error) {
   by("state").textContent = String(error.message ?? error);
 }
 
-function accept(word, typed) {
-  const text = by("text").value;
-  by("text").value = `${text.slice(0, text.length - typed.length)}${word} `;
+function accept(word) {
+  // More may have been typed since the word was suggested.
+  by("text").value = `${by("text").value.replace(/\S*$/, "")}${word} `;
   by("text").focus();
   suggest();
 }
