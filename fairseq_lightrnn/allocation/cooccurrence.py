@@ -155,7 +155,7 @@ def _joined(tokens: Iterable[np.ndarray], num_words: int, window: int) -> np.nda
     parts, length = [between], 0
     for piece in tokens:
         parts += [_piece(piece, num_words).astype(np.int32), between]
-        length += len(piece)
+        length += len(parts[-2])
         if length > _TOKENS_AT_ONCE:  # memory of millions of small pieces never comes back
             done.append(np.concatenate(parts))
             parts, length = [], 0

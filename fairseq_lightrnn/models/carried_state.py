@@ -98,6 +98,6 @@ class CarriedState(nn.Module):
         if saved is not None:
             # fairseq saves half precision as single.
             self.states = torch.empty(saved.shape).to(self.states)
-            self._last, self._recent = int(state_dict[f"{prefix}block"]), {}
+            self._last, self._recent = int(state_dict.get(f"{prefix}block", self.block)), {}
             self._reading = False
         super()._load_from_state_dict(state_dict, prefix, *args)
