@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from allocation_peers import PEERS, Instance
-from side_by_side import machine
+from side_by_side import commit
 
 from fairseq_lightrnn.allocation import assignment, joint
 from fairseq_lightrnn.allocation.assignment import SolverOptions
@@ -337,7 +337,7 @@ def main() -> None:
     command = shlex.join(["python", "scripts/benchmark_allocation.py", *given])
     report: dict = {
         "commands": [command],
-        "commit": machine()["commit"],
+        "commit": commit(),
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),

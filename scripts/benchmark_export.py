@@ -240,7 +240,6 @@ def main() -> None:
 
     args = parse()
     report = claim_folder(args, "quantize", "browser", "train_only", seed=args.seeds[0])
-    report["versions"] |= {one: version(one) for one in ("onnx", "onnxruntime")}
     data, results = binarise(args.text, args.out), []
     has_tables = any(system in LSTMS for system in args.systems)
     seconds = make_tables(data, args) if has_tables else {}
@@ -248,6 +247,7 @@ def main() -> None:
         train(system, data, args.out / f"{system}-{args.seeds[0]}", args)
     if args.train_only:
         return
+    report["versions"] |= {one: version(one) for one in ("onnx", "onnxruntime")}
     for system in args.systems:
         for quantise in args.quantize:
             folder = export(system, quantise, data, args)

@@ -72,7 +72,7 @@ from language_model_text import (
     require_known_words,
     split_words,
 )
-from side_by_side import append_line, last_epoch, machine, train_for, train_in_steps
+from side_by_side import append_line, commit, last_epoch, train_for, train_in_steps
 
 # Of fairseq's adaptive softmax; those beyond the vocabulary are left out, and those of clusters
 # whose words would have no numbers left: they have a quarter of those of the cluster before.
@@ -252,7 +252,7 @@ def count_n_grams(data: Path, folder: Path, args: argparse.Namespace) -> None:
     built = build_kenlm(files["train"], data, folder / "n-grams", quantise=False)
     used = {"cpu_seconds": round(built.seconds, 1), "peak_mib": built.peak_mib,
             "seconds": round(time.monotonic() - started, 1),
-            "commit": machine()["commit"]}  # fmt: skip
+            "commit": commit()}  # fmt: skip
     model, perplexities = Kenlm(folder / "n-grams"), {}
     for split in ("valid", "test"):
         with open(files[split], encoding="utf-8") as lines:

@@ -59,7 +59,7 @@ def shown(value: Any) -> str:
 
 
 def joined(values: list[Any]) -> str:
-    """Returns the mean of numbers, with half of their range; the first of words."""
+    """Returns the mean of numbers, with half of their range; of words, those that differ."""
     numbers = [value for value in values if isinstance(value, (int, float))]
     if not numbers or len(numbers) < len(values):
         return shown(" ".join(dict.fromkeys(map(str, values))))

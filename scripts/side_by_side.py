@@ -35,6 +35,7 @@ __all__ = [
     "call",
     "checksum",
     "collect",
+    "commit",
     "count_parameters",
     "device_flags",
     "is_tested",
@@ -143,23 +144,20 @@ def measure_each(
     name = hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()[:12]
     kept = out / f"measured-{name}.jsonl"
     systems = list(systems)
-    for size in sizes:
-        for system in systems:
-            if (size, system) not in _measured(kept):
-                append_line(kept, measure(system, size))
-                print(read_lines(kept)[-1], flush=True)
     # What failed once and was measured after all counts as that.
     records = {(one["words"], one["system"]): one for one in read_lines(kept)}
+    for size in sizes:
+        for system in systems:
+            if _failed(records.get((size, system), {"error": "not measured"})):
+                records[size, system] = measure(system, size)
+                append_line(kept, records[size, system])
+                print(records[size, system], flush=True)
     return {**report, "results": list(records.values())}
 
 
-def _measured(kept: Path) -> set[tuple[int, str]]:
-    """Returns what was measured without an error."""
-    return {
-        (one["words"], one["system"])
-        for one in read_lines(kept)
-        if not any("error" in part for part in (one, one.get("one", {}), one.get("two", {})))
-    }
+def _failed(record: dict[str, Any]) -> bool:
+    """Tells whether a measurement, with one worker or with two, ended in an error."""
+    return any("error" in part for part in (record, record.get("one", {}), record.get("two", {})))
 
 
 def call(module: str, *arguments: Any, log: Path | None = None) -> str:

@@ -131,7 +131,9 @@ def test_an_update_that_overflowed_has_no_part_in_the_next(
     monkeypatch.setattr(FairseqTask, "train_step", lambda *args: None)
     monkeypatch.setattr(TableTask, "optimizer_step", lambda *args: None)
     task = LightRNNLanguageModelingTask.__new__(LightRNNLanguageModelingTask)
-    task.args = SimpleNamespace(tokens_per_sample=10, random_block_lengths=True)
+    task.args = SimpleNamespace(
+        tokens_per_sample=10, random_block_lengths=True, carry_hidden_state=True
+    )
     task._block_lengths, task._update = [], (-1, None)
     rates: list[float] = []
     model = torch.nn.Module()

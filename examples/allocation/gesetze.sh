@@ -23,6 +23,8 @@ fairseq-train "$out/bin" --user-dir "$plugin" --task lightrnn_language_modeling 
     --optimizer adam --lr 0.002 --clip-norm 1 --batch-size 64 --seed 1 --cpu --num-workers 0 \
     --save-dir "$out/model" --no-epoch-checkpoints --disable-validation --log-format json \
     --log-interval 100 --log-file "$out/train.log"
-[ -e "$out/gesetze-415k" ] || lightrnn-reallocate "$out/model/checkpoint_last.pt" "$out/bin" --output "$out/new.pt" \
-    --objective row-first \
-    --report "$out/report.json" --export "$out/gesetze-415k" --max-tokens 4096
+if [ ! -e "$out/gesetze-415k" ]; then
+    lightrnn-reallocate "$out/model/checkpoint_last.pt" "$out/bin" --output "$out/new.pt" \
+        --objective row-first \
+        --report "$out/report.json" --export "$out/gesetze-415k" --max-tokens 4096
+fi

@@ -170,14 +170,13 @@ def cooccurrence_vectors(
     windows = [how.window] if how.column_window == how.window else [how.window, how.column_window]
     with thread_pool(num_threads) as executor:
         words = Occurrences.of(tokens, num_words, max(windows))
-        occurrences = words.counts
         information = []
         for window in windows:
             counts = neighbour_counts(words, how.num_contexts, window, executor)
-            if window == windows[-1]:
-                del words
             information.append(positive_information(counts, executor))
             del counts
+        occurrences = words.counts
+        del words
         vectors = np.empty((num_words, how.dim * len(windows)), np.float32)
         for part, found in enumerate(information):
             own = vectors[:, part * how.dim : (part + 1) * how.dim]

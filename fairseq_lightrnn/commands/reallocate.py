@@ -45,10 +45,7 @@ __all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
-# What flags are if they are not given.
-_OBJECTIVE = "true-loss"
-_SPLIT = "train"
-_MAX_TOKENS = 8192
+_MAX_TOKENS = 8192  # unless a flag says otherwise
 
 Export = Callable[[AllocationStatistics], None]
 
@@ -105,8 +102,8 @@ def main(args: argparse.Namespace) -> None:
         report = _seat(args, task, model.decoder.words)
     else:
         shape = _new_shape(args, model.decoder.words)
-        _check_memory(args, model.decoder.words)
-        task.load_dataset(args.split or _SPLIT)
+        _check_memory(task.args.reallocation_memory, model.decoder.words)
+        task.load_dataset(task.args.train_subset)
         if shape is None:
             report = _move(args, task, model)
         else:
@@ -149,8 +146,8 @@ def _load(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """Loads the checkpoint and sets up its task for the flags."""
     overrides = {
         "data": args.data,
-        "train_subset": args.split or _SPLIT,
-        "reallocation_objective": args.objective or _OBJECTIVE,
+        "train_subset": args.split or "train",
+        "reallocation_objective": args.objective or "true-loss",
         "reallocation_words": args.words,
         "reallocation_memory": args.memory or REALLOCATION_MEMORY,
         "initial_table": "random",
@@ -179,7 +176,7 @@ def _keep_input_table(args: argparse.Namespace, state: dict[str, Any], task: Any
     Returns:
         Whether it did not do so before.
     """
-    if args.table or args.table_shape or args.objective not in (None, _OBJECTIVE):
+    if args.table or args.table_shape or task.args.reallocation_objective != "true-loss":
         return False
     cfg = state["cfg"].model
     before = cfg.get("keep_input_table", False)
@@ -220,9 +217,8 @@ def _seat(args: argparse.Namespace, task: Any, words: WordHead) -> dict[str, Any
     return {"moved": moved, "words": table.num_words, "table": table.digest()}
 
 
-def _check_memory(args: argparse.Namespace, words: WordHead) -> None:
+def _check_memory(memory: float, words: WordHead) -> None:
     """Refuses a memory in which not even counts have room."""
-    memory = args.memory or REALLOCATION_MEMORY
     size = words.table.num_words, words.table.num_components, words.head.softmax.vectors.dim
     try:
         with statistics_storage(memory, size, tempfile.gettempdir()):

@@ -37,6 +37,7 @@ __all__ = [
     "LightRNNLanguageModel",
     "LSTMDecoder",
     "build_decoder",
+    "dropouts",
 ]
 
 
@@ -80,6 +81,13 @@ class LSTMConfig(TableConfig):
     )
 
 
+def dropouts(cfg: LSTMConfig) -> tuple[float, float]:
+    """Returns the dropout of inputs and of outputs."""
+    given = cfg.dropout_in, cfg.dropout_out
+    dropout_in, dropout_out = (cfg.dropout if rate is None else rate for rate in given)
+    return dropout_in, dropout_out
+
+
 def build_decoder(
     cfg: LSTMConfig,
     settings: TableSettings,
@@ -111,7 +119,8 @@ def build_decoder(
         )
     regularisation = parse_regularisation(cfg.regularise)
     dim, dropout_type = cfg.hidden_size, LockedDropout if regularisation.locked else Dropout
-    dropout = dropout_type(cfg.dropout if cfg.dropout_out is None else cfg.dropout_out)
+    dropout_in, dropout_out = dropouts(cfg)
+    dropout = dropout_type(dropout_out)
     reader, softmax = build_words(
         settings,
         num_words,
@@ -125,7 +134,7 @@ def build_decoder(
         dim,
         cfg.num_layers,
         cfg.dropout,
-        cfg.dropout if cfg.dropout_in is None else cfg.dropout_in,
+        dropout_in,
         regularisation.locked,
         regularisation.weight,
     )

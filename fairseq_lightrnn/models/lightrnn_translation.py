@@ -18,7 +18,7 @@ from fairseq_lightrnn.models.flags import (
     parse_regularisation,
     preset,
 )
-from fairseq_lightrnn.models.lightrnn_lm import LSTMConfig, LSTMDecoder, build_decoder
+from fairseq_lightrnn.models.lightrnn_lm import LSTMConfig, LSTMDecoder, build_decoder, dropouts
 from fairseq_lightrnn.models.source import (
     SourceEncoder,
     SourceTableConfig,
@@ -217,8 +217,7 @@ class LightRNNTranslationModel(TranslationForward, TableModel, FairseqEncoderDec
             cfg.embed_dim,
             cfg.hidden_size,
             cfg.num_layers,
-            cfg.dropout if cfg.dropout_in is None else cfg.dropout_in,
-            cfg.dropout if cfg.dropout_out is None else cfg.dropout_out,
+            *dropouts(cfg),
             bidirectional=True,
             left_pad=task.args.left_pad_source,
             pretrained_embed=vectors,

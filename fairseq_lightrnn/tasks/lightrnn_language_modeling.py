@@ -213,7 +213,7 @@ class LightRNNLanguageModelingTask(TableTask, LanguageModelingTask):
     ) -> Any:
         """Computes gradients of a batch, whose length the step of the optimiser heeds."""
         update = update_num, getattr(getattr(optimizer, "scaler", None), "loss_scale", None)
-        if update[0] != self._update[0]:
+        if self.args.carry_hidden_state and update_num != self._update[0]:
             for module in model.modules():
                 if isinstance(module, CarriedState):
                     module.forget_update()
