@@ -170,17 +170,17 @@ def cooccurrence_vectors(
     windows = [how.window] if how.column_window == how.window else [how.window, how.column_window]
     with thread_pool(num_threads) as executor:
         words = Occurrences.of(tokens, num_words, max(windows))
-        information = []
-        for window in windows:
-            counts = neighbour_counts(words, how.num_contexts, window, executor)
-            information.append(positive_information(counts, executor))
-            del counts
         occurrences = words.counts
-        del words
         vectors = np.empty((num_words, how.dim * len(windows)), np.float32)
-        for part, found in enumerate(information):
+        for part, window in enumerate(windows):
+            counts = neighbour_counts(words, how.num_contexts, window, executor)
+            if part == len(windows) - 1:  # the text and its counts take as much as the vectors
+                del words
+            information = positive_information(counts, executor)
+            del counts
             own = vectors[:, part * how.dim : (part + 1) * how.dim]
-            word_vectors(found, how.dim, seed, executor, own)
+            word_vectors(information, how.dim, seed, executor, own)
+            del information
             for some in slices(num_words):
                 # Those of frequent words are longer otherwise.
                 own[some] /= np.maximum(np.linalg.norm(own[some], axis=1, keepdims=True), 1e-12)
