@@ -130,6 +130,22 @@ class TestMovingAverage:
         assert losses[0] == pytest.approx(losses[1], rel=0.2)
 
 
+    @pytest.mark.parametrize("more", [[], ["--ema-fp32"]])
+    def test_one_of_a_training_without_begins_from_its_model(
+        self, data: Path, tmp_path: Path, more: list[str]
+    ) -> None:
+        train(data, tmp_path, max_epoch=1)
+        first = load(tmp_path / "checkpoint1.pt")["model"]
+        flags = ["--store-ema", "--ema-decay", 1, *more]
+        train(data, tmp_path, *flags, max_epoch=2)
+        saved = load(tmp_path / "checkpoint2.pt")
+        average, model = saved["extra_state"]["ema"], saved["model"]
+        weights = [name for name, value in model.items() if value.is_floating_point()]
+        assert sum(not torch.equal(model[name], first[name]) for name in weights) > 5
+        for name in weights:
+            torch.testing.assert_close(average[name], first[name], msg=name)
+
+
 class TestAveragedCheckpoints:
     """fairseq's own script, from its repository; the installed package has none."""
 

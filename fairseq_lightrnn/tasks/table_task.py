@@ -23,7 +23,7 @@ from fairseq_lightrnn.data.binarised import check_binarised
 from fairseq_lightrnn.data.dealt import DealtBatches
 from fairseq_lightrnn.errors import UsageError, usage_errors
 from fairseq_lightrnn.models.flags import settle
-from fairseq_lightrnn.models.moving_average import average_weights_alone
+from fairseq_lightrnn.models.moving_average import mend_averages
 from fairseq_lightrnn.models.word_head import WordHead
 from fairseq_lightrnn.tasks.flags import check_checkpoints, check_flags, check_needs
 from fairseq_lightrnn.tasks.folder_lock import lock_folder
@@ -117,7 +117,7 @@ class TableTask:
         else:
             check_needs(self.args, cfg)
             if self.args.store_ema:
-                average_weights_alone()
+                mend_averages()
             # fairseq is to read it next; evaluation of another model does not.
             self._take_folder()
             self._check_files()
