@@ -116,6 +116,8 @@ def test_the_command(
     [
         (["--full"], "--full needs --level word"),
         (["--context", "few"], "--context few: has fewer lines than the text"),
+        (["--context", "many"], "--context many: has more lines than the text"),
+        (["--context", "many", "--full", "--level", "word"], "many: has more lines than the text"),
         (["--context", "few", "--carry-hidden-state"], "give one of them"),
         (["--context", "-"], "--context -: the text is the standard input"),
         (["absent", "--context", "few"], "lightrnn-score: absent: no such text file"),
@@ -127,6 +129,7 @@ def test_mistakes_end_in_a_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "few").write_text("w1\n")
+    (tmp_path / "many").write_text("w1\n" * 3)
     stdin = SimpleNamespace(buffer=io.BytesIO(b"w1\nw2\n"))
     monkeypatch.setattr(sys, "stdin", stdin)
     with pytest.raises(SystemExit, match=message):

@@ -13,7 +13,7 @@ import math
 import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import repeat, tee
+from itertools import chain, repeat, tee
 from typing import IO, Any
 
 import numpy as np
@@ -99,7 +99,8 @@ def main(args: argparse.Namespace) -> None:
     _check(args)
     model = LanguageModel.from_pretrained(args.checkpoint, args.data, args.device)
     _settle_state(model, args)
-    contexts: Iterator[str] = _contexts(args.context) if args.context else repeat("")
+    left = iter(read_texts([args.context])) if args.context else repeat("")
+    contexts: Iterator[str] = chain(left, _too_few(args.context))
     again = contexts
     if args.full:  # reads them once more, sentence by sentence
         contexts, again = tee(contexts)
@@ -118,6 +119,8 @@ def main(args: argparse.Namespace) -> None:
         for number, score in enumerate(scores, start=1):
             total.add(score.ids, score.component_log_probs)
             writer.sentence(number, score)
+        if args.context and next(left, None) is not None:
+            raise ValueError(f"--context {args.context}: has more lines than the text")
         summary = _summary(model, total, args, names)
         if args.level == "corpus":
             _write_summary(summary, args.format, file)
@@ -193,10 +196,10 @@ def _lines(args: argparse.Namespace) -> Iterator[str | None]:
             yield None
 
 
-def _contexts(path: str) -> Iterator[str]:
-    """Yields the context of each sentence, as long as there is one."""
-    yield from read_texts([path])
+def _too_few(path: str) -> Iterator[str]:
+    """Is what contexts end with."""
     raise ValueError(f"--context {path}: has fewer lines than the text")
+    yield
 
 
 def _binarised(data: str, split: str, model: LanguageModel) -> Iterable[np.ndarray]:

@@ -217,7 +217,8 @@ class LightRNNTranslationModel(TranslationForward, TableModel, FairseqEncoderDec
             cfg.embed_dim,
             cfg.hidden_size,
             cfg.num_layers,
-            *dropouts(cfg),
+            dropouts(cfg)[0],
+            cfg.dropout,  # --dropout-out is of what predicts
             bidirectional=True,
             left_pad=task.args.left_pad_source,
             pretrained_embed=vectors,
