@@ -129,7 +129,6 @@ class TestMovingAverage:
         ]
         assert losses[0] == pytest.approx(losses[1], rel=0.2)
 
-
     @pytest.mark.parametrize("more", [[], ["--ema-fp32"]])
     def test_one_of_a_training_without_begins_from_its_model(
         self, data: Path, tmp_path: Path, more: list[str]

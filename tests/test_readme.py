@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shlex
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -167,27 +167,33 @@ def test_flags_that_are_gone_are_named_nowhere() -> None:
             assert gone.findall(path.read_text(encoding="utf-8")) == [], path
 
 
-def test_results_name_flags_of_models_of_that_many_parameters() -> None:
+def test_rungs_of_the_ladder_have_as_many_parameters_as_its_figures_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The README's table is that of these figures (test_results_page)."""
     from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY
 
     from fairseq_lightrnn import register  # noqa: F401
     from fairseq_lightrnn.models.lightrnn_lm import build_decoder
 
-    rows = re.findall(r"\| `(--arch [^`]+)` \| ([\d,]+) \|", README)
-    assert len(rows) == 5
-    for flags, parameters in rows:
-        given = dict(zip(flags.split()[::2], flags.split()[1::2], strict=True))
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from benchmark_ladder import model_flags
+
+    report = json.loads((ROOT / "examples/language_model/ladder.json").read_text())
+    assert len(report["systems"]) >= 5
+    for rung, runs in report["systems"].items():
+        flags = model_flags(rung, report["settings"]["epochs"])
+        given = dict(zip(flags[::2], flags[1::2], strict=True))
         architecture = given.pop("--arch")
         config = MODEL_DATACLASS_REGISTRY[architecture]()
-        kinds = {flag.name: flag.type for flag in fields(config)}
         for flag, value in given.items():
             name = flag.removeprefix("--").replace("-", "_")
-            if name in kinds:
-                setattr(config, name, int(value) if name == "word_dim" else value)
+            if hasattr(config, name):
+                setattr(config, name, value)
         model = ARCH_MODEL_REGISTRY[architecture]
         num_words = 10_008
         with torch.device("meta"):
             settings = model.table_settings(config, num_words)
             decoder = build_decoder(config, settings, num_words, model.conditioner)
         count = sum(parameter.numel() for parameter in decoder.parameters())
-        assert f"{count:,}" == parameters, flags
+        assert {run["parameters"] for run in runs.values()} == {count}, rung
