@@ -13,10 +13,11 @@ import io
 import os
 import re
 import secrets
+import shutil
 import stat
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -25,11 +26,13 @@ __all__ = [
     "STANDARD",
     "check_new_folder",
     "check_output",
+    "check_outputs",
     "open_bytes",
     "read_lines",
     "read_text",
     "text_chunks",
     "whole_file",
+    "whole_folder",
 ]
 
 STANDARD = "-"
@@ -61,6 +64,28 @@ def check_output(path: str | Path, flag: str = "") -> None:
         raise ValueError(f"{name}: is write-protected")
     if kept is None or stat.S_ISREG(kept.st_mode):
         _check_room(folder, name)
+
+
+def check_outputs(paths: Mapping[str, str | Path | None]) -> None:
+    """Does :func:`check_output` for several flags, of which no two may write the same file.
+
+    Args:
+        paths: by flag; None is passed over.
+
+    Raises:
+        ValueError: naming flag and path.
+    """
+    known: dict[str, str] = {}
+    for flag, path in paths.items():
+        if path is None:
+            continue
+        check_output(path, flag)
+        place = os.path.realpath(path)
+        if os.fspath(path) == STANDARD or os.path.exists(place) and not os.path.isfile(place):
+            continue
+        if place in known:
+            raise ValueError(f"{flag} {path}: {known[place]} writes this file; give another one")
+        known[place] = flag
 
 
 def check_new_folder(path: str | Path, flag: str = "") -> None:
@@ -136,6 +161,29 @@ def whole_file(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """Makes a folder that appears with all its files or not at all.
+
+    Yields:
+        Another folder, of what is to be in it.
+
+    Raises:
+        ValueError: as :func:`check_new_folder`.
+        OSError: whatever else stands in the way.
+    """
+    check_new_folder(path)
+    target = Path(path).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}")
+    partial.mkdir()
+    try:
+        yield partial
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _status(path: str) -> os.stat_result | None:

@@ -324,7 +324,6 @@ class _Search:
                 best = found
         assert best is not None
         _, prefix, column, chosen = best
-        chosen = chosen if math.isfinite(chosen) else 0.0
         self.seat(prefix, column, chosen, further)
         return int(np.ravel_multi_index((*prefix, column), self.shape)), chosen
 
@@ -381,7 +380,12 @@ def _loss(
 
 
 def _best_bias(odds: Tensor, of_others: Tensor, weight: float | Tensor, presence: Tensor) -> Tensor:
-    """Returns the biases of least :func:`_loss`, which is convex in them, by halving."""
+    """Returns the biases of least :func:`_loss`, which is convex in them, by halving.
+
+    0 in a row without words: it has no probability, so that every bias would be too small.
+    """
+    if not (presence > 0).any():
+        return torch.zeros(len(odds))
     low = torch.full((len(odds),), -_MOST_BIAS)
     high = -low
     for _ in range(_HALVINGS):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fairseq_run import move_in_further_tables, train
+from fairseq_run import move_in_further_tables, run, train, write_text
 
 from fairseq_lightrnn.commands import extend
 from fairseq_lightrnn.core.features import FurtherTables, WordBias
@@ -273,7 +273,34 @@ def test_a_row_without_words_is_room(data: Path, tmp_path: Path) -> None:
     extend.main([*arguments, "--data", str(data), "-o", str(tmp_path / "new")])
     model = LanguageModel.from_pretrained(tmp_path / "new")
     assert {"newer", "newest"} <= set(model.dictionary.symbols)
-    assert sum(probabilities(model, "w1").values()) == pytest.approx(1, abs=1e-5)
+    found = probabilities(model, "w1")
+    assert sum(found.values()) == pytest.approx(1, abs=1e-5)
+    assert 1e-4 < found["newer"] < 0.5
+
+
+def test_new_text_is_read_from_its_beginning_and_finds_its_own_best(
+    data: Path, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    train(data, first, max_epoch=2, save_interval_updates=3)
+    middle = next(first.glob("checkpoint_2_*.pt"))
+    texts = {split: write_text(tmp_path / split, 60, seed, words=70)
+             for seed, split in enumerate(("train", "valid"))}  # fmt: skip
+    new = tmp_path / "new"
+    extend.main([str(middle), str(texts["train"]), "--data", str(data), "-o", str(new)])
+    state = torch.load(new / "checkpoint_best.pt", weights_only=False)
+    assert "best" not in state["extra_state"]
+    assert state["extra_state"]["train_iterator"]["iterations_in_epoch"] == 0
+    run(
+        "preprocess", "--only-source", "--trainpref", texts["train"], "--validpref",
+        texts["valid"], "--srcdict", new / "dict.txt", "--destdir", new / "bin",
+    )  # fmt: skip
+    flags = {
+        "restore_file": new / "checkpoint_best.pt",
+        "table_shape": state["cfg"]["model"]["table_shape"],
+    }
+    train(new / "bin", tmp_path / "on", max_epoch=3, **flags)
+    assert (tmp_path / "on" / "checkpoint_best.pt").exists()
 
 
 def test_words_that_are_too_rare(checkpoint: Path, tmp_path: Path) -> None:

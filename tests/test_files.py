@@ -21,10 +21,12 @@ from fairseq_lightrnn.core.table import WordTable
 from fairseq_lightrnn.files import (
     check_new_folder,
     check_output,
+    check_outputs,
     read_lines,
     read_text,
     text_chunks,
     whole_file,
+    whole_folder,
 )
 
 
@@ -55,6 +57,29 @@ class TestWriting:
             1 / 0  # noqa: B018
         assert path.read_text() == "new\n"
         assert list(tmp_path.iterdir()) == [path]
+
+    def test_a_folder_is_whole_or_not_there(self, tmp_path: Path) -> None:
+        path = tmp_path / "deep" / "folder"
+        with pytest.raises(ZeroDivisionError), whole_folder(path) as folder:
+            (folder / "file").write_text("half")
+            1 / 0  # noqa: B018
+        assert list(path.parent.iterdir()) == []
+        path.mkdir()  # an empty one is as good as none
+        with whole_folder(path) as folder:
+            (folder / "file").write_text("whole")
+            assert list(path.iterdir()) == []
+        assert (path / "file").read_text() == "whole"
+        assert list(path.parent.iterdir()) == [path]
+        with pytest.raises(ValueError, match="exists already"), whole_folder(path):
+            pass
+
+    def test_two_flags_do_not_write_one_file(self, tmp_path: Path) -> None:
+        one, other = tmp_path / "one", tmp_path / "other"
+        other.symlink_to(one)
+        check_outputs({"--a": one, "--b": None, "--c": "-", "--d": "-"})
+        check_outputs({"--a": "/dev/null", "--b": "/dev/null"})
+        with pytest.raises(ValueError, match=f"--b {other}: --a writes this file"):
+            check_outputs({"--a": one, "--b": other})
 
     def test_modes_are_kept_and_new_files_heed_the_umask(self, tmp_path: Path) -> None:
         private, new = tmp_path / "private", tmp_path / "new"

@@ -217,4 +217,18 @@ def test_mistakes_end_in_one_sentence(data: Path, trained: Path, tmp_path: Path)
     for flag, value in given.items():
         with pytest.raises(SystemExit, match=f"--table and {flag}: give one of them"):
             reallocate(checkpoint, data, output, "--table", trained / "word_table.txt", flag, value)
+    with pytest.raises(SystemExit, match="--report .*new.json: --output writes this file"):
+        reallocate(checkpoint, data, tmp_path / "new.json")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arch", ["lightrnn_lm", "lightrnn_lm_gated"])
+def test_the_shape_that_the_table_has_is_no_new_one(data: Path, tmp_path: Path, arch: str) -> None:
+    flags = ["--component-vectors", "separate"]
+    train(data, tmp_path, *flags, max_epoch=1, initial_table="random", arch=arch)
+    reallocate(tmp_path, data, tmp_path / "a.pt")  # the best checkpoint of a folder
+    reallocate(tmp_path / "checkpoint_best.pt", data, tmp_path / "b.pt", "--table-shape", "7x7")
+    one, two = load(tmp_path / "a.pt"), load(tmp_path / "b.pt")
+    assert one["model"].keys() == two["model"].keys()
+    for name, value in one["model"].items():
+        assert torch.equal(two["model"][name], value), name

@@ -96,6 +96,18 @@ def test_kaldi_ids_stand_before_the_text(
     nbest.write_text("utt1 ||| w1 w2 ||| -1\nutt1 ||| w2 ||| -2\nutt2 ||| w3 ||| -1\n")
     best = rescore(capsys, checkpoint, nbest, "--lm-weight", 0, "--best")
     assert best == ["utt1 w1 w2", "utt2 w3"]
+    nbest.write_text("1 ||| w1 w2 ||| -1\nutt2 ||| w3 ||| -1\n")
+    best = rescore(capsys, checkpoint, nbest, "--lm-weight", 0, "--best")
+    assert best == ["1 w1 w2", "utt2 w3"], "of all lists or of none"
+
+
+def test_two_flags_do_not_write_one_file(checkpoint: Path, nbest: Path, tmp_path: Path) -> None:
+    path = tmp_path / "one"
+    (tmp_path / "link").symlink_to(path)
+    flags = ["--save-weights", str(path), "--output", str(tmp_path / "link")]
+    with pytest.raises(SystemExit, match="--save-weights .*one: --output writes this file"):
+        main([str(checkpoint), str(nbest), *flags])
+    assert not path.exists()
 
 
 def test_tuned_weights_can_be_used_again(
@@ -164,9 +176,10 @@ class TestKenLM:
         assert re.search(r"--kenlm-weight (0|1|0\.\d)$", capsys.readouterr().err.strip())
 
     def test_no_model(self, checkpoint: Path, nbest: Path, arpa: Path) -> None:
-        arpa.write_text("nothing\n")
-        with pytest.raises(SystemExit, match="not a KenLM model"):
-            main([str(checkpoint), str(nbest), "--kenlm", str(arpa)])
+        for content in (b"nothing\n", bytes(range(255, 0, -1)) * 12):
+            arpa.write_bytes(content)
+            with pytest.raises(SystemExit, match=f"--kenlm {arpa}: not a KenLM model"):
+                main([str(checkpoint), str(nbest), "--kenlm", str(arpa)])
 
 
 class TestBadInput:

@@ -108,6 +108,7 @@ def test_the_command(
     assert len(records[0]["tokens"][0]["all_logprobs"]) == len(model.dictionary)
     run(folder, text, "--context", context)
     summary = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
+    assert "|state:context|" in summary["signature"]
     assert summary["words"] == str(sum(len(score.tokens) for score in expected))
 
 

@@ -26,7 +26,7 @@ from fairseq_lightrnn.commands.text import read_texts
 from fairseq_lightrnn.core.decoder import Decoder
 from fairseq_lightrnn.core.features import WordBias
 from fairseq_lightrnn.core.seats import Seats
-from fairseq_lightrnn.files import check_new_folder
+from fairseq_lightrnn.files import check_new_folder, whole_folder
 from fairseq_lightrnn.language_model import LanguageModel
 from fairseq_lightrnn.models.vocabulary import vocabulary_digest
 from fairseq_lightrnn.models.word_head import WordHead
@@ -99,10 +99,21 @@ def main(args: argparse.Namespace) -> None:
         state["cfg"].model.table_shape = "x".join(map(str, shape))
         state["cfg"].task.data = str(folder.resolve())
     forget_other_parameters(state)
-    folder.mkdir(parents=True, exist_ok=True)
-    dictionary.save(str(folder / "dict.txt"))
-    save_state(state, folder / "checkpoint_best.pt")
+    _forget_text(state["extra_state"])
+    with whole_folder(folder) as partial:
+        dictionary.save(str(partial / "dict.txt"))
+        save_state(state, partial / "checkpoint_best.pt")
     _report(model, LanguageModel.from_pretrained(folder), lines, len(words), old.shape, shape)
+
+
+def _forget_text(extra: dict[str, Any]) -> None:
+    """Removes from a checkpoint what it says of the text, which has other words from now on.
+
+    That is the loss that a better checkpoint must have, and the place in the epoch.
+    """
+    extra.pop("best", None)
+    if "train_iterator" in extra:
+        extra["train_iterator"]["iterations_in_epoch"] = 0
 
 
 def _kept(model: LanguageModel, drop: str | None) -> torch.Tensor:

@@ -14,7 +14,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from fairseq_lightrnn.allocation.gathering import statistics_storage
 from fairseq_lightrnn.allocation.statistics import AllocationStatistics
 from fairseq_lightrnn.checkpoint import (
     build_model,
+    find_checkpoint,
     find_device,
     forget_other_parameters,
     load_state,
@@ -35,7 +35,7 @@ from fairseq_lightrnn.checkpoint import (
 from fairseq_lightrnn.commands.run import command
 from fairseq_lightrnn.core.conditioning import Recurrent
 from fairseq_lightrnn.core.table import WordTable
-from fairseq_lightrnn.files import check_new_folder, check_output, whole_file
+from fairseq_lightrnn.files import check_new_folder, check_outputs, whole_file, whole_folder
 from fairseq_lightrnn.models.flags import parse_shape, settle
 from fairseq_lightrnn.models.word_head import WordHead
 from fairseq_lightrnn.tasks.flags import REALLOCATION_MEMORY
@@ -57,7 +57,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "another shape, and write a new checkpoint to go on training from.",
     )
     add = parser.add_argument
-    add("checkpoint", help="checkpoint of fairseq-train")
+    add("checkpoint", help="checkpoint file, or folder with checkpoint_best.pt")
     add("data", help="folder of binarised data, of the dictionary that the model was trained with")
     add("--output", required=True, metavar="FILE", help="the new checkpoint")
     add("--report", metavar="FILE", help="write what was done here, as JSON")
@@ -91,10 +91,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 @command("lightrnn-reallocate", _parse)
 def main(args: argparse.Namespace) -> None:
     """Re-seats the words of a model as the flags ask for."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = find_device(args.device)
     _check(args)
     state, task = _load(args)
+    _forget_same_shape(args, state, task)
     kept = _keep_input_table(args, state, task)
     model = build_model(task, state, args.checkpoint)
     model.to(device)
@@ -124,11 +124,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if not os.path.isfile(args.checkpoint):
-        raise ValueError(f"{args.checkpoint}: no such checkpoint")
-    for flag in ("output", "report"):
-        if getattr(args, flag) is not None:
-            check_output(getattr(args, flag), f"--{flag}")
+    args.checkpoint = str(find_checkpoint(args.checkpoint))
+    check_outputs({"--output": args.output, "--report": args.report})
     if args.export:
         check_new_folder(args.export, "--export")
     for flag in ("words", "memory", "max_tokens"):
@@ -185,6 +182,14 @@ def _keep_input_table(args: argparse.Namespace, state: dict[str, Any], task: Any
     return bool(cfg.get("keep_input_table", False)) and not before
 
 
+def _forget_same_shape(args: argparse.Namespace, state: dict[str, Any], task: Any) -> None:
+    """Takes a --table-shape that the table has already for none: words move as without it."""
+    num_words, now = len(task.target_dictionary), state["cfg"].model.table_shape
+    if args.table_shape and parse_shape(args.table_shape, num_words) == parse_shape(now, num_words):
+        logger.info(f"--table-shape {args.table_shape}: the table has this shape, words move in it")
+        args.table_shape = None
+
+
 def _move(args: argparse.Namespace, task: Any, model: Any) -> dict[str, Any]:
     """Moves the words in their table as training does."""
     words: WordHead = model.decoder.words
@@ -228,12 +233,10 @@ def _check_memory(memory: float, words: WordHead) -> None:
 
 
 def _new_shape(args: argparse.Namespace, words: WordHead) -> tuple[int, ...] | None:
-    """Returns the shape of --table-shape if it is another one, or None."""
+    """Returns the shape of --table-shape, or None."""
     if args.table_shape is None:
         return None
     shape = parse_shape(args.table_shape, words.table.num_words)
-    if shape == words.table.shape:
-        return None
     if args.objective is not None:
         raise ValueError(
             f"--objective {args.objective}: words are seated in a new shape by what their rows and "
@@ -339,11 +342,8 @@ def _exporter(args: argparse.Namespace, words: WordHead) -> Export | None:
     """Returns what writes all that a reallocation is computed from, if it is wanted."""
     if not args.export:
         return None
-    folder = Path(args.export)
 
     def export(statistics: AllocationStatistics) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / "sums.npy", statistics.sums.float().numpy())
         table = words.table.table()
         outputs: dict[str, Any] = {}
         for component in range(table.num_components):
@@ -351,9 +351,10 @@ def _exporter(args: argparse.Namespace, words: WordHead) -> Export | None:
             outputs[f"vectors{component}"] = vectors.detach().cpu().numpy()
             outputs[f"biases{component}"] = biases.detach().cpu().numpy()
         counts = statistics.counts.numpy()
-        np.savez(
-            folder / "rest.npz", cells=table.cells, shape=table.shape, counts=counts, **outputs
-        )
+        rest = dict(cells=table.cells, shape=table.shape, counts=counts, **outputs)
+        with whole_folder(args.export) as folder:
+            np.save(folder / "sums.npy", statistics.sums.float().numpy())
+            np.savez(folder / "rest.npz", **rest)
 
     return export
 

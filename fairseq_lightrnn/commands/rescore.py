@@ -31,7 +31,7 @@ from fairseq_lightrnn.commands.nbest import (
 )
 from fairseq_lightrnn.commands.run import command
 from fairseq_lightrnn.commands.text import add_scoring_flags, read_texts
-from fairseq_lightrnn.files import STANDARD, check_output, read_text, whole_file
+from fairseq_lightrnn.files import STANDARD, check_outputs, read_text, whole_file
 from fairseq_lightrnn.language_model import LanguageModel
 
 __all__ = ["main"]
@@ -86,9 +86,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Rescores n-best lists as the flags ask for."""
     weights = _weights(args)
-    for flag in ("output", "save_weights"):
-        if getattr(args, flag) is not None:
-            check_output(getattr(args, flag), f"--{flag.replace('_', '-')}")
+    check_outputs({"--output": args.output, "--save-weights": args.save_weights})
     kenlm = _load_kenlm(args.kenlm) if args.kenlm else None
     lists = read_nbest(read_texts([args.nbest]), args.nbest)
     references = None
@@ -109,12 +107,18 @@ def main(args: argparse.Namespace) -> None:
             if kenlm is None:
                 del saved["kenlm"]
             print(json.dumps(saved), file=file)
+    numbered = all(nbest[0].key.isdecimal() for nbest in lists)
     with whole_file(args.output) as file:
         for nbest, lm_scores, features in zip(
             lists, scores.of_share(weights.kenlm), scores.features(), strict=True
         ):
-            for line in _rescored(nbest, lm_scores, features, weights, args.best):
-                print(line, file=file)
+            order, totals = _ranked(nbest, lm_scores, weights)
+            if args.best:
+                first = nbest[order[0]]
+                print(first.text if numbered else f"{first.key} {first.text}", file=file)
+                continue
+            for index in order:
+                print(format_hypothesis(nbest[index], features[index], totals[index]), file=file)
 
 
 def _weights(args: argparse.Namespace) -> Weights:
@@ -166,8 +170,9 @@ def _load_kenlm(path: str) -> Any:
         raise ValueError("--kenlm needs the package kenlm: pip install kenlm") from None
     try:
         return kenlm.Model(path)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, UnicodeDecodeError) as error:
+        # Of bytes that are no text kenlm makes a message that is none either.
+        reason = str(error).splitlines()[0] if isinstance(error, OSError) else "it is no text"
         raise ValueError(f"--kenlm {path}: not a KenLM model ({reason})") from None
 
 
@@ -248,14 +253,13 @@ def _tune(
     return found
 
 
-def _rescored(
-    nbest: Sequence[Hypothesis],
-    lm_scores: Sequence[float],
-    features: Sequence[str],
-    weights: Weights,
-    best: bool,
-) -> list[str]:
-    """Returns the lines of a list, the best hypothesis first; equally good ones stay in order."""
+def _ranked(
+    nbest: Sequence[Hypothesis], lm_scores: Sequence[float], weights: Weights
+) -> tuple[list[int], list[float]]:
+    """Returns the order of a list, the best hypothesis first, and the score of each in the list.
+
+    Equally good ones stay in order.
+    """
     totals = [
         hypothesis.score + weights.lm * lm + weights.length * len(hypothesis.text.split())
         for hypothesis, lm in zip(nbest, lm_scores, strict=True)
@@ -266,11 +270,7 @@ def _rescored(
                 f"the n-best list {hypothesis.key} has the hypothesis {hypothesis.text!r}, whose "
                 f"score comes to {total} with these weights and models"
             )
-    order = sorted(range(len(nbest)), key=lambda index: -totals[index])
-    if best:
-        first = nbest[order[0]]
-        return [first.text if first.key.isdecimal() else f"{first.key} {first.text}"]
-    return [format_hypothesis(nbest[index], features[index], totals[index]) for index in order]
+    return sorted(range(len(nbest)), key=lambda index: -totals[index]), totals
 
 
 if __name__ == "__main__":

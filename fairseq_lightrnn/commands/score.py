@@ -360,11 +360,18 @@ def _signature(model: LanguageModel, args: argparse.Namespace) -> str:
             "table": model.table_digest(),
             "unk": "scored",
             "eos": "out" if args.no_eos else "in",
-            "state": "carried" if args.carry_hidden_state else "reset",
+            "state": _state(args),
             "base": args.base,
             "version": __version__,
         }
     )
+
+
+def _state(args: argparse.Namespace) -> str:
+    """Returns what sentences are predicted from besides their own words."""
+    if args.context is not None:
+        return "context"
+    return "carried" if args.carry_hidden_state else "reset"
 
 
 def _write_summary(summary: dict[str, Any], form: str, file: IO[str]) -> None:

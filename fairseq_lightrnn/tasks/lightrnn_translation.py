@@ -189,8 +189,8 @@ def _check_data(args: Any) -> None:
             args.source_lang, args.target_lang = data_utils.infer_language_pair(directory)
         if args.source_lang is None or args.target_lang is None:
             raise UsageError(
-                f"{directory}: the language pair cannot be told from the files; give --source-lang "
-                "and --target-lang"
+                f"{directory}: the language pair cannot be told from the files; give the folder of "
+                "binarised data, or --source-lang and --target-lang"
             )
     for language in (args.source_lang, args.target_lang):
         path = os.path.join(directory, f"dict.{language}.txt")
