@@ -145,9 +145,7 @@ def whole_file(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]:
             yield file
         return
     target = os.path.realpath(path)
-    folder, name = os.path.split(target)
-    # Short enough for every file system, and hidden if the machine dies.
-    partial = os.path.join(folder, f".{name[:40]}.{secrets.token_hex(8)}")
+    partial = _partial(target)
     mode = 0o666 if kept is None else stat.S_IMODE(kept.st_mode)
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
@@ -177,13 +175,20 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     check_new_folder(path)
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}")
+    partial = Path(_partial(target))
     partial.mkdir()
     try:
         yield partial
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(target: str | Path) -> str:
+    """Returns a name beside that of a whole file or folder, for what is not whole yet."""
+    folder, name = os.path.split(target)
+    # Short enough for every file system, and hidden if the machine dies.
+    return os.path.join(folder, f".{name[:40]}.{secrets.token_hex(8)}")
 
 
 def _status(path: str) -> os.stat_result | None:

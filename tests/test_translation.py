@@ -544,7 +544,9 @@ class TestBadInput:
         )
 
     def test_data_of_one_language(self, data: Path, tmp_path: Path) -> None:
-        self.refused("--source-lang and --target-lang", data, tmp_path)
+        self.refused(
+            "give the folder of binarised data, or --source-lang and --target-lang", data, tmp_path
+        )
 
     def test_a_table_of_the_wrong_language(self, pairs: Path, tmp_path: Path) -> None:
         words = symbols(pairs, "src")

@@ -36,7 +36,7 @@ from fairseq_lightrnn.commands.run import command
 from fairseq_lightrnn.core.conditioning import Recurrent
 from fairseq_lightrnn.core.table import WordTable
 from fairseq_lightrnn.files import check_new_folder, check_outputs, whole_file, whole_folder
-from fairseq_lightrnn.models.flags import parse_shape, settle
+from fairseq_lightrnn.models.flags import parse_shape, settle, table_shape
 from fairseq_lightrnn.models.word_head import WordHead
 from fairseq_lightrnn.tasks.flags import REALLOCATION_MEMORY
 from fairseq_lightrnn.tasks.reallocator import Reallocator, log_reallocation
@@ -184,8 +184,9 @@ def _keep_input_table(args: argparse.Namespace, state: dict[str, Any], task: Any
 
 def _forget_same_shape(args: argparse.Namespace, state: dict[str, Any], task: Any) -> None:
     """Takes a --table-shape that the table has already for none: words move as without it."""
-    num_words, now = len(task.target_dictionary), state["cfg"].model.table_shape
-    if args.table_shape and parse_shape(args.table_shape, num_words) == parse_shape(now, num_words):
+    num_words = len(task.target_dictionary)
+    now = table_shape(state["cfg"].model, num_words)
+    if args.table_shape and parse_shape(args.table_shape, num_words) == now:
         logger.info(f"--table-shape {args.table_shape}: the table has this shape, words move in it")
         args.table_shape = None
 

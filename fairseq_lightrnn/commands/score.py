@@ -13,7 +13,7 @@ import math
 import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, repeat, tee
+from itertools import repeat, tee
 from typing import IO, Any
 
 import numpy as np
@@ -99,8 +99,8 @@ def main(args: argparse.Namespace) -> None:
     _check(args)
     model = LanguageModel.from_pretrained(args.checkpoint, args.data, args.device)
     _settle_state(model, args)
-    left = iter(read_texts([args.context])) if args.context else repeat("")
-    contexts: Iterator[str] = chain(left, _too_few(args.context))
+    left = read_texts([args.context]) if args.context else repeat("")
+    contexts = _contexts(left, args.context)
     again = contexts
     if args.full:  # reads them once more, sentence by sentence
         contexts, again = tee(contexts)
@@ -196,10 +196,10 @@ def _lines(args: argparse.Namespace) -> Iterator[str | None]:
             yield None
 
 
-def _too_few(path: str) -> Iterator[str]:
-    """Is what contexts end with."""
+def _contexts(lines: Iterator[str], path: str) -> Iterator[str]:
+    """Yields the context of each sentence, as long as there is one."""
+    yield from lines
     raise ValueError(f"--context {path}: has fewer lines than the text")
-    yield
 
 
 def _binarised(data: str, split: str, model: LanguageModel) -> Iterable[np.ndarray]:
