@@ -110,7 +110,7 @@ def make_tables(data: Path, args: argparse.Namespace) -> dict[str, float]:
 def train(system: str, data: Path, folder: Path, args: argparse.Namespace) -> None:
     """Trains a system for so many seconds of the processor, unless that is done."""
     from benchmark_language_model import LSTMS
-    from side_by_side import KEEP_MEMORY, TRAIN_BY_CPU, run_measured
+    from side_by_side import KEEP_MEMORY, TRAIN_FOR_SECONDS, run_measured
 
     if (folder / "trained.json").exists():
         return
@@ -130,7 +130,7 @@ def train(system: str, data: Path, folder: Path, args: argparse.Namespace) -> No
             # argparse takes the last of several values.
             flags += ["--further-tables", ",".join(map(str, tables[1:]))]
     flags += ["--stop-time-hours", args.seconds / 3600, "--log-interval", 20]
-    command = [sys.executable, "-c", TRAIN_BY_CPU, *flags]
+    command = [sys.executable, TRAIN_FOR_SECONDS, "cpu", *flags]
     with open(folder / "train.txt", "w") as log:
         code, _ = run_measured(command, log, {**KEEP_MEMORY, "OMP_NUM_THREADS": "1"})
     if code:

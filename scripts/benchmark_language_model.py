@@ -126,7 +126,7 @@ def parse() -> argparse.Namespace:
         "validation of this one said (default: %(default)s)")  # fmt: skip
     add("--lr-schedule", choices=["halved", "linear"], default="halved",
         help="the learning rate is halved when validation gets worse, or falls to nothing on a "
-        "line over all --epochs (default: %(default)s)")  # fmt: skip
+        "line over all --epochs or --for-seconds (default: %(default)s)")  # fmt: skip
     add("--authors-round", type=int, default=12, metavar="N",
         help="epochs before the reallocation of authors (default: %(default)s)")  # fmt: skip
     add("--transformer-layers", type=int, default=3, help="(default: %(default)s)")
@@ -140,8 +140,6 @@ def parse() -> argparse.Namespace:
     names = [system.partition("@")[0] for system in args.systems]
     if args.for_seconds is not None and "authors" in names:
         parser.error("--for-seconds moves no words after an epoch; leave authors out of --systems")
-    if args.for_seconds is not None and args.lr_schedule == "linear":
-        parser.error("--lr-schedule linear needs to know its end: --epochs, not --for-seconds")
     return args
 
 
@@ -287,8 +285,9 @@ def main() -> None:
     spelt = [system for system in args.systems if "@" in system or system == KENLM]
     if spelt and not args.report:
         require_known_words(args.text, spelt[0])
-    # A rate that falls on a line must know the end.
-    more = [] if args.lr_schedule == "linear" else ["epochs"]
+    # A rate that falls on a line over the epochs must know the last one.
+    by_epochs = args.lr_schedule == "linear" and args.for_seconds is None
+    more = [] if by_epochs else ["epochs"]
     description = claim_folder(args, "seconds", "step", *more)
     for seed in args.seeds:
         for system in args.systems:

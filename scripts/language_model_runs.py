@@ -81,8 +81,11 @@ def schedule_flags(system: str, args: argparse.Namespace) -> list[Any]:
         flags = ["--lr", args.transformer_lr, "--warmup-updates", TRANSFORMER_WARMUP]
     if args.lr_schedule == "halved":
         return [*flags, "--lr-scheduler", "reduce_lr_on_plateau", "--lr-shrink", 0.5]
-    block, batch = block_and_batch(system, args)
-    updates = args.epochs * math.ceil(count_tokens(args.text) / (block * batch))
+    if args.for_seconds is not None:  # train_for_seconds.py lowers it by time
+        updates = 1_000_000
+    else:
+        block, batch = block_and_batch(system, args)
+        updates = args.epochs * math.ceil(count_tokens(args.text) / (block * batch))
     return [*flags, "--lr-scheduler", "polynomial_decay", "--total-num-update", updates]
 
 

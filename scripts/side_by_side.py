@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -27,7 +27,7 @@ from typing import IO, Any, NamedTuple
 __all__ = [
     "KEEP_MEMORY",
     "PLUGIN",
-    "TRAIN_BY_CPU",
+    "TRAIN_FOR_SECONDS",
     "VOCABULARY",
     "Systems",
     "add_gpu_flag",
@@ -67,12 +67,8 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": s
 them anew at each step, and page faults take a third of the time of a softmax over 10,000 words."""
 # Updates.
 _LOG_INTERVAL = 100
-TRAIN_BY_CPU = (
-    "import time; from fairseq.trainer import Trainer; from fairseq_cli.train import cli_main; "
-    "Trainer.cumulative_training_time = "
-    "lambda self: time.process_time() + self._previous_training_time; cli_main()"
-)
-"""Program of a ``fairseq-train`` whose ``--stop-time-hours`` are the processor's."""
+TRAIN_FOR_SECONDS = Path(__file__).resolve().parent / "train_for_seconds.py"
+"""A ``fairseq-train`` whose ``--stop-time-hours`` may be the processor's."""
 # What fairseq logs after an epoch's validation.
 _EPOCH = r"\{\"epoch\": \d+, \"valid_loss\".*\}"
 
@@ -162,22 +158,20 @@ def _failed(record: dict[str, Any]) -> bool:
 
 def call(module: str, *arguments: Any, log: Path | None = None) -> str:
     """Runs one of fairseq's commands with one thread and returns what it printed."""
-    return _call(module, *arguments, log=log)[0]
+    return _call(["-m", f"fairseq_cli.{module}"], *arguments, log=log)[0]
 
 
 def _call(
-    module: str, *arguments: Any, log: Path | None = None, program: str | None = None
+    program: Sequence[Any], *arguments: Any, log: Path | None = None
 ) -> tuple[str, resource.struct_rusage]:
     """Returns what one of fairseq's commands printed, and what it used of the machine.
 
     Args:
-        module: name of the command's module.
+        program: what Python runs, such as ``-m`` and a module.
         *arguments: of the command.
         log: file that receives what it printed.
-        program: that runs in the place of the module.
     """
-    code = ["-m", f"fairseq_cli.{module}"] if program is None else ["-c", program]
-    command = [sys.executable, *code, *map(str, arguments)]
+    command = [sys.executable, *map(str, program), *map(str, arguments)]
     with tempfile.TemporaryFile("w+") as file:
         status, used = run_measured(command, file, {**KEEP_MEMORY, "OMP_NUM_THREADS": "1"})
         file.seek(0)
@@ -257,7 +251,8 @@ def train_for(
         return
     limits = ["--stop-time-hours", seconds / 3600, "--keep-interval-updates", 1]
     every = ["--validate-interval-updates", interval, "--save-interval-updates", interval]
-    output = _train(folder, [*flags, *limits, *every], None if clock else TRAIN_BY_CPU)
+    program = [TRAIN_FOR_SECONDS, "clock" if clock else "cpu"]
+    output = _train(folder, [*flags, *limits, *every], program)
     log = re.findall(r"\{\"epoch\": .*\}", (folder / "train.log").read_text())
     records = [json.loads(line) for line in log]
     last = [record for record in records if "update" in record][-1:]
@@ -282,13 +277,15 @@ class _Training(NamedTuple):
     used: dict[str, Any]
 
 
-def _train(folder: Path, flags: list[Any], program: str | None = None) -> _Training:
+def _train(
+    folder: Path, flags: list[Any], program: Sequence[Any] = ("-m", "fairseq_cli.train")
+) -> _Training:
     """Runs one process of ``fairseq-train``; see :func:`_call`."""
     start = time.monotonic()
     output, used = _call(
-        "train", *flags, "--save-dir", folder, "--num-workers", 0, "--no-epoch-checkpoints",
+        program, *flags, "--save-dir", folder, "--num-workers", 0, "--no-epoch-checkpoints",
         "--log-format", "json", "--log-interval", _LOG_INTERVAL,
-        "--log-file", folder / "train.log", program=program,
+        "--log-file", folder / "train.log",
     )  # fmt: skip
     seconds = {
         "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),

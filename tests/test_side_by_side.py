@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
+import fairseq_cli.train
 import pytest
 import torch
+from fairseq.optim import FairseqOptimizer
+from fairseq.optim.lr_scheduler.polynomial_decay_schedule import (
+    PolynomialDecayLRSchedule,
+    PolynomialDecayLRScheduleConfig,
+)
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "side_by_side.py"
 # Validation perplexities after epochs 1, 2, …
@@ -30,12 +40,10 @@ def books(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module.trained = 0  # epochs that the checkpoint knows
     module.calls = []
 
-    def call(
-        command: str, *arguments: Any, log: Path | None = None, program: str | None = None
-    ) -> tuple[str, Any]:
+    def call(program: Sequence[Any], *arguments: Any, log: Path | None = None) -> tuple[str, Any]:
         flags = list(map(str, arguments))
         goal = int(flags[flags.index("--max-epoch") + 1])
-        module.calls.append((command, goal))
+        module.calls.append((program[-1].removeprefix("fairseq_cli."), goal))
         lines, used = [], 0.0
         for epoch in range(module.trained + 1, goal + 1):
             used += 10
@@ -132,7 +140,7 @@ def test_a_checkpoint_from_a_gpu_holds_twice_what_is_shared(
 USE = """
 import side_by_side
 for size in (900, 1):
-    print(side_by_side._call("eat", size)[1].ru_maxrss >> 10)
+    print(side_by_side._call(["-m", "fairseq_cli.eat"], size)[1].ru_maxrss >> 10)
 """
 
 
@@ -161,17 +169,43 @@ def test_a_command_that_fails_leaves_its_log(
     assert "No module named" in (tmp_path / "log").read_text()
 
 
-def test_the_seconds_of_the_processor_go_on(books: ModuleType) -> None:
+@pytest.fixture
+def for_seconds(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import train_for_seconds
+
+    return train_for_seconds
+
+
+def test_the_seconds_of_the_processor_go_on(for_seconds: ModuleType) -> None:
     """fairseq's trainer counts those of earlier processes by a name of its own."""
-    program = (
-        "from types import SimpleNamespace as Trained\nimport fairseq_cli.train as command\n"
-        "command.cli_main = lambda: None\n"
-        f"{books.TRAIN_BY_CPU}\n"
-        "import inspect\nassert '_previous_training_time' in inspect.getsource(Trainer)\n"
-        "print(Trainer.cumulative_training_time(Trained(_previous_training_time=5000.0)))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert 5000 < float(done.stdout) < 5100, done.stderr
+    assert "_previous_training_time" in inspect.getsource(for_seconds.Trainer)
+    assert "cumulative_training_time" in inspect.getsource(fairseq_cli.train)
+    now = time.process_time()
+    earlier = SimpleNamespace(_previous_training_time=5000.0)
+    assert 5000 + now <= for_seconds.processor_time(earlier) <= 5000 + time.process_time()
+
+
+def test_a_learning_rate_falls_with_time(for_seconds: ModuleType) -> None:
+    """After the warm-up, on a line that ends with the time."""
+    config = PolynomialDecayLRScheduleConfig(warmup_updates=10, total_num_update=1000, lr=[0.5])
+    schedule = PolynomialDecayLRSchedule(config, MagicMock(FairseqOptimizer))
+    trainer = MagicMock(lr_scheduler=schedule)
+    trainer.cfg.optimization.stop_time_hours = 2.0
+
+    def rate(updates: int, seconds: float) -> float:
+        trainer.get_num_updates.return_value = updates
+        trainer.cumulative_training_time.return_value = seconds
+        for_seconds.step_by_time(trainer)
+        set_rate: float = schedule.optimizer.set_lr.call_args.args[0]
+        return set_rate
+
+    assert rate(5, 3600) == 0.25  # warming up
+    assert rate(20, 0) == 0.5
+    assert rate(30, 3600) == pytest.approx(0.25)
+    assert rate(31, 5400) == pytest.approx(0.125)
+    assert rate(40, 7300) == 0
+    assert "lr_step_update" in inspect.getsource(for_seconds.Trainer.set_num_updates)
 
 
 @pytest.mark.parametrize("clock", [True, False])
@@ -188,10 +222,8 @@ def test_training_for_seconds(
         '{"epoch": 1, "valid_loss": "7", "valid_num_updates": "200"}',
     ]
 
-    def call(
-        command: str, *arguments: Any, log: Path | None = None, program: str | None = None
-    ) -> tuple[str, Any]:
-        assert (program is None) == clock
+    def call(program: Sequence[Any], *arguments: Any, log: Path | None = None) -> tuple[str, Any]:
+        assert program == [books.TRAIN_FOR_SECONDS, "clock" if clock else "cpu"]
         flags = list(map(str, arguments))
         assert flags[flags.index("--stop-time-hours") + 1] == "0.5"
         Path(flags[flags.index("--log-file") + 1]).write_text("\n".join(lines))
