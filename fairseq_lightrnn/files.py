@@ -8,6 +8,7 @@ standard input or output. Text is UTF-8; what is compressed by gzip is read as w
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import io
 import os
@@ -41,6 +42,9 @@ _GZIP = b"\x1f\x8b"
 _READ_AT_ONCE = 1 << 20
 # Paths of files that this process has open already: opened anew, they would begin anew.
 _OPEN = re.compile(r"/dev/(stdout|stderr)|/(?:dev|proc/self)/fd/(\d+)")
+
+# What writing into a full place ends in; the system names no file then.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_output(path: str | Path, flag: str = "") -> None:
@@ -119,7 +123,7 @@ def whole_file(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]:
 
     Raises:
         ValueError: as :func:`check_output`.
-        OSError: whatever else stands in the way.
+        OSError: whatever else stands in the way, such as a full disk; it names the path.
     """
     path = os.fspath(path)
     if path == STANDARD:
@@ -135,13 +139,13 @@ def whole_file(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]:
         number = {"stdout": 1, "stderr": 2}.get(already[1]) or int(already[2] or 0)
         if sys.stdout is not None:
             sys.stdout.flush()
-        with _opened(os.dup(number), binary) as file:
+        with _opened(os.dup(number), binary, path) as file:
             yield file
         return
     check_output(path)
     kept = _status(path)
     if kept is not None and not stat.S_ISREG(kept.st_mode):
-        with _opened(os.open(path, os.O_WRONLY), binary) as file:
+        with _opened(os.open(path, os.O_WRONLY), binary, path) as file:
             yield file
         return
     target = os.path.realpath(path)
@@ -149,7 +153,7 @@ def whole_file(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]:
     mode = 0o666 if kept is None else stat.S_IMODE(kept.st_mode)
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
-        with _opened(descriptor, binary) as file:
+        with _opened(descriptor, binary, path) as file:
             if kept is not None:
                 with contextlib.suppress(OSError):  # only root can give a file away
                     os.fchown(descriptor, kept.st_uid, kept.st_gid)
@@ -180,6 +184,10 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, target)
+    except OSError as error:
+        if error.errno in _FULL and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -198,10 +206,24 @@ def _status(path: str) -> os.stat_result | None:
         return None
 
 
-def _opened(descriptor: int, binary: bool) -> IO[Any]:
-    if binary:
-        return os.fdopen(descriptor, "wb")
-    return os.fdopen(descriptor, "w", encoding="utf-8", newline="\n")
+class _Output(io.FileIO):
+    """An open file whose errors name a path, as that of a full disk does not by itself."""
+
+    def __init__(self, descriptor: int, path: str) -> None:
+        super().__init__(descriptor, "w")
+        self._path = path
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = self._path
+            raise
+
+
+def _opened(descriptor: int, binary: bool, path: str) -> IO[Any]:
+    file = io.BufferedWriter(_Output(descriptor, path))
+    return file if binary else io.TextIOWrapper(file, encoding="utf-8", newline="\n")
 
 
 @contextmanager

@@ -162,9 +162,18 @@ class LanguageModel:
 
         Returns:
             A :class:`SentenceScore`, or a list of them if a list was given.
+
+        Raises:
+            ValueError: if there is a list of contexts that is not as long as that of the sentences,
+                or a context and the state is to be carried too.
         """
         sentences = [text] if isinstance(text, str) else text
         contexts = repeat(context) if isinstance(context, str) else context
+        if isinstance(contexts, Sequence) and len(contexts) != len(sentences):
+            raise ValueError(
+                f"{len(sentences)} sentences need as many contexts, or one str for all, not "
+                f"{len(contexts)}"
+            )
         scores = list(
             self.score_lines(
                 sentences, contexts=contexts, carry_hidden_state=carry_hidden_state, details=details

@@ -5,10 +5,13 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import resource
 import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,17 @@ from fairseq_lightrnn.files import (
     whole_file,
     whole_folder,
 )
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Lets no file grow beyond so many bytes, as if the disk were full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def write(path: Any, text: str = "new\n") -> None:
@@ -72,6 +86,27 @@ class TestWriting:
         assert list(path.parent.iterdir()) == [path]
         with pytest.raises(ValueError, match="exists already"), whole_folder(path):
             pass
+
+    def test_a_full_disk_names_the_file(self, tmp_path: Path) -> None:
+        first, second, folder = (tmp_path / name for name in ("first", "second", "folder"))
+        with files_of_at_most(1000):
+            for binary in (False, True):
+                with pytest.raises(OSError) as full, whole_file(first, binary=binary) as file:
+                    file.write(bytes(2000) if binary else " " * 2000)
+                assert full.value.filename == str(first)
+            with (
+                pytest.raises(OSError) as full,
+                whole_file(first) as file,
+                whole_file(second) as other,
+            ):
+                other.write("done")
+                file.write(" " * 2000)
+                file.flush()
+            assert full.value.filename == str(first)
+            with pytest.raises(OSError) as full, whole_folder(folder) as partial:
+                (partial / "file").write_bytes(bytes(2000))
+            assert full.value.filename == str(folder)
+        assert list(tmp_path.iterdir()) == []
 
     def test_two_flags_do_not_write_one_file(self, tmp_path: Path) -> None:
         one, other = tmp_path / "one", tmp_path / "other"

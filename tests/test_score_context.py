@@ -55,7 +55,10 @@ def test_given_a_context(model: LanguageModel) -> None:
 
 def test_contexts_that_make_no_sense(model: LanguageModel) -> None:
     with pytest.raises(ValueError, match="sentence 2 has no context"):
-        model.score(["w1", "w2"], context=["w1"])
+        list(model.score_lines(["w1", "w2"], contexts=["w1"]))
+    for contexts in (["w1"], ["w1", "w2", "w3"]):
+        with pytest.raises(ValueError, match=f"2 sentences need as many .* not {len(contexts)}"):
+            model.score(["w1", "w2"], context=contexts)
     with pytest.raises(ValueError, match="exclude each other"):
         model.score(["w1"], context=["w1"], carry_hidden_state=True)
 
