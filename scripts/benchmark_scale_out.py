@@ -10,8 +10,9 @@ bytes that it is given. Every other update of two workers leaves the averaging o
 is the all-reduce's share of the time, the wait for the slower worker included.
 
 A measurement that needs more memory than is free is not made, and the table says so; a smaller
-``--batch-size`` needs less, and leaves the bytes as they are. Finished ones are kept in OUTPUT, so
-an interrupted run goes on.
+``--batch-size`` needs less, and leaves the bytes as they are; an adaptive softmax needs batches
+that have words of all its clusters, or workers wait for each other. Finished measurements are kept
+in OUTPUT, so an interrupted run goes on.
 """
 
 from __future__ import annotations
