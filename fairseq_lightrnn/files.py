@@ -42,7 +42,6 @@ _GZIP = b"\x1f\x8b"
 _READ_AT_ONCE = 1 << 20
 # Paths of files that this process has open already: opened anew, they would begin anew.
 _OPEN = re.compile(r"/dev/(stdout|stderr)|/(?:dev|proc/self)/fd/(\d+)")
-
 # What writing into a full place ends in; the system names no file then.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

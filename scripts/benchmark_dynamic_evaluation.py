@@ -128,9 +128,8 @@ class Learner:
     def _step(self, gradients: list[Tensor], rate: float, back: float) -> None:
         steps = torch._foreach_div(gradients, self.divisors)
         torch._foreach_add_(self.parameters, steps, alpha=-rate)
-        if back > 0:
-            ways = torch._foreach_sub(self.trained, self.parameters)
-            torch._foreach_addcmul_(self.parameters, ways, self.pulls, back)
+        ways = torch._foreach_sub(self.trained, self.parameters)
+        torch._foreach_addcmul_(self.parameters, ways, self.pulls, back)
 
 
 def measure(checkpoint: Path, args: argparse.Namespace) -> dict[str, Any]:

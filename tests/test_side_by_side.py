@@ -186,6 +186,25 @@ def test_the_seconds_of_the_processor_go_on(for_seconds: ModuleType) -> None:
     assert 5000 + now <= for_seconds.processor_time(earlier) <= 5000 + time.process_time()
 
 
+@pytest.mark.parametrize("clock", [True, False])
+def test_training_goes_by_the_time_that_is_asked_for(
+    for_seconds: ModuleType, monkeypatch: pytest.MonkeyPatch, clock: bool
+) -> None:
+    trainer = for_seconds.Trainer
+    by_clock = trainer.cumulative_training_time
+    for name in ("cumulative_training_time", "lr_step_update"):
+        monkeypatch.setattr(trainer, name, getattr(trainer, name))  # put back afterwards
+    seen = []
+    monkeypatch.setattr(for_seconds, "cli_main", lambda: seen.extend(sys.argv))
+    kind = "clock" if clock else "cpu"
+    monkeypatch.setattr(sys, "argv", ["train_for_seconds.py", kind, "data", "--cpu"])
+    for_seconds.main()
+    assert seen == ["train_for_seconds.py", "data", "--cpu"]
+    time_of = by_clock if clock else for_seconds.processor_time
+    assert trainer.cumulative_training_time is time_of
+    assert trainer.lr_step_update is for_seconds.step_by_time
+
+
 def test_a_learning_rate_falls_with_time(for_seconds: ModuleType) -> None:
     """After the warm-up, on a line that ends with the time."""
     config = PolynomialDecayLRScheduleConfig(warmup_updates=10, total_num_update=1000, lr=[0.5])
