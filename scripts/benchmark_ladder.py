@@ -48,7 +48,7 @@ class Rung(NamedTuple):
 
 
 SOFTMAX = {
-    "0.5M": Rung(44, 0.05),
+    "0.5M": Rung(45, 0.05),
     "1M": Rung(84, 0.1),
     "2M": Rung(152, 0.2),
     "2.6M": Rung(200, 0.25),
@@ -56,13 +56,13 @@ SOFTMAX = {
     "10M": Rung(520, 0.45),
 }
 LIGHTRNN = {
-    "0.5M": Rung(120, 0.05),
+    "0.5M": Rung(128, 0.05),
     "1M": Rung(170, 0.15, 680),
     "1.3M": Rung(200, 0.2, 800),
     "2M": Rung(210, 0.25, 800, 65),
     "2.6M": Rung(272, 0.3, 1000, 65),
-    "5M": Rung(425, 0.4, 1200, 65),
-    "10M": Rung(615, 0.5, 2000, 65),
+    "5M": Rung(416, 0.4, 1280, 65),
+    "10M": Rung(608, 0.5, 2048, 65),
 }
 RUNGS = {f"softmax-{size}": rung for size, rung in SOFTMAX.items()}
 RUNGS |= {f"lightrnn-{size}": rung for size, rung in LIGHTRNN.items()}
