@@ -8,9 +8,9 @@ last epoch. A rung is named by its kind and its parameters on Penn Treebank:
 
 * ``softmax``: two layers of an LSTM with an ordinary softmax, one set of vectors for input and
   output (``--arch lightrnn_lm --table-shape 1d --component-vectors shared``);
-* ``lightrnn``: two layers and, in all but the smallest, a feed-forward layer
-  (``--arch lightrnn_lm_gated``), words moved after two epochs of the first third. Of its own a word
-  has a bias and three further tables, from 2M parameters on 64 numbers in their place.
+* ``lightrnn``: two layers and a feed-forward layer (``--arch lightrnn_lm_gated``), words moved
+  after two epochs of the first third. Of its own a word has a bias and three further tables, from
+  2M parameters on 64 numbers in their place.
 
 All are trained alike: 20 pieces of text with carried hidden state, blocks of 35 words, Adam, its
 learning rate rising for 300 updates and then falling to nothing on a line, gradients clipped at
@@ -56,7 +56,7 @@ SOFTMAX = {
     "10M": Rung(520, 0.45),
 }
 LIGHTRNN = {
-    "0.5M": Rung(128, 0.05),
+    "0.5M": Rung(112, 0.05, 384),
     "1M": Rung(170, 0.15, 680),
     "1.3M": Rung(200, 0.2, 800),
     "2M": Rung(210, 0.25, 800, 65),
