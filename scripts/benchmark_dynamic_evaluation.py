@@ -27,8 +27,8 @@ from torch import Tensor
 from fairseq_lightrnn.files import whole_file
 from fairseq_lightrnn.language_model import LanguageModel
 
-RATES = (5e-5, 1e-4, 2e-4)
-RETURNS = (5e-4, 1e-3, 2e-3)
+RATES = (1e-4, 2e-4, 4e-4, 8e-4)
+RETURNS = (1e-3, 2e-3, 4e-3)
 _LANES = 20
 
 
