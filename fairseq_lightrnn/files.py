@@ -18,7 +18,7 @@ import shutil
 import stat
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -69,16 +69,20 @@ def check_output(path: str | Path, flag: str = "") -> None:
         _check_room(folder, name)
 
 
-def check_outputs(paths: Mapping[str, str | Path | None]) -> None:
-    """Does :func:`check_output` for several flags, of which no two may write the same file.
+def check_outputs(
+    paths: Mapping[str, str | Path | None], inputs: Iterable[str | Path | None] = ()
+) -> None:
+    """Does :func:`check_output` for flags, of which none may write what another writes or reads.
 
     Args:
         paths: by flag; None is passed over.
+        inputs: files that are read; None and the standard input are passed over.
 
     Raises:
         ValueError: naming flag and path.
     """
     known: dict[str, str] = {}
+    read = {os.path.realpath(path) for path in inputs if path not in (None, STANDARD)}
     for flag, path in paths.items():
         if path is None:
             continue
@@ -88,6 +92,8 @@ def check_outputs(paths: Mapping[str, str | Path | None]) -> None:
             continue
         if place in known:
             raise ValueError(f"{flag} {path}: {known[place]} writes this file; give another one")
+        if place in read:
+            raise ValueError(f"{flag} {path}: is what is read here; give another file")
         known[place] = flag
 
 

@@ -113,8 +113,8 @@ def _contexts(
     """Reads a text.
 
     Returns:
-        The contexts of some occurrences of each new word; and those of some positions of the text,
-        with the number of positions that each stands for.
+        The contexts of some occurrences of each new word, to extend; and those of some positions of
+        the text, with the number of positions that each stands for.
     """
     texts = [line.split() for line in lines]
     total = sum(len(text) + 1 for text in texts)
@@ -128,11 +128,12 @@ def _contexts(
         start = torch.tensor([model.start] * len(batch))
         context = model.decoder.read(start)
         for step in range(len(batch[0]) + 1):
+            to_extend = model.decoder.head.to_extend(context)
             for row, text in enumerate(batch):
                 if step > len(text):
                     continue
                 word = text[step] if step < len(text) else None
-                here = context.select(torch.tensor([row]))
+                here = to_extend.select(torch.tensor([row]))
                 if word in found and len(found[cast(str, word)]) < _OCCURRENCES:
                     found[cast(str, word)].append(here)
                 if generator.random() < share or not sampled:

@@ -59,13 +59,12 @@ class Instance:
         )
 
 
-def dense_costs(instance: Instance, centred: bool = False) -> np.ndarray:
+def dense_costs(instance: Instance) -> np.ndarray:
     """Returns the V x V matrix of words and occupied cells, in the order of the cells."""
     cells = np.sort(instance.table.cells)
     rows, columns = np.divmod(cells, instance.table.shape[1])
     first, second = (costs.block(slice(None)).numpy() for costs in instance.costs)
-    matrix = first[:, rows] + second[:, columns]
-    return matrix - matrix.mean(axis=1, keepdims=True) if centred else matrix
+    return np.asarray(first[:, rows] + second[:, columns])
 
 
 def scipy_dense(instance: Instance) -> np.ndarray:

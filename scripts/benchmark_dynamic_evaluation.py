@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 from fairseq.data import data_utils
-from side_by_side import checksum, machine
+from side_by_side import checksum, machine, write_whole
 from torch import Tensor
 
-from fairseq_lightrnn.files import whole_file
 from fairseq_lightrnn.language_model import LanguageModel
 
 RATES = (1e-4, 2e-4, 4e-4, 8e-4)
@@ -166,13 +165,16 @@ def main() -> None:
         **machine(),
         "systems": {},
     }
-    for checkpoint in args.checkpoints:
+    folders = [path if path.is_dir() else path.parent for path in args.checkpoints]
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        raise SystemExit(f"{' '.join(names)}: two folders of a name; rename one")
+    for name, checkpoint in zip(names, args.checkpoints, strict=True):
         found = measure(checkpoint, args)
-        report["systems"][checkpoint.parent.name] = found
+        report["systems"][name] = found
         print(checkpoint, found, flush=True)
         if args.output:
-            with whole_file(args.output) as file:
-                file.write(json.dumps(report, indent=1) + "\n")
+            write_whole(args.output, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

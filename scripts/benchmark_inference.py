@@ -37,7 +37,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from side_by_side import machine
+from side_by_side import machine, write_whole
 
 # What words have in the models of the plugin, see ``LSTMConfig``.
 OURS: dict[str, dict[str, Any]] = {
@@ -336,9 +336,7 @@ def main() -> None:
             key: value for key, value in vars(args).items() if key not in ("json", "worker")
         }
         report = {"settings": settings, **machine(), "results": results}
-        partial = args.json.with_name(args.json.name + ".tmp")
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(partial, args.json)
+        write_whole(args.json, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ the best validation loss.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -72,7 +73,7 @@ from language_model_text import (
     require_known_words,
     split_words,
 )
-from side_by_side import append_line, commit, last_epoch, train_for, train_in_steps
+from side_by_side import append_line, commit, last_epoch, train_for, train_in_steps, write_whole
 
 # Of fairseq's adaptive softmax; those beyond the vocabulary are left out, and those of clusters
 # whose words would have no numbers left: they have a quarter of those of the cluster before.
@@ -260,7 +261,8 @@ def count_n_grams(data: Path, folder: Path, args: argparse.Namespace) -> None:
     append_line(folder / "epochs.jsonl", {"epoch": 1, "valid_ppl": perplexities["valid"]})
     append_line(folder / "steps.jsonl", {"epoch": 1, "trained": 1, **used})
     numbers = {"parameters": built.numbers, "vocabulary_parameters": built.numbers}
-    append_line(folder / "test.json", {"epoch": 1, "test_ppl": perplexities["test"], **numbers})
+    tested = {"epoch": 1, "test_ppl": perplexities["test"], **numbers}
+    write_whole(folder / "test.json", json.dumps(tested) + "\n")
 
 
 def run(system: str, seed: int, folder: Path, args: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from side_by_side import PLUGIN, keep_settings, machine, run_measured, write_results
+from side_by_side import PLUGIN, keep_settings, machine, run_measured, write_results, write_whole
 
 _LINE = 25  # words
 _HELD_OUT = 20_000  # words
@@ -135,7 +135,7 @@ def main() -> None:
     for name, command in commands(args):
         if name not in {step["step"] for step in steps}:
             steps.append(run(name, command, args))
-            kept.write_text(json.dumps(steps))
+            write_whole(kept, json.dumps(steps))
             print(steps[-1], flush=True)
     found = {"settings": settings, **machine(), "steps": steps, **sizes(args)}
     lines = ["| step | seconds | of the CPU | peak GiB |", "|---|---|---|---|"]

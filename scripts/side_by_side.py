@@ -24,6 +24,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from fairseq_lightrnn.files import whole_file
+
 __all__ = [
     "KEEP_MEMORY",
     "PLUGIN",
@@ -51,6 +53,7 @@ __all__ = [
     "train_in_steps",
     "write_results",
     "write_test",
+    "write_whole",
 ]
 
 Systems = dict[str, dict[str, dict[str, Any]]]
@@ -86,14 +89,23 @@ def device_flags(args: argparse.Namespace) -> list[str]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the records of a file of JSON lines; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Returns the records of a file of JSON lines; none if there is no such file.
+
+    A line that has no end is of a process that was killed while it wrote, and does not count.
+    """
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Appends a record to a file of JSON lines."""
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
+    write_whole(path, "".join(json.dumps(one) + "\n" for one in [*read_lines(path), record]))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file, or leaves the one that there is."""
+    with whole_file(path) as file:
+        file.write(text)
 
 
 def keep_settings(out: Path, settings: Mapping[str, Any]) -> None:
@@ -112,7 +124,7 @@ def keep_settings(out: Path, settings: Mapping[str, Any]) -> None:
                 f"{out}: its runs have {name} {known.get(name)}, not {given.get(name)}; give "
                 "another folder to write to"
             )
-    path.write_text(json.dumps(given, indent=1) + "\n")
+    write_whole(path, json.dumps(given, indent=1) + "\n")
 
 
 def measure_each(
@@ -332,7 +344,7 @@ def is_tested(folder: Path) -> bool:
 def write_test(folder: Path, **found: Any) -> None:
     """Keeps what a test of the best checkpoint found, and the numbers of its parameters."""
     result = {"epoch": last_epoch(folder), **found, **count_parameters(folder, VOCABULARY)}
-    (folder / "test.json").write_text(json.dumps(result) + "\n")
+    write_whole(folder / "test.json", json.dumps(result) + "\n")
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
@@ -438,6 +450,6 @@ def machine() -> dict[str, Any]:
 
 def write_results(out: Path, report: dict[str, Any], table: str) -> None:
     """Writes ``results.json`` and ``results.md``, and prints the latter."""
-    (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "results.md").write_text(table + "\n")
+    write_whole(out / "results.json", json.dumps(report, indent=1) + "\n")
+    write_whole(out / "results.md", table + "\n")
     print(table, flush=True)

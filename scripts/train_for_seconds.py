@@ -9,6 +9,7 @@ Time is the processor's or the clock's, of earlier processes of the training too
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 
@@ -39,7 +40,16 @@ def step_by_time(trainer: Trainer) -> float:
 
 
 def main() -> None:
-    if sys.argv.pop(1) == "cpu":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("time", choices=("cpu", "clock"))
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="of fairseq-train")
+    args = parser.parse_args()
+    if "--stop-time-hours" not in args.flags:
+        parser.error("fairseq-train's --stop-time-hours must say for how long")
+    sys.argv[1:] = args.flags
+    if args.time == "cpu":
         Trainer.cumulative_training_time = processor_time
     Trainer.lr_step_update = step_by_time
     cli_main()

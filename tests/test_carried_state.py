@@ -285,6 +285,9 @@ def test_reallocation_gathers_statistics_of_carried_states(data: Path, tmp_path:
             ["--random-block-lengths", "--tokens-per-sample", "4"],
             "--tokens-per-sample 4: blocks of --random-block-lengths have at least 5 words",
         ),
+        (["--tokens-per-sample", "0"], "--tokens-per-sample 0: must be at least 1"),
+        (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
+        (["--batch-size", "-3"], "--batch-size -3: must be at least 1"),
         (
             ["--max-tokens", "100"],
             "--max-tokens has no effect with --carry-hidden-state, which reads --batch-size",

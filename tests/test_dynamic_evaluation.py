@@ -119,7 +119,13 @@ def test_report(folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.Mo
     flags = [data, checkpoint, "--words", 60, "--batches", 2, "--output", output]
     monkeypatch.setattr(sys, "argv", ["benchmark_dynamic_evaluation.py", *map(str, flags)])
     dynamic.main()
+    systems = json.loads(output.read_text())["systems"]
+    assert [*systems] == [folder.name]
     (found,) = json.loads(output.read_text())["systems"].values()
     assert found["rate"] == 0.001
     assert found["dynamic_test_ppl"] > 1 and found["test_ppl"] > 1
     assert [ppl is None for *_, ppl in found["tried"]] == [False, False, True, True]
+
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:3], str(folder), *sys.argv[3:]])
+    with pytest.raises(SystemExit, match=f"{folder.name} {folder.name}: two folders of a name"):
+        dynamic.main()

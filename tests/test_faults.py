@@ -220,6 +220,12 @@ def test_damaged_text_to_translate_is_named(pairs: Path, tmp_path: Path) -> None
     os.truncate(copy / "train.src-tgt.src.bin", 100)
     with pytest.raises(UsageError, match=r"train\.src-tgt\.src\.bin: has 100 bytes"):
         train_translation(copy, tmp_path / "out", max_epoch=1)
+    for file in pairs.glob("train.src-tgt.*"):
+        shutil.copy(file, copy / file.name)
+        shutil.copy(file, copy / file.name.replace("train", "train1"))
+    os.truncate(copy / "train1.src-tgt.tgt.bin", 100)
+    with pytest.raises(UsageError, match=r"train1\.src-tgt\.tgt\.bin: has 100 bytes"):
+        train_translation(copy, tmp_path / "out", max_epoch=1)
 
 
 def test_another_dictionary_of_the_source_is_refused(pairs: Path, tmp_path: Path) -> None:

@@ -116,6 +116,13 @@ class TestWriting:
         with pytest.raises(ValueError, match=f"--b {other}: --a writes this file"):
             check_outputs({"--a": one, "--b": other})
 
+    def test_what_is_read_is_not_written(self, tmp_path: Path) -> None:
+        one, other = tmp_path / "one", tmp_path / "other"
+        other.symlink_to(one)
+        check_outputs({"--a": one, "--b": "-"}, ["-", None, tmp_path])
+        with pytest.raises(ValueError, match=f"--a {other}: is what is read here"):
+            check_outputs({"--a": other}, [None, one])
+
     def test_modes_are_kept_and_new_files_heed_the_umask(self, tmp_path: Path) -> None:
         private, new = tmp_path / "private", tmp_path / "new"
         private.write_text("old")

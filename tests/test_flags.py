@@ -71,15 +71,16 @@ class TestShapes:
             ("d", "--table-shape d: expected sizes"),
             ("2.5d", "--table-shape 2.5d: expected sizes"),
             ("-1d", "--table-shape -1d: expected sizes"),
+            (
+                "10000000000x10000000000",
+                "--table-shape 10000000000x10000000000: a table of shape .* has "
+                "100000000000000000000 cells, too many for 100 words; 10x10 would do",
+            ),
         ],
     )
     def test_without_meaning(self, text: str, message: str) -> None:
         with pytest.raises(SystemExit, match=message):
             parse_shape(text, 100)
-
-    def test_the_flag_is_named(self) -> None:
-        with pytest.raises(SystemExit, match="--new-shape nonsense: expected"):
-            parse_shape("nonsense", 100, "--new-shape")
 
 
 def flags(**values: Any) -> TableConfig:

@@ -287,6 +287,29 @@ class TestCommands:
             texts = [text for name, _, text in found if name == f"H-{number}"]
             assert all(text.startswith(prompt) for text in texts)
 
+    @pytest.mark.parametrize("size", [1, 2, 3])
+    def test_nothing_is_repeated(
+        self, data: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+        size: int,
+    ) -> None:  # fmt: skip
+        """But what the prompt repeats, which is longer for one text than for the other."""
+        prompts, path = ["w1", "w2 w2 w2 w2 w3"], folder / "checkpoint2.pt"
+        flags = ["--beam", 3, "--min-len", 12, "--max-len-b", 15]
+
+        def repeated(*more: Any) -> list[int]:
+            texts = self.interactive(data, path, tmp_path, capsys, prompts, *flags, *more)
+            repeats = []
+            for prompt, (_, _, text) in zip(prompts, texts, strict=True):
+                assert text.startswith(prompt)
+                words = text.split()
+                parts = [tuple(words[at : at + size]) for at in range(len(words) - size + 1)]
+                new = range(len(prompt.split()) - size + 1, len(parts))
+                repeats.append(sum(parts[at] in parts[:at] for at in new if at >= 0))
+            return repeats
+
+        assert sum(repeated()) > 0
+        assert repeated("--no-repeat-ngram-size", size) == [0, 0]
+
     def test_an_ensemble(
         self, data: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -58,6 +58,8 @@ class TestFromElsewhere:
             data, tmp_path / "g", finetune_from_model=tmp_path / "f" / "checkpoint1.pt",
             max_epoch=1, further_tables=1, arch="lightrnn_lm_gated",
         )  # fmt: skip
+        (tmp_path / "g" / "further_word_table1.txt").unlink()
+        train(data, tmp_path / "g", max_epoch=2, further_tables=1, arch="lightrnn_lm_gated")
         for name in ("word_table.txt", "further_word_table1.txt"):
             assert (tmp_path / "g" / name).read_text() == (tmp_path / "f" / name).read_text()
 
@@ -85,6 +87,10 @@ class TestFromElsewhere:
         flags = {"restore_file": tmp_path / "checkpoint3.pt", "reallocate_epochs": "1,3"}
         train(data, tmp_path, max_epoch=4, **flags)
         again = [*map(json.loads, (tmp_path / "reallocations.jsonl").read_text().splitlines())]
+        (tmp_path / "reallocations.jsonl").write_text(lines[:-5])  # on a disk that was full
+        train(data, tmp_path, max_epoch=4, **flags)
+        damaged = (tmp_path / "reallocations.jsonl").read_text().splitlines()
+        assert [json.loads(line)["table"] for line in damaged] == [line["table"] for line in again]
         assert [line["epoch"] for line in again] == [1, 3]
         assert again[1]["table"] == json.loads(lines.splitlines()[1])["table"]
 

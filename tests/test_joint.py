@@ -128,14 +128,6 @@ def test_threads_do_not_change_the_table(monkeypatch):
     assert np.array_equal(tables[0], tables[2])
 
 
-def test_out_of_time_is_still_a_valid_table_with_a_true_bound(monkeypatch):
-    monkeypatch.setattr(module, "_DENSE_LIMIT", 0)
-    factors, cells, shape = zipf_instance(20, 3)
-    found = joint_assignment(sources(factors), cells, shape, SolverOptions(time_limit=0.0))
-    assert sorted(found.places.tolist()) == list(range(400))
-    assert found.bound <= optimum(factors, cells)
-
-
 def test_costs_that_are_not_finite_are_refused_naming_the_word():
     factors, cells, shape = zipf_instance(3, 4)
     factors[1][5, 2] = np.nan

@@ -55,6 +55,8 @@ def test_the_same_table_with_carried_state(data: Path, tmp_path: Path) -> None:
         data, tmp_path, "--carry-hidden-state", reallocate_epochs=1, max_epoch=2,
         initial_table="random", batch_size=4, max_tokens=None,
     )  # fmt: skip
+    with pytest.raises(SystemExit, match="--max-tokens 9: the model carries its hidden state"):
+        reallocate(tmp_path / "checkpoint1.pt", data, tmp_path / "new.pt", "--max-tokens", 9)
     report = reallocate(tmp_path / "checkpoint1.pt", data, tmp_path / "new.pt")
     record = json.loads((tmp_path / "reallocations.jsonl").read_text())
     assert report["table"] == record["table"]
@@ -209,6 +211,8 @@ def test_mistakes_end_in_one_sentence(data: Path, trained: Path, tmp_path: Path)
         reallocate(tmp_path / "absent.pt", data, output)
     with pytest.raises(SystemExit, match="--output .*: there is no folder .* to write into"):
         reallocate(checkpoint, data, tmp_path / "absent" / "new.pt")
+    with pytest.raises(SystemExit, match="--output .*: is what is read here; give another file"):
+        reallocate(checkpoint, data, checkpoint)
     with pytest.raises(SystemExit, match="--output .*: is a folder, not a file to write"):
         reallocate(checkpoint, data, tmp_path)
     given = {

@@ -104,6 +104,8 @@ def test_kaldi_ids_stand_before_the_text(
 def test_two_flags_do_not_write_one_file(checkpoint: Path, nbest: Path, tmp_path: Path) -> None:
     path = tmp_path / "one"
     (tmp_path / "link").symlink_to(path)
+    with pytest.raises(SystemExit, match=f"--output {nbest}: is what is read here"):
+        main([str(checkpoint), str(nbest), "--output", str(nbest)])
     flags = ["--save-weights", str(path), "--output", str(tmp_path / "link")]
     with pytest.raises(SystemExit, match="--save-weights .*one: --output writes this file"):
         main([str(checkpoint), str(nbest), *flags])

@@ -308,6 +308,8 @@ class TestBadInput:
         self.refused(f"{missing}: no such text file", checkpoint, missing)
         self.refused("no such dictionary; --data", checkpoint, text, "--data", missing)
         self.refused("there is no folder", checkpoint, text, "--output", missing / "out")
+        for read in (text, checkpoint):
+            self.refused(f"{read}: is what is read", checkpoint, text, "--output", read)
         self.refused("--split dev: there is no", checkpoint, "--data", data, "--split", "dev")
 
     def test_flags_that_contradict(self, data: Path, checkpoint: Path, text: Path) -> None:

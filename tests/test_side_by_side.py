@@ -169,6 +169,15 @@ def test_a_command_that_fails_leaves_its_log(
     assert "No module named" in (tmp_path / "log").read_text()
 
 
+def test_half_a_line_of_a_killed_process_does_not_count(books: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    books.append_line(path, {"epoch": 1})
+    path.write_text(path.read_text() + '{"epo')
+    assert books.read_lines(path) == [{"epoch": 1}]
+    books.append_line(path, {"epoch": 2})
+    assert path.read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
+
+
 @pytest.fixture
 def for_seconds(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(SCRIPT.parent)
@@ -197,12 +206,31 @@ def test_training_goes_by_the_time_that_is_asked_for(
     seen = []
     monkeypatch.setattr(for_seconds, "cli_main", lambda: seen.extend(sys.argv))
     kind = "clock" if clock else "cpu"
-    monkeypatch.setattr(sys, "argv", ["train_for_seconds.py", kind, "data", "--cpu"])
+    flags = ["data", "--cpu", "--stop-time-hours", "1"]
+    monkeypatch.setattr(sys, "argv", ["train_for_seconds.py", kind, *flags])
     for_seconds.main()
-    assert seen == ["train_for_seconds.py", "data", "--cpu"]
+    assert seen == ["train_for_seconds.py", *flags]
     time_of = by_clock if clock else for_seconds.processor_time
     assert trainer.cumulative_training_time is time_of
     assert trainer.lr_step_update is for_seconds.step_by_time
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: time"),
+        (["cppu", "data", "--stop-time-hours", "1"], "invalid choice: 'cppu'"),
+        (["cpu", "data"], "--stop-time-hours must say for how long"),
+    ],
+)
+def test_no_time_or_no_end_of_it(
+    for_seconds: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    arguments: list[str], message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["train_for_seconds.py", *arguments])
+    with pytest.raises(SystemExit):
+        for_seconds.main()
+    assert message in capsys.readouterr().err
 
 
 def test_a_learning_rate_falls_with_time(for_seconds: ModuleType) -> None:

@@ -258,6 +258,8 @@ class TestBadInput:
         self.refused("has no counts of words", "quality", file)
         self.refused(f"{missing}: no such text file", "quality", file, "--text", missing)
         self.refused("vocab.txt: no such file", "import", missing, "--data", data, "--output", "x")
+        for action in ("export", "page"):
+            self.refused(f"{file}: is what is read here", action, file, "--output", file)
         self.refused("there is no folder", "export", file, "--format", "tsv", "--output",
                      missing / "x")  # fmt: skip
         damaged = tmp_path / "damaged.txt"

@@ -396,6 +396,10 @@ class TestSourceTables:
         found, _ = translate(capsys, pairs, path, "--beam", 2)
         assert len(found["H"]) == 12
 
+        tuned = tmp_path / "tuned"
+        train_translation(pairs, tuned, word_dim=3, finetune_from_model=path, **flags)
+        assert WordTable.load(tuned / "source_word_table.txt", words) == table
+
         # With a file for the target, the source's words are seated by co-occurrence.
         other = WordTable.from_cells(np.random.default_rng(1).permutation(45)[:40], (5, 9))
         other.save(tmp_path / "table.txt", symbols(pairs))

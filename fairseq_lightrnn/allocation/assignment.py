@@ -39,13 +39,11 @@ class SolverOptions:
       gap: share of what can be saved over a random assignment by which an auction may miss the
         optimum: the larger, the faster. It aims at that; what it reaches, the certificate says. 0
         asks for the optimum, None leaves it to the solver.
-      time_limit: seconds after which to stop with what there is.
       memory: bytes that costs may take.
       num_threads: threads, of which the result does not depend; None takes all processors.
     """
 
     gap: float | None = None
-    time_limit: float | None = None
     memory: int = 8 << 30
     num_threads: int | None = None
 
@@ -134,12 +132,11 @@ def assign(
     if entries <= limit:
         found = _exact(problem, HeldCosts(problem, SolverOptions.memory))
     else:
-        deadline = None if options.time_limit is None else started + options.time_limit
         warm = None if prices is None else np.asarray(prices, np.float64)[open_places]
         held = HeldCosts(problem, options.memory)
         sample = None if held.whole else _first_prices(problem, options, warm)
         avoid_ties = gap == 0 and entries <= _TIES_LIMIT and held.whole
-        found = _by_auction(problem, held, gap, deadline, sample, warm, avoid_ties)
+        found = _by_auction(problem, held, gap, sample, warm, avoid_ties)
     places, now = found.places, np.full(n, -1)
     if present is not None:
         index = np.full(num_places, -1, np.int64)
@@ -204,7 +201,7 @@ def _first_prices(problem: Problem, options: SolverOptions, warm: np.ndarray | N
     sample = problem.active[::step]
     part = problem.source.select(torch.from_numpy(sample).to(problem.source.device))
     capacities = scaled_down(problem.capacities, len(sample) + problem.spare // step)
-    options = replace(options, gap=1e-4, time_limit=None, memory=SolverOptions.memory)
+    options = replace(options, gap=1e-4, memory=SolverOptions.memory)
     return assign(part, capacities, options, prices=warm)
 
 
@@ -235,7 +232,6 @@ def _by_auction(
     problem: Problem,
     costs: HeldCosts,
     gap: float,
-    deadline: float | None,
     sample: Certified | None,
     warm: np.ndarray | None,
     avoid_ties: bool,
@@ -246,7 +242,6 @@ def _by_auction(
       problem: to be solved.
       costs: of its words.
       gap: see `SolverOptions`.
-      deadline: time at which to stop.
       sample: the solution of a sample of the words, where costs are not held.
       warm: (m,) prices to start from.
       avoid_ties: leave a problem of many ties to scipy.
@@ -271,13 +266,10 @@ def _by_auction(
 
     choices = Choices(costs.listed, costs.bases, costs.thresholds, look)
     found, ties = auction(
-        *(choices, np.arange(n), problem.capacities, prices, raise_least, deadline, not avoid_ties)
+        *(choices, np.arange(n), problem.capacities, prices, raise_least, not avoid_ties)
     )
     if ties and avoid_ties:
         return _exact(problem, costs)
-    unseen = np.flatnonzero(np.isnan(costs.lows))
-    if len(unseen):  # out of time: without their costs there is no bound
-        costs.look(unseen, prices)
     places = np.full(problem.source.shape[0], -1, np.int64)
     places[problem.active] = found
     bound, rounding = costs.bound(prices)
@@ -306,10 +298,9 @@ def auction(
     capacities: np.ndarray,
     prices: np.ndarray,
     raise_least: float,
-    deadline: float | None,
     patient: bool = True,
 ) -> tuple[np.ndarray, bool]:
-    """Lets words bid for places until all have one, or until the deadline.
+    """Lets words bid for places until all have one.
 
     Args:
       choices: of n words.
@@ -317,7 +308,6 @@ def auction(
       capacities: (m,) words that each place takes.
       prices: (m,) prices to start from, raised in place.
       raise_least: least raise of a bid; raised where ties prolong the auction.
-      deadline: time at which to stop.
       patient: go on with larger raises where ties prolong the auction; stop otherwise.
 
     Returns:
@@ -332,7 +322,7 @@ def auction(
     state = np.array([0, n, 0])
     # Small enough that the words of a batch see each other's prices, large enough to share a sweep.
     stale = np.empty(max(64, n // 50), np.int64)
-    chunk = max(1024, (1 << 26) // max(1, choices.bases.shape[1]))  # between looks at the clock
+    chunk = max(1024, (1 << 26) // max(1, choices.bases.shape[1]))  # between counts of bids
     chunk = min(chunk, max(_BIDS_PER_WORD * n + 1, _BIDS_BEFORE_LARGER))
     made, ties = 0, False
     while state[1] > 0 or state[2] > 0:
@@ -341,8 +331,6 @@ def auction(
             *(choices.listed, choices.bases, choices.thresholds),
             *(queue, state, stale, raise_least, chunk),
         )
-        if deadline is not None and time.monotonic() >= deadline:
-            break
         if state[2] > 0 and (state[2] == len(stale) or state[1] == 0):
             some = stale[: state[2]].copy()
             raise_least = max(raise_least, choices.look(some))

@@ -119,7 +119,7 @@ def joint_assignment(
       options: without a ``gap``, 1e-4 of what can be saved over a random assignment will do. Costs
         that ``memory`` does not hold are formed whenever they are needed.
       present: (n,) index into ``cells`` of the cell of each word now, returned where nothing
-        better is found in time.
+        better is found.
       symbols: names of the words, for error messages.
 
     Returns:
@@ -129,7 +129,6 @@ def joint_assignment(
       ValueError: a cost is NaN or infinite; the word is named.
     """
     started = time.monotonic()
-    deadline = None if options.time_limit is None else started + options.time_limit
     gap = _GAP if options.gap is None else options.gap
     cells = np.asarray(cells)
     present = None if present is None else np.asarray(present)
@@ -142,7 +141,7 @@ def joint_assignment(
         bound, rounding = cost, problem.rounding
     else:
         with ThreadPoolExecutor(threads) as problem.executor:
-            chosen, cost, bound, rounding = _solve(problem, cells, gap, deadline, present)
+            chosen, cost, bound, rounding = _solve(problem, cells, gap, present)
     if present is not None:
         cost_now = problem.cost(present, cells)
         if cost_now <= cost:
@@ -221,7 +220,6 @@ def _solve(
     problem: _Problem,
     cells: np.ndarray,
     gap: float,
-    deadline: float | None,
     present: np.ndarray | None,
 ) -> tuple[np.ndarray, float, float, float]:
     """Auctions with ever smaller raises until the certificate does.
@@ -241,20 +239,19 @@ def _solve(
     while True:
         if len(active) < n:  # cells that no active word takes must be free
             prices.reshape(-1)[problem.flat] = 0.0
-        found = index[_auction(problem, active, prices, epsilon, deadline, present)]
+        found = index[_auction(problem, active, prices, epsilon, present)]
         cost = problem.cost(found, cells)
         if cost < best_cost:
             best, best_cost = found, cost
-        late = deadline is not None and time.monotonic() >= deadline
         certificates = [_bound(problem, prices)]
-        if gap == 0 and cost - certificates[0][0] > 2 * certificates[0][1] and not late:
+        if gap == 0 and cost - certificates[0][0] > 2 * certificates[0][1]:
             certificates.append(_bound(problem, _tightened(problem, prices, found)))
         for some_bound, some_rounding in certificates:
             if some_bound - some_rounding > bound - rounding:
                 bound, rounding = some_bound, some_rounding
         logger.debug("raise %.3g: cost %.10g, bound %.10g", epsilon, best_cost, bound)
         enough = max(gap * (problem.mean_cost - bound), 2 * rounding)
-        if best_cost - bound <= enough or late or epsilon <= problem.rounding / n:
+        if best_cost - bound <= enough or epsilon <= problem.rounding / n:
             return best, best_cost, bound, rounding
         epsilon /= 8
 
@@ -275,7 +272,6 @@ def _auction(
     active: np.ndarray,
     prices: np.ndarray,
     epsilon: float,
-    deadline: float | None,
     present: np.ndarray | None,
 ) -> np.ndarray:
     """Runs one auction of the active words from the given prices.
@@ -296,9 +292,9 @@ def _auction(
 
     choices = Choices(cells, bases, thresholds, look)
     capacities = np.isfinite(flat_prices).astype(np.int64)
-    held, _ = auction(choices, active, capacities, flat_prices, epsilon, deadline)
+    held, _ = auction(choices, active, capacities, flat_prices, epsilon)
     idle = np.flatnonzero(held < 0)
-    # Words that are indifferent, or out of time: any free cell will do, best the one they have.
+    # Words that are indifferent: any free cell will do, best the one they have.
     free = np.isin(problem.flat, held, invert=True)
     if present is not None:
         staying = idle[free[present[idle]]]

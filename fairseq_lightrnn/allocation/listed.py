@@ -39,8 +39,8 @@ def assign_listed(
       cells: (n, L) cells that each word may get, each at most once a word; -1 for none.
       costs: (n, L) what the word pays there, finite.
       present: (n,) the cell of each word now, all different; each must be among the word's.
-      options: without a ``gap``, a thousandth of what can be saved will do. ``time_limit`` is
-        heeded, ``memory`` and ``num_threads`` are not.
+      options: without a ``gap``, a thousandth of what can be saved will do; ``memory`` and
+        ``num_threads`` are not heeded.
       prices: of cells, (at least the highest cell + 1,), of a similar problem to start from.
 
     Returns:
@@ -57,12 +57,11 @@ def assign_listed(
     paid_now = costs[np.arange(len(cells)), now].astype(np.float64)
     size = int(max(cells.max(initial=-1), present.max(initial=-1))) + 1
     market = _Market(cells, costs, present, active, size)
-    deadline = None if options.time_limit is None else started + options.time_limit
     gap = _GAP if options.gap is None else options.gap
     first = np.zeros(size)
     if prices is not None:
         first[: len(prices)] = prices[:size]
-    places, bound, last = _auctions(market, paid_now, first, gap, deadline)
+    places, bound, last = _auctions(market, paid_now, first, gap)
     stays = float(np.delete(paid_now, active).sum())
     cost = stays + float(market.paid(places).sum())
     return Certified(
@@ -141,7 +140,6 @@ def _auctions(
     paid_now: np.ndarray,
     prices: np.ndarray,
     gap: float,
-    deadline: float | None,
 ) -> tuple[np.ndarray, float, np.ndarray]:
     """Returns the places of all words, a lower bound on what the active ones pay, and prices."""
     active, present = market.active, market.present
@@ -158,9 +156,7 @@ def _auctions(
     capacities[on_sale] = 1
     while gain > 0:
         prices = np.where(capacities > 0, prices - prices[on_sale].min(), 0.0)
-        found, _ = auction(choices, active, capacities, prices, raise_least, deadline)
-        if (found[active] < 0).any():  # out of time
-            break
+        found, _ = auction(choices, active, capacities, prices, raise_least)
         cost = float(market.paid(found).sum())
         if cost < best_cost:
             best, best_cost = np.where(found < 0, present, found), cost
@@ -169,8 +165,7 @@ def _auctions(
             bound, best_prices = dual, prices
         logger.debug(f"raise {raise_least:.3g}: cost {best_cost:.8g}, bound {bound:.8g}")
         enough = max(gap * (before - bound), 1e-12 * (abs(before) + prices.sum()))
-        late = deadline is not None and time.monotonic() >= deadline
-        if best_cost - bound <= enough or late or raise_least < least_raise:
+        if best_cost - bound <= enough or raise_least < least_raise:
             break
         raise_least /= _SCALE
     return best, bound, best_prices

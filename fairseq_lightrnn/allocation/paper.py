@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -181,7 +181,6 @@ def _row_first(
         capacities = table.counts(stage)
         order = np.argsort(groups, kind="stable")
         starts = np.searchsorted(groups[order], np.arange(len(capacities) + 1))
-        later = options if stage == 0 else replace(options, time_limit=None)
 
         def solve(
             group: int,
@@ -189,7 +188,6 @@ def _row_first(
             order: np.ndarray = order,
             starts: np.ndarray = starts,
             capacities: np.ndarray = capacities,
-            options: SolverOptions = later,
         ) -> Certified:
             words = order[starts[group] : starts[group + 1]]
             source = costs[stage]

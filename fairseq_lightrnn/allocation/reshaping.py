@@ -17,15 +17,12 @@ __all__ = ["reshape_biases", "reshape_vectors", "table_of_statistics"]
 _WEIGHT_POWER = 0.75
 
 
-def table_of_statistics(
-    statistics: AllocationStatistics, shape: Sequence[int], *, seed: int = 1
-) -> WordTable:
+def table_of_statistics(statistics: AllocationStatistics, shape: Sequence[int]) -> WordTable:
     """Seats words that a model predicts from similar hidden outputs in the same row.
 
     Args:
         statistics: gathered with the model's present table.
         shape: the sizes of the new table, as many components as wanted.
-        seed: of the k-means.
 
     Returns:
         A table from the words' mean hidden outputs, scaled to length 1 for each component.
@@ -36,7 +33,7 @@ def table_of_statistics(
         mean = sums.cpu().double() / counts.clamp(min=1)[:, None]
         parts.append(mean / mean.norm(dim=1, keepdim=True).clamp(min=1e-12))
     vectors = torch.cat(parts, dim=1).numpy()
-    return table_of_vectors(vectors, counts.numpy() ** _WEIGHT_POWER, shape=shape, seed=seed)
+    return table_of_vectors(vectors, counts.numpy() ** _WEIGHT_POWER, shape=shape)
 
 
 def _sources(old: WordTable, new: WordTable) -> list[int]:

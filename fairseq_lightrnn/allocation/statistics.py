@@ -25,9 +25,8 @@ class AllocationStatistics:
     the sums stand for V x sqrt(V) losses (arXiv 1610.09893, section 3.3, where the losses are
     summed one by one).
 
-    Statistics of parts of a corpus add up (`merge`, or an all-reduce of `sums` and `counts`). In
-    float64 they are exact, and therefore the same for every order and every number of workers, as
-    long as no sum leaves 2**29.
+    In float64 they are exact, and therefore the same for every order of the text and every number
+    of workers, as long as no sum leaves 2**29.
 
     Args:
       num_words: V, size of the dictionary.
@@ -36,7 +35,6 @@ class AllocationStatistics:
       word_range: only words ``lo <= w < hi`` are kept, others are skipped; all by default.
       dtype: of the sums. float32 halves the memory; each batch is summed in float64 before it is
         added.
-      device: where the tensors live.
       storage: directory in which the sums are kept as a memory-mapped file instead of in memory.
 
     Raises:
@@ -51,7 +49,6 @@ class AllocationStatistics:
         *,
         word_range: tuple[int, int] | None = None,
         dtype: torch.dtype = torch.float64,
-        device: torch.device | str = "cpu",
         storage: str | os.PathLike[str] | None = None,
     ) -> None:
         for name, value in (
@@ -74,12 +71,10 @@ class AllocationStatistics:
         self.word_range = (low, high)
         shape = (num_components, high - low, dim)
         if storage is None:
-            self.sums = torch.zeros(shape, dtype=dtype, device=device)
+            self.sums = torch.zeros(shape, dtype=dtype)
         else:
-            if torch.device(device).type != "cpu":
-                raise ValueError(f"memory-mapped statistics live on the CPU, not on {device}")
             self.sums = _memory_mapped(Path(storage), shape, dtype, low, high)
-        self.counts = torch.zeros(high - low, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(high - low, dtype=torch.float64)
 
     @staticmethod
     def bytes_needed(

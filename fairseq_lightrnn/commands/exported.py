@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fairseq_lightrnn.commands.run import command
 from fairseq_lightrnn.commands.text import check_texts, one_line, read_chunks
-from fairseq_lightrnn.files import STANDARD, check_output
+from fairseq_lightrnn.files import STANDARD, check_outputs
 from fairseq_lightrnn.runtime.model import ExportedModel
 from fairseq_lightrnn.signature import signature
 
@@ -92,7 +92,7 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError("learn needs --learnt FILE, where it keeps what it learns")
         if args.learnt == STANDARD:
             raise ValueError("--learnt -: give a file; the standard output says what was learnt")
-        check_output(args.learnt, "--learnt")
+        check_outputs({"--learnt": args.learnt}, args.text)
     check_texts(args.text)
 
 

@@ -125,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     args.checkpoint = str(find_checkpoint(args.checkpoint))
-    check_outputs({"--output": args.output, "--report": args.report})
+    check_outputs({"--output": args.output, "--report": args.report}, [args.checkpoint, args.table])
     if args.export:
         check_new_folder(args.export, "--export")
     for flag in ("words", "memory", "max_tokens"):
@@ -159,6 +159,11 @@ def _load(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     if not any(name.endswith(".coordinates") for name in state["model"]):
         raise ValueError(f"{args.checkpoint}: the model has no word table")
     if state["cfg"].task.get("carry_hidden_state"):  # its lanes are those of the training
+        if args.max_tokens:
+            raise ValueError(
+                f"--max-tokens {args.max_tokens}: the model carries its hidden state, so its text "
+                "is read in the lanes of its training; leave the flag out"
+            )
         overrides.update(max_tokens=None, batch_size=state["cfg"].dataset.batch_size)
     settings = OmegaConf.create(OmegaConf.to_container(state["cfg"].task))
     settings.update(overrides)

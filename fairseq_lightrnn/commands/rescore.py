@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from fairseq_lightrnn.checkpoint import find_checkpoint
 from fairseq_lightrnn.commands.nbest import (
     Hypothesis,
     Weights,
@@ -86,7 +87,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Rescores n-best lists as the flags ask for."""
     weights = _weights(args)
-    check_outputs({"--output": args.output, "--save-weights": args.save_weights})
+    check_outputs(
+        {"--output": args.output, "--save-weights": args.save_weights},
+        [find_checkpoint(args.checkpoint), args.nbest, args.kenlm, args.tune],
+    )
     kenlm = _load_kenlm(args.kenlm) if args.kenlm else None
     lists = read_nbest(read_texts([args.nbest]), args.nbest)
     references = None

@@ -20,6 +20,7 @@ import numpy as np
 from fairseq.data import data_utils
 from tqdm import tqdm
 
+from fairseq_lightrnn.checkpoint import find_checkpoint
 from fairseq_lightrnn.commands.run import command
 from fairseq_lightrnn.commands.text import (
     add_scoring_flags,
@@ -29,9 +30,9 @@ from fairseq_lightrnn.commands.text import (
     read_texts,
 )
 from fairseq_lightrnn.core.scoring import CorpusScore
-from fairseq_lightrnn.criterions.two_component_cross_entropy import component_names
+from fairseq_lightrnn.core.table import component_names
 from fairseq_lightrnn.data.binarised import check_binarised
-from fairseq_lightrnn.files import STANDARD, whole_file
+from fairseq_lightrnn.files import STANDARD, check_outputs, whole_file
 from fairseq_lightrnn.language_model import LanguageModel, SentenceScore
 from fairseq_lightrnn.signature import signature
 from fairseq_lightrnn.version import __version__
@@ -152,6 +153,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.batch_words < 1:
         raise ValueError(f"--batch-words {args.batch_words}: must be at least 1")
     check_texts(args.text)
+    inputs = [find_checkpoint(args.checkpoint), args.context, *args.text]
+    check_outputs({"--output": args.output}, inputs)
 
 
 def _settle_state(model: LanguageModel, args: argparse.Namespace) -> None:
@@ -168,11 +171,12 @@ def _settle_state(model: LanguageModel, args: argparse.Namespace) -> None:
     elif args.carry_hidden_state is None:
         args.carry_hidden_state = model.carried_hidden_state
         what = (
-            "each sentence is predicted from all before it (otherwise: --no-carry-hidden-state)"
+            "as in training, each sentence is predicted from all before it (otherwise: "
+            "--no-carry-hidden-state)"
             if args.carry_hidden_state
             else "each sentence starts afresh (otherwise: --carry-hidden-state)"
         )
-        print(f"as in training, {what}", file=sys.stderr)
+        print(what, file=sys.stderr)
 
 
 def _scores(

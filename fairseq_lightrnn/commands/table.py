@@ -24,14 +24,14 @@ from fairseq_lightrnn.commands.table_page import (
     write_table_page,
 )
 from fairseq_lightrnn.commands.text import read_texts
-from fairseq_lightrnn.core.table import WordTable
+from fairseq_lightrnn.core.table import WordTable, component_names
 from fairseq_lightrnn.core.table_statistics import (
     class_mutual_information,
     compare,
     quality,
     same_cell_part,
 )
-from fairseq_lightrnn.files import STANDARD, read_lines, whole_file
+from fairseq_lightrnn.files import STANDARD, check_outputs, read_lines, whole_file
 
 if TYPE_CHECKING:
     from fairseq_lightrnn.language_model import LanguageModel
@@ -145,9 +145,7 @@ def _neighbours(args: argparse.Namespace) -> Iterator[str]:
     source = _load(args.table, args.data)
     word = source.number(args.word)
     yield f"{args.word}: {_place(source, word)}"
-    names = ["row", "column"] if source.table.num_components == 2 else None
-    for component in range(source.table.num_components):
-        name = names[component] if names else f"component {component + 1}"
+    for component, name in enumerate(component_names(source.table.num_components)):
         same = same_cell_part(source.table, word, component)
         yield f"same {name} ({len(same)} words): {_words(source, same, args.limit)}"
     if source.model is None:
@@ -179,8 +177,8 @@ def _quality(args: argparse.Namespace) -> Iterator[str]:
         # Counts below zero are those of sentencepiece's vocabularies, which are logarithms.
         figures.update(quality(source.table, np.maximum(counts, 0))._asdict())
     if texts is not None:
-        for number, figure in enumerate(class_mutual_information(source.table, texts), start=1):
-            name = ("row", "column")[number - 1] if len(source.table.shape) == 2 else number
+        information = class_mutual_information(source.table, texts)
+        for name, figure in zip(component_names(len(information)), information, strict=True):
             figures[f"mutual_information_{name}"] = figure
     if args.json:
         yield json.dumps(figures)
@@ -212,9 +210,8 @@ def _compare(args: argparse.Namespace) -> Iterator[str]:
     found = compare(first.table, second.table)
     count = first.table.num_words
     yield f"{found.moved} of {count} words moved ({found.moved / count:.1%})"
-    names = ["row", "column"] if len(found.changed) == 2 else None
-    for component, changed in enumerate(found.changed):
-        name = names[component] if names else f"component {component + 1}"
+    names = component_names(len(found.changed))
+    for name, changed in zip(names, found.changed, strict=True):
         yield f"{changed} changed their {name} ({changed / count:.1%})"
     yield f"{found.kept_pairs:.1%} of the pairs of one row are still together"
     rows = np.flatnonzero(~np.isnan(found.row_shares))
@@ -250,9 +247,7 @@ def _wrote(output: str, what: str = "") -> Iterator[str]:
 
 
 def _export_lines(source: Source, output: str, form: str) -> None:
-    columns = [f"component{number + 1}" for number in range(source.table.num_components)]
-    if len(columns) == 2:
-        columns = ["row", "column"]
+    columns = component_names(source.table.num_components)
     counts = [None] * len(source.symbols) if source.counts is None else source.counts.tolist()
     with whole_file(output) as file:
         if form == "tsv":
@@ -388,6 +383,9 @@ def _positive(text: str) -> int:
 @command("lightrnn-table", _parse)
 def main(args: argparse.Namespace) -> None:
     """Does what the command line asks for."""
+    if "output" in args and getattr(args, "format", None) != "cntk":
+        data = None if args.data is None else _dictionary(args.data)
+        check_outputs({"--output": args.output}, [getattr(args, "table", None), data])
     for line in args.run(args):
         print(line)
 

@@ -45,5 +45,7 @@ def check_texts(paths: Sequence[str]) -> Sequence[str]:
     """Returns what to read; a file that is missing is told before the first is read."""
     for path in paths:
         if path != STANDARD and not Path(path).exists():
-            raise ValueError(f"{path}: no such text file")
+            raise ValueError(
+                f"{path}: no such text file; texts are files, or come from the standard input"
+            )
     return paths or [STANDARD]

@@ -218,7 +218,8 @@ def mean_square(activations: Tensor, real: Tensor) -> Tensor:
         activations: outputs of the last layer after dropout, shape (B, S, d).
         real: booleans of shape (B, S); other steps are padding and do not count.
     """
-    return _mean_square(activations, real)
+    squares = at_least_float32(activations).square().mean(dim=-1)
+    return squares.masked_fill(~real, 0.0).sum() / real.sum().clamp(min=1)
 
 
 def mean_square_change(activations: Tensor, real: Tensor) -> Tensor:
@@ -228,9 +229,4 @@ def mean_square_change(activations: Tensor, real: Tensor) -> Tensor:
         activations: outputs of the last layer before dropout, shape (B, S, d).
         real: booleans of shape (B, S); a change counts where both of its steps are real.
     """
-    return _mean_square(activations[:, 1:] - activations[:, :-1], real[:, 1:] & real[:, :-1])
-
-
-def _mean_square(values: Tensor, real: Tensor) -> Tensor:
-    squares = at_least_float32(values).square().mean(dim=-1)
-    return squares.masked_fill(~real, 0.0).sum() / real.sum().clamp(min=1)
+    return mean_square(activations[:, 1:] - activations[:, :-1], real[:, 1:] & real[:, :-1])

@@ -22,6 +22,7 @@ __all__ = [
     "WordTable",
     "balanced_cells",
     "check_shape",
+    "component_names",
     "default_shape",
     "prefix_number",
 ]
@@ -267,6 +268,13 @@ def prefix_number(coordinates: Any, shape: Sequence[int]) -> Any:
     return number
 
 
+def component_names(num_components: int) -> list[str]:
+    """Returns the components' names in logs: row and column, or component1 … of other tables."""
+    if num_components == 2:
+        return ["row", "column"]
+    return [f"component{number + 1}" for number in range(num_components)]
+
+
 def default_shape(num_words: int, num_components: int = 2) -> tuple[int, ...]:
     """Returns the smallest near-cubic shape: for two components ⌈√V⌉ rows, ⌈V / rows⌉ columns.
 
@@ -301,12 +309,12 @@ def check_shape(shape: Sequence[int], num_words: int) -> tuple[int, ...]:
     sizes = tuple(int(size) for size in shape)
     if not sizes or min(sizes) < 1:
         raise ValueError(f"a table's shape needs one positive size per component, got {sizes}")
-    cells = int(np.prod(sizes, dtype=np.float64))
-    if cells < num_words:
+    cells = math.prod(sizes)
+    if not num_words <= cells <= table_files.MOST_CELLS:
         suggestion = "x".join(map(str, default_shape(num_words, len(sizes))))
         raise ValueError(
-            f"a table of shape {'x'.join(map(str, sizes))} has {cells} cells, too few for "
-            f"{num_words} words; {suggestion} would do"
+            f"a table of shape {'x'.join(map(str, sizes))} has {cells} cells, too "
+            f"{'few' if cells < num_words else 'many'} for {num_words} words; {suggestion} would do"
         )
     return sizes
 

@@ -26,11 +26,12 @@ import numpy as np
 
 from fairseq_lightrnn.files import read_lines, read_text, whole_file
 
-__all__ = ["read", "read_cntk", "write", "write_cntk"]
+__all__ = ["MOST_CELLS", "read", "read_cntk", "write", "write_cntk"]
+
+MOST_CELLS = 1 << 30
+"""Of a table, far beyond any vocabulary: a mistyped shape or a damaged header takes no memory."""
 
 _MAGIC = "# fairseq_lightrnn word table 1 words"
-# Far beyond any vocabulary: a damaged header must not take all memory.
-_MOST_CELLS = 1 << 30
 _LOCATION = re.compile(r"word-(\d+)\.location")
 
 
@@ -65,7 +66,7 @@ def _read_header(path: str | Path, line: str) -> tuple[int, tuple[int, ...]]:
         if word != "shape":
             raise ValueError
         shape = tuple(int(size) for size in shape_text.split("x"))
-        if min(shape) < 1 or math.prod(shape) > _MOST_CELLS:
+        if min(shape) < 1 or math.prod(shape) > MOST_CELLS:
             raise ValueError
         return int(count_text), shape
     except ValueError:

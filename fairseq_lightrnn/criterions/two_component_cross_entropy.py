@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fairseq_lightrnn.core.decoder import Activations
 from fairseq_lightrnn.core.network import mean_square, mean_square_change
+from fairseq_lightrnn.core.table import component_names
 from fairseq_lightrnn.errors import UsageError
 from fairseq_lightrnn.models.flags import Regularisation
 from fairseq_lightrnn.models.word_head import WordHead
@@ -20,7 +21,6 @@ from fairseq_lightrnn.models.word_head import WordHead
 __all__ = [
     "TwoComponentCrossEntropyConfig",
     "TwoComponentCrossEntropyCriterion",
-    "component_names",
 ]
 
 # Penalties of a model's regularisation, and their names in logs.
@@ -37,13 +37,6 @@ class TwoComponentCrossEntropyConfig(FairseqDataclass):
             "logged as nll_loss"
         },
     )
-
-
-def component_names(num_components: int) -> list[str]:
-    """Returns the components' names in logs: row and column, or component1 … of other tables."""
-    if num_components == 2:
-        return ["row", "column"]
-    return [f"component{number + 1}" for number in range(num_components)]
 
 
 @register_criterion("two_component_cross_entropy", dataclass=TwoComponentCrossEntropyConfig)

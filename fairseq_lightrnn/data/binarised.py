@@ -17,21 +17,22 @@ _WORDS_AT_ONCE = 1 << 24
 _AGAIN = "binarise the text again with fairseq-preprocess"
 
 
-def check_binarised(path: str, num_words: int) -> None:
+def check_binarised(path: str, num_words: int, suffix: str = "") -> None:
     """Reads a binarised split through, with its further parts (``train1``, ``train2`` …).
 
     fairseq reads words that no dictionary has, and texts that a file does not hold.
 
     Args:
-        path: of the split, without a suffix; one that does not exist, or has another format than
-            the default, is not looked at.
+        path: of the split, without what follows the number of a part; one that does not exist, or
+            has another format than the default, is not looked at.
         num_words: of the dictionary.
+        suffix: what follows the number of a part, such as ``.en-de.de``.
 
     Raises:
         ValueError: the index or the words are damaged, or not of this dictionary.
     """
     for number in itertools.count():
-        part = f"{path}{number or ''}"
+        part = f"{path}{number or ''}{suffix}"
         if not (os.path.exists(f"{part}.idx") and os.path.exists(f"{part}.bin")):
             return
         with open(f"{part}.idx", "rb") as file:

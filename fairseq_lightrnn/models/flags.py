@@ -119,17 +119,17 @@ def preset(config: type[Any], name: str, **defaults: Any) -> type[Any]:
     return make_dataclass(name, changed, bases=(config,))
 
 
-def parse_shape(text: str, num_words: int, flag: str = "--table-shape") -> tuple[int, ...]:
+def parse_shape(text: str, num_words: int) -> tuple[int, ...]:
     """Reads a shape for so many words, such as ``100x100`` or ``2d``."""
     text = text.strip().lower().replace("×", "x")
-    with usage_errors(f"{flag} {text}"):
+    with usage_errors(f"--table-shape {text}"):
         if text.endswith("d") and text[:-1].isdecimal():
             return default_shape(num_words, int(text[:-1]))
         try:
             sizes = [int(size) for size in text.split("x")]
         except ValueError:
             raise UsageError(
-                f"{flag} {text}: expected sizes joined by x, such as 100x100, or 1d, 2d, 3d"
+                f"--table-shape {text}: expected sizes joined by x, such as 100x100, or 1d, 2d, 3d"
             ) from None
         return check_shape(sizes, num_words)
 

@@ -50,7 +50,8 @@ def blocks(lines: Iterable[str]) -> Iterator[list[list[str]]]:
 def read_each(
     model: TextModel, sentences: Sequence[Sequence[str]]
 ) -> tuple[list[str], np.ndarray, Position]:
-    """Reads sentences word by word, as the model was trained to: each afresh, or all as one text.
+    """Reads sentences word by word, as the model was trained to: each afresh, or these as one
+    text.
 
     Returns:
         Their n words, ends of sentences included; the words' numbers, (n,); and where each of them

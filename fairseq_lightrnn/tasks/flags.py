@@ -79,11 +79,11 @@ class TableTaskConfig(FairseqDataclass):
     max_tokens_valid: Optional[int] = II("dataset.max_tokens_valid")
     batch_size: Optional[int] = II("dataset.batch_size")
     batch_size_valid: Optional[int] = II("dataset.batch_size_valid")
+    num_workers: int = II("dataset.num_workers")  # of checkpoints that have it
     skip_remainder_batch: Optional[bool] = II("optimization.skip_remainder_batch")
     sentence_avg: bool = II("optimization.sentence_avg")
     seed: int = II("common.seed")
     train_subset: str = II("dataset.train_subset")
-    num_workers: int = II("dataset.num_workers")
     save_dir: str = II("checkpoint.save_dir")
     restore_file: str = II("checkpoint.restore_file")
     finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
@@ -112,22 +112,22 @@ class Need(NamedTuple):
 
     Attributes:
         flag: as it is given.
-        given: tells of a task's flags, and those of its model, whether it is.
+        given: tells of a task's flags whether it is.
         met: tells whether it has an effect.
         advice: what to do otherwise.
     """
 
     flag: str
-    given: Callable[[Any, Any], Any]
-    met: Callable[[Any, Any], Any]
+    given: Callable[[Any], Any]
+    met: Callable[[Any], Any]
     advice: str
 
 
-def _reallocates(args: Any, model: Any) -> bool:
+def _reallocates(args: Any) -> bool:
     return bool(args.reallocate_epochs)
 
 
-def _carries(args: Any, model: Any) -> bool:
+def _carries(args: Any) -> bool:
     return bool(getattr(args, "carry_hidden_state", False))
 
 
@@ -140,7 +140,7 @@ def _needs_schedule(flag: str, default: str | None = None) -> Need:
     name = _field_of(flag)
     return Need(
         flag,
-        lambda args, model: str(getattr(args, name)) not in ("None", str(default)),
+        lambda args: str(getattr(args, name)) not in ("None", str(default)),
         _reallocates,
         "is heeded by reallocations; give --reallocate-epochs too, or leave it out",
     )
@@ -149,13 +149,13 @@ def _needs_schedule(flag: str, default: str | None = None) -> Need:
 def _needs_independent_texts(flag: str, given: Callable[[Any], Any] | None = None) -> Need:
     name = _field_of(flag)
 
-    def is_given(args: Any, model: Any) -> bool:
+    def is_given(args: Any) -> bool:
         return bool(given(args) if given else getattr(args, name, False))
 
     return Need(
         flag,
-        lambda args, model: is_given(args, model) and _carries(args, model),
-        lambda args, model: False,
+        lambda args: is_given(args) and _carries(args),
+        lambda args: False,
         "has no effect with --carry-hidden-state, which reads --batch-size lanes in blocks of "
         "--tokens-per-sample; leave it out",
     )
@@ -167,7 +167,7 @@ NEEDS = (
     _needs_schedule("--reallocation-memory", str(REALLOCATION_MEMORY)),
     Need(
         "--random-block-lengths",
-        lambda args, model: getattr(args, "random_block_lengths", False),
+        lambda args: getattr(args, "random_block_lengths", False),
         _carries,
         "draws the blocks of --carry-hidden-state; give that flag too, or neither",
     ),
@@ -187,8 +187,8 @@ NEEDS = (
     _needs_independent_texts("--pad-to-fixed-bsz"),
     Need(
         "--sentence-avg",
-        lambda args, model: args.sentence_avg,
-        lambda args, model: False,
+        lambda args: args.sentence_avg,
+        lambda args: False,
         "has no effect on a loss that is a mean over words; leave it out",
     ),
 )
@@ -203,9 +203,9 @@ def check_needs(args: Any, model: Any) -> None:
         model: the model's.
     """
     for need in NEEDS:
-        if need.given(args, model) and not need.met(args, model):
+        if need.given(args) and not need.met(args):
             raise UsageError(f"{need.flag} {need.advice}")
-    if getattr(model, "keep_input_table", False) and not _reallocates(args, model):
+    if getattr(model, "keep_input_table", False) and not _reallocates(args):
         logger.warning(
             "--keep-input-table: no epoch of --reallocate-epochs moves words, so both tables stay "
             "the same until lightrnn-reallocate moves them"

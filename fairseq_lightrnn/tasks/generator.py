@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from fairseq.ngram_repeat_block import NGramRepeatBlock
 from fairseq.search import BeamSearch, Sampling
 from fairseq.sequence_generator import EnsembleModel, SequenceGenerator
 from torch import Tensor
@@ -79,6 +80,24 @@ def _named(
     return scores, words[batch, beams, places], beams
 
 
+class _Repetitions(NGramRepeatBlock):
+    """Rules out what would repeat words; fairseq's own looks for the last words in the padding."""
+
+    def _no_repeat_ngram(
+        self, tokens: Tensor, lprobs: Tensor, bsz: int, beam_size: int, step: int
+    ) -> Tensor:
+        size = self.no_repeat_ngram_size
+        text = tokens[:, 1 : step + 1]  # after an end of sentence
+        if text.size(1) >= size:
+            known = text.unfold(1, size, 1)
+            begun = text[:, None, text.size(1) - size + 1 :]
+            free = lprobs.gt(-torch.inf).sum(dim=1) > 1  # not where a prompt goes on
+            repeated = known[..., :-1].eq(begun).all(dim=-1) & free[:, None]
+            texts, places = repeated.nonzero(as_tuple=True)
+            lprobs[texts, known[texts, places, -1]] = -torch.inf
+        return lprobs
+
+
 class TopWordsGenerator(SequenceGenerator):
     """Finds what fairseq's generator finds, from the words that can be chosen.
 
@@ -95,6 +114,8 @@ class TopWordsGenerator(SequenceGenerator):
     def __init__(self, models: list[Any], dictionary: Any, **options: Any) -> None:
         self._request = request = _Request()
         super().__init__(_AskingModel(models, request), dictionary, **options)
+        if options.get("no_repeat_ngram_size", 0) > 0:
+            self.repeat_ngram_blocker = _Repetitions(options["no_repeat_ngram_size"])
         if type(self.search) is BeamSearch:
             self.search = _FoundBeams(dictionary)
             self.search.request = request

@@ -140,8 +140,7 @@ class LightRNNLanguageModelingTask(TableTask, LanguageModelingTask):
             raise UsageError(f"{path}: the split has no text; give fairseq-preprocess some")
         training = split == self.args.train_subset
         folders = utils.split_paths(self.args.data) if training else [self._data_path(epoch)]
-        parts = [os.path.join(folder, split) for folder in folders]
-        self.check_parts(split, parts, self.dictionary)
+        self.check_parts(split, folders, self.dictionary)
         if self.args.carry_hidden_state:
             self.datasets[split] = self._lanes(split, epoch, combine)
             return
@@ -269,8 +268,10 @@ def _check_carried(args: Any) -> None:
         )
     if args.add_bos_token:
         raise UsageError("--add-bos-token and --carry-hidden-state exclude each other")
-    if args.tokens_per_sample < 1:
-        raise UsageError(f"--tokens-per-sample {args.tokens_per_sample}: must be at least 1")
+    for name, value in (("tokens-per-sample", args.tokens_per_sample),
+                        ("batch-size", args.batch_size)):  # fmt: skip
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value}: must be at least 1")
     if args.random_block_lengths and args.tokens_per_sample < SHORTEST_BLOCK:
         raise UsageError(
             f"--tokens-per-sample {args.tokens_per_sample}: blocks of --random-block-lengths have "

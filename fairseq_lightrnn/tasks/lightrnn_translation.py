@@ -100,9 +100,7 @@ class LightRNNTranslationTask(TableTask, TranslationTask):
             self.args.target_lang: self.target_dictionary,
         }
         for language, dictionary in sides.items():
-            numbers = range(1, 1 + len(utils.split_paths(self.args.data)))
-            parts = chain.from_iterable(self._paths(split, language, number) for number in numbers)
-            self.check_parts(split, dict.fromkeys(parts), dictionary)
+            self.check_parts(split, self._folders(split), dictionary, self._suffixes(language))
             for path in self._paths(split, language, epoch):
                 if os.path.exists(f"{path}.bin") and os.path.getsize(f"{path}.bin") == 0:
                     raise UsageError(
@@ -116,14 +114,18 @@ class LightRNNTranslationTask(TableTask, TranslationTask):
 
     def _paths(self, split: str, language: str, epoch: int = 1, part: int = 0) -> list[str]:
         """Returns where one side of a split, or of a further part, may lie, without the suffix."""
-        directories: list[str] = utils.split_paths(self.args.data)
-        if split != self.args.train_subset:
-            directories = directories[:1]
-        directory = directories[(epoch - 1) % len(directories)]
-        source, target = self.args.source_lang, self.args.target_lang
-        pairs = (f"{source}-{target}", f"{target}-{source}")
+        folders = self._folders(split)
         name = f"{split}{part or ''}"  # as fairseq calls them: train, train1, train2 ...
-        return [os.path.join(directory, f"{name}.{pair}.{language}") for pair in pairs]
+        path = os.path.join(folders[(epoch - 1) % len(folders)], name)
+        return [path + suffix for suffix in self._suffixes(language)]
+
+    def _folders(self, split: str) -> list[str]:
+        folders: list[str] = utils.split_paths(self.args.data)
+        return folders if split == self.args.train_subset else folders[:1]
+
+    def _suffixes(self, language: str) -> list[str]:
+        source, target = self.args.source_lang, self.args.target_lang
+        return [f".{pair}.{language}" for pair in (f"{source}-{target}", f"{target}-{source}")]
 
     def text(self, split: str) -> Iterator[np.ndarray]:
         """Yields the target side of a split as arrays of consecutive text."""
@@ -146,8 +148,7 @@ class LightRNNTranslationTask(TableTask, TranslationTask):
         at_target = language == self.args.target_lang
         dictionary = self.target_dictionary if at_target else self.source_dictionary
         training = split == self.args.train_subset
-        shards = len(utils.split_paths(self.args.data)) if training else 1
-        for epoch in range(1, shards + 1):
+        for epoch in range(1, len(self._folders(split)) + 1):
             for part in count() if training else range(1):
                 paths = self._paths(split, language, epoch, part)
                 found = (
@@ -179,6 +180,12 @@ class LightRNNTranslationTask(TableTask, TranslationTask):
             "source_word_table",
             symbols=source.symbols,
         )
+
+    def _save_tables(self, model: Any) -> None:
+        super()._save_tables(model)
+        if self._source_table == "own":
+            seats = model.encoder.embed_tokens.reader.seats
+            self.tables.save_other(seats, 0, "source_word_table", self.source_dictionary.symbols)
 
 
 def _check_data(args: Any) -> None:

@@ -263,7 +263,6 @@ class Reallocator:
             seed=args.seed,
             num_shards=world_size(),
             shard_id=rank(),
-            num_workers=args.num_workers,
             # A cached iterator would be the one that training goes on with.
             disable_iterator_cache=True,
         )
@@ -285,7 +284,6 @@ class Reallocator:
                 batch_sampler=[frozen[number] for number in wanted],
                 num_shards=world_size(),
                 shard_id=rank(),
-                num_workers=args.num_workers,
             )
         progress = progress_bar.progress_bar(
             iterator.next_epoch_itr(shuffle=False),

@@ -1,12 +1,13 @@
 """What every LightRNN task does at fairseq's hooks; the work is done by its parts."""
 
 import glob
+import itertools
 import logging
 import math
 import os
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,19 +78,22 @@ class TableTask:
         """Yields the words to be predicted of a split as arrays of consecutive text."""
         raise NotImplementedError
 
-    def check_parts(self, split: str, paths: Iterable[str], dictionary: Any) -> None:
+    def check_parts(
+        self, split: str, folders: Iterable[str], dictionary: Any, suffixes: Sequence[str] = ("",)
+    ) -> None:
         """Refuses damaged binarised text, when a split is first loaded.
 
         Args:
             split: its name.
-            paths: of all its parts, which later epochs read, without suffixes.
+            folders: where its parts lie, those too that later epochs read.
             dictionary: of their words.
+            suffixes: that names of its files may have after the split's.
         """
         if split in self.datasets:
             return
         with usage_errors():
-            for path in paths:
-                check_binarised(path, len(dictionary))
+            for folder, suffix in itertools.product(folders, suffixes):
+                check_binarised(os.path.join(folder, split), len(dictionary), suffix)
 
     def table_text(self) -> Iterable[np.ndarray]:
         """Yields the text that tables are made from."""
@@ -232,7 +236,7 @@ class TableTask:
             self._started = time.monotonic()
             self._check_validation(model)
             if words.round >= 0:
-                self._go_on(words)
+                self._go_on(model)
             elif rank() == 0:
                 self._warn_of_unknown_words()
         schedule = reallocation_epochs(self.args.reallocate_epochs, self.args.max_epoch)
@@ -241,12 +245,13 @@ class TableTask:
         elif epoch - 1 in schedule and words.epoch < epoch - 1:
             self._reallocate(epoch - 1, model)
 
-    def _go_on(self, words: WordHead) -> None:
+    def _go_on(self, model: Any) -> None:
         """Takes note of a model that a checkpoint has seated already.
 
         What belongs to a training does not travel with a model: one that begins from another's
         checkpoint counts its own epochs.
         """
+        words: WordHead = model.decoder.words
         last = os.path.join(self.args.save_dir, LAST_CHECKPOINT)
         tuned = self.args.finetune_from_model and not os.path.exists(last)
         if tuned or self.args.reset_dataloader:
@@ -257,7 +262,11 @@ class TableTask:
             f"the checkpoint seats the words: {words.table.table()}; --initial-table "
             f"{self.args.initial_table} is not used"
         )
-        self.tables.save_others(words)
+        self._save_tables(model)
+
+    def _save_tables(self, model: Any) -> None:
+        """Writes tables that the save directory lacks, or has others of."""
+        self.tables.save_others(model.decoder.words)
 
     def _validated(self) -> list[str]:
         """Returns the splits that this training validates on."""
@@ -266,16 +275,16 @@ class TableTask:
 
     def _check_validation(self, model: Any) -> None:
         """Refuses a text that validation would stop at, before anything is trained or saved."""
-        if self.args.skip_invalid_size_inputs_valid_test:
+        if self.in_order or self.args.skip_invalid_size_inputs_valid_test:
             return
         most = resolve_max_positions(
             self.max_positions(),  # type: ignore[attr-defined]
             model.max_positions(),
-            None if self.in_order else self.args.max_tokens_valid,
+            self.args.max_tokens_valid,
         )
         for split in self._validated():
             longest, limits = np.max(self.datasets[split].sizes, axis=0), np.array(most)
-            if not self.in_order and np.any(longest > limits):
+            if np.any(longest > limits):
                 raise UsageError(
                     f"a text of {np.max(longest)} words in the split {split!r} is longer than "
                     f"{np.min(limits)}, the most that --max-tokens-valid and the model allow: "

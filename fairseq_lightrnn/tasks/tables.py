@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -150,15 +151,26 @@ class TaskTables:
 
     def save_others(self, words: WordHead) -> None:
         """Writes the tables of a training that goes on from elsewhere into its own folder."""
+        epoch = int(words.epoch)
+        self.save_other(words.table, epoch, "word_table")
+        for number, seats in enumerate(words.further_tables, 1):
+            self.save_other(seats, epoch, f"further_word_table{number}")
+
+    def save_other(
+        self, seats: Seats, epoch: int, file_name: str, symbols: Sequence[str] | None = None
+    ) -> None:
+        """Writes a table, unless the file in the save directory has the same one."""
         if not self._writes:
             return
-        path = Path(self.args.save_dir) / "word_table.txt"
+        path = Path(self.args.save_dir) / f"{file_name}.txt"
+        words = self.dictionary.symbols if symbols is None else symbols
         try:
-            saved = WordTable.load(path, self.dictionary.symbols) if path.exists() else None
+            saved = WordTable.load(path, words) if path.exists() else None
         except ValueError:
             saved = None  # damaged, or of the training of another dictionary
-        if saved != words.table.table():
-            self.save_all(words)
+        table = seats.table()
+        if saved != table:
+            self.save(table, epoch, file_name, words)
 
     def save_all(self, words: WordHead, further: bool = True) -> None:
         """Writes the tables in force as those of the last epoch that words were moved after.
@@ -185,8 +197,8 @@ class TaskTables:
         if not self._writes:
             return
         path = Path(self.args.save_dir) / _REPORTS
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["epoch"] < report["epoch"]]
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        kept = [line for line in lines if _epoch_of(line) < report["epoch"]]
         with whole_file(path) as file:
             file.writelines(line + "\n" for line in [*kept, json.dumps(report)])
 
@@ -205,6 +217,14 @@ class TaskTables:
         symbols = self.dictionary.symbols if symbols is None else symbols
         table.save(directory / f"{file_name}.epoch{epoch}.txt", symbols)
         table.save(directory / f"{file_name}.txt", symbols)
+
+
+def _epoch_of(report: str) -> float:
+    """Returns the epoch of a line of reports; infinite if it is damaged."""
+    try:
+        return float(json.loads(report)["epoch"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def load_table(flag: str, file: str, symbols: Sequence[str], otherwise: str = "no ") -> WordTable:
