@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,12 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fairseq_run import preprocess_pairs
 
     return preprocess_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture
+def no_gradients() -> Iterator[None]:
+    """Nothing is to be trained."""
+    import torch
+
+    with torch.no_grad():
+        yield

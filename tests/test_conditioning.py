@@ -15,10 +15,7 @@ from fairseq_lightrnn.core.network import FeedForward
 TABLES = [(9,), (3, 4), (2, 3, 4)]
 
 
-@pytest.fixture(autouse=True)
-def no_grad() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.mark.parametrize("units", [0, 7])

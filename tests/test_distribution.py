@@ -42,10 +42,7 @@ def sort_words(log_probs: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(words), np.stack(scores)
 
 
-@pytest.fixture(autouse=True)
-def no_grad() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.mark.parametrize(("kind", "words", "shape"), CASES)

@@ -22,10 +22,7 @@ KINDS = [Gated, "transformer"]
 TABLES = [(24, (5, 5)), (20, (4, 5)), (24, (3, 3, 3))]
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 class Costs:

@@ -48,10 +48,7 @@ def scores(decoder: Any, words: Tensor) -> Tensor:
     return found.gather(2, targets[..., None])[..., 0]
 
 
-@pytest.fixture(autouse=True)
-def no_grad() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.mark.parametrize(("words", "shape"), TABLES)

@@ -35,10 +35,7 @@ KEPT = [case for case in CASES if case[0] is not Recurrent and len(case[2]) > 1]
 SEVERAL = [case for case in CASES if len(case[2]) > 1]
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 class Sample:
