@@ -238,7 +238,7 @@ class TestEnds:
             os.close(writer)
             assert found.returncode == 141
             # But for what the command says of the hidden state when it starts.
-            assert not found.stderr or found.stderr.startswith("as in training")
+            assert not found.stderr or found.stderr.startswith("each sentence starts afresh")
             assert len(found.stderr.splitlines()) <= 1
 
     @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
