@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from fairseq.ngram_repeat_block import NGramRepeatBlock
 from fairseq.search import DiverseBeamSearch, DiverseSiblingsSearch, Sampling
 from fairseq.sequence_generator import SequenceGenerator
 from scipy.stats import chi2_contingency
 from tiny_translation import DECODERS, batch, build, log_probs
+from torch import Tensor
 
 from fairseq_lightrnn.models import next_words, word_head
 from fairseq_lightrnn.models.next_words import FOUND, WANTED, Wanted
@@ -29,6 +31,7 @@ PLAIN: list[dict[str, Any]] = [
 WHOLE: list[dict[str, Any]] = [
     {"temperature": 0.7},
     {"no_repeat_ngram_size": 1},
+    {"no_repeat_ngram_size": 2},
     {"tokens_to_suppress": ("w0", "w3")},
     {"search_strategy": DiverseBeamSearch},
     {"search_strategy": DiverseSiblingsSearch},
@@ -102,12 +105,36 @@ def test_beam_search_needs_the_most_probable_words_only(
     assert calls.few > 0
 
 
+class Forbidding(NGramRepeatBlock):
+    """The twin: tries every word. fairseq's looks for the last words of a text in its padding."""
+
+    def forward(
+        self, tokens: Tensor, lprobs: Tensor, bsz: int, beam_size: int, step: int
+    ) -> Tensor:
+        size = self.no_repeat_ngram_size
+        for row, text in enumerate(tokens[:, 1 : step + 1].tolist()):
+            known = [text[at : at + size] for at in range(len(text) - size + 1)]
+            for word in range(lprobs.size(1)):
+                if [*text, word][-size:] in known:
+                    lprobs[row, word] = -torch.inf
+        return lprobs
+
+
+class Mended(SequenceGenerator):
+    """fairseq's generator, which forbids what would repeat words."""
+
+    def __init__(self, *args: Any, no_repeat_ngram_size: int = 0, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if no_repeat_ngram_size:
+            self.repeat_ngram_blocker = Forbidding(no_repeat_ngram_size)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("options", WHOLE, ids=str)
 def test_other_searches_see_all_words(decoder: str, options: dict[str, Any], calls: Calls) -> None:
     model = build(decoder, 46, (7, 7))
-    expected = translate(SequenceGenerator, [model], **options)
+    expected = translate(Mended, [model], **options)
     assert_same(translate(TopWordsGenerator, [model], **options), expected)
     assert calls.few == 0
 
