@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from side_by_side import checksum, machine
+from side_by_side import checksum, machine, write_whole
 
-from fairseq_lightrnn.files import read_lines, whole_file
+from fairseq_lightrnn.files import read_lines
 from fairseq_lightrnn.runtime.model import ExportedModel
 
 _TITLE = re.compile(r" *= [^=].* = *")
@@ -142,8 +142,7 @@ def main() -> None:
     text = json.dumps(result, indent=1) + "\n"
     print(text, end="")
     if args.output is not None:
-        with whole_file(args.output) as file:
-            file.write(text)
+        write_whole(args.output, text)
 
 
 if __name__ == "__main__":

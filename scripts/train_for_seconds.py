@@ -44,11 +44,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("time", choices=("cpu", "clock"))
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="of fairseq-train")
-    args = parser.parse_args()
-    if "--stop-time-hours" not in args.flags:
+    parser.add_argument("--stop-time-hours", type=float, default=0, help="and all other flags of "
+        "fairseq-train")  # fmt: skip
+    args, _ = parser.parse_known_args()
+    if args.stop_time_hours <= 0:
         parser.error("fairseq-train's --stop-time-hours must say for how long")
-    sys.argv[1:] = args.flags
+    sys.argv.remove(args.time)
     if args.time == "cpu":
         Trainer.cumulative_training_time = processor_time
     Trainer.lr_step_update = step_by_time

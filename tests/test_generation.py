@@ -14,6 +14,7 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq_run import TASK, run, train, write_text
 from scipy.stats import chisquare
+from tiny_translation import banned
 from torch import Tensor
 
 from fairseq_lightrnn.core.distribution import next_word_log_probs
@@ -88,16 +89,6 @@ def slow_log_probs(models: list[Any], past: list[int], temperature: float) -> Te
         log_probs = next_word_log_probs(decoder.head, context)[0]
         every.append(torch.log_softmax(log_probs / temperature, 0))
     return torch.logsumexp(torch.stack(every), 0) - math.log(len(models))
-
-
-def banned(past: list[int], size: int) -> list[int]:
-    """Words that would make the last words of a text a sequence that it has already."""
-    last = past[len(past) - size + 1 :]
-    return [
-        past[start + size - 1]
-        for start in range(len(past) - size + 1)
-        if past[start : start + size - 1] == last
-    ]
 
 
 def slow_beam_search(

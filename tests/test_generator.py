@@ -10,7 +10,7 @@ from fairseq.ngram_repeat_block import NGramRepeatBlock
 from fairseq.search import DiverseBeamSearch, DiverseSiblingsSearch, Sampling
 from fairseq.sequence_generator import SequenceGenerator
 from scipy.stats import chi2_contingency
-from tiny_translation import DECODERS, batch, build, log_probs
+from tiny_translation import DECODERS, banned, batch, build, log_probs
 from torch import Tensor
 
 from fairseq_lightrnn.models import next_words, word_head
@@ -106,17 +106,13 @@ def test_beam_search_needs_the_most_probable_words_only(
 
 
 class Forbidding(NGramRepeatBlock):
-    """The twin: tries every word. fairseq's looks for the last words of a text in its padding."""
+    """The twin: text by text. fairseq's looks for the last words of a text in its padding."""
 
     def forward(
         self, tokens: Tensor, lprobs: Tensor, bsz: int, beam_size: int, step: int
     ) -> Tensor:
-        size = self.no_repeat_ngram_size
         for row, text in enumerate(tokens[:, 1 : step + 1].tolist()):
-            known = [text[at : at + size] for at in range(len(text) - size + 1)]
-            for word in range(lprobs.size(1)):
-                if [*text, word][-size:] in known:
-                    lprobs[row, word] = -torch.inf
+            lprobs[row, banned(text, self.no_repeat_ngram_size)] = -torch.inf
         return lprobs
 
 

@@ -221,6 +221,7 @@ def test_training_goes_by_the_time_that_is_asked_for(
         ([], "required: time"),
         (["cppu", "data", "--stop-time-hours", "1"], "invalid choice: 'cppu'"),
         (["cpu", "data"], "--stop-time-hours must say for how long"),
+        (["cpu", "data", "--stop-time-hours=0"], "--stop-time-hours must say for how long"),
     ],
 )
 def test_no_time_or_no_end_of_it(

@@ -103,3 +103,13 @@ def log_probs(model: Any, source: dict[str, Tensor], target: Tensor) -> Tensor:
     output = model(**source, prev_output_tokens=previous, target_tokens=target)
     scores = model.get_normalized_probs(output, True, {"target": target})
     return scores.gather(2, target[..., None])[..., 0]
+
+
+def banned(past: list[int], size: int) -> list[int]:
+    """Words that would make the last words of a text a sequence that it has already."""
+    last = past[len(past) - size + 1 :]
+    return [
+        past[start + size - 1]
+        for start in range(len(past) - size + 1)
+        if past[start : start + size - 1] == last
+    ]

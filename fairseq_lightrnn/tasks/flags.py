@@ -148,14 +148,10 @@ def _needs_schedule(flag: str, default: str | None = None) -> Need:
 
 def _needs_independent_texts(flag: str, given: Callable[[Any], Any] | None = None) -> Need:
     name = _field_of(flag)
-
-    def is_given(args: Any) -> bool:
-        return bool(given(args) if given else getattr(args, name, False))
-
     return Need(
         flag,
-        lambda args: is_given(args) and _carries(args),
-        lambda args: False,
+        given or (lambda args: getattr(args, name, False)),
+        lambda args: not _carries(args),
         "has no effect with --carry-hidden-state, which reads --batch-size lanes in blocks of "
         "--tokens-per-sample; leave it out",
     )

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,10 +151,8 @@ class TaskTables:
 
     def save_others(self, words: WordHead) -> None:
         """Writes the tables of a training that goes on from elsewhere into its own folder."""
-        epoch = int(words.epoch)
-        self.save_other(words.table, epoch, "word_table")
-        for number, seats in enumerate(words.further_tables, 1):
-            self.save_other(seats, epoch, f"further_word_table{number}")
+        for file_name, seats in _named(words):
+            self.save_other(seats, int(words.epoch), file_name)
 
     def save_other(
         self, seats: Seats, epoch: int, file_name: str, symbols: Sequence[str] | None = None
@@ -179,10 +177,8 @@ class TaskTables:
             words: of the model.
             further: write further tables too.
         """
-        epoch = int(words.epoch)
-        self.save(words.table.table(), epoch)
-        for number, seats in enumerate(words.further_tables if further else (), 1):
-            self.save(seats.table(), epoch, f"further_word_table{number}")
+        for file_name, seats in _named(words, further):
+            self.save(seats.table(), int(words.epoch), file_name)
 
     def forget_reports(self) -> None:
         """Removes what an earlier training in the same folder reported."""
@@ -206,7 +202,7 @@ class TaskTables:
         self,
         table: WordTable,
         epoch: int,
-        file_name: str = "word_table",
+        file_name: str,
         symbols: Sequence[str] | None = None,
     ) -> None:
         """Writes a table next to the checkpoints, under its epoch and as the newest."""
@@ -217,6 +213,13 @@ class TaskTables:
         symbols = self.dictionary.symbols if symbols is None else symbols
         table.save(directory / f"{file_name}.epoch{epoch}.txt", symbols)
         table.save(directory / f"{file_name}.txt", symbols)
+
+
+def _named(words: WordHead, further: bool = True) -> Iterator[tuple[str, Seats]]:
+    """Yields the tables that predict words, each after the name of its file."""
+    yield "word_table", words.table
+    for number, seats in enumerate(words.further_tables if further else (), 1):
+        yield f"further_word_table{number}", seats
 
 
 def _epoch_of(report: str) -> float:
