@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from scipy import sparse
 
 from fairseq_lightrnn.allocation import cooccurrence
+from fairseq_lightrnn.allocation.clustering import table_of_vectors
 from fairseq_lightrnn.allocation.cooccurrence import (
     CoOccurrence,
     Occurrences,
@@ -16,12 +18,8 @@ from fairseq_lightrnn.allocation.cooccurrence import (
     positive_information,
     word_vectors,
 )
-from fairseq_lightrnn.allocation.initial_table import (
-    TableMaker,
-    cooccurrence_vectors,
-    initial_table,
-)
-from fairseq_lightrnn.core.table import balanced_cells
+from fairseq_lightrnn.allocation.initial_table import TableMaker, cooccurrence_vectors
+from fairseq_lightrnn.core.table import WordTable, balanced_cells
 
 ONE = ThreadPoolExecutor(1)
 SHAPES = [(20, (5, 4)), (18, (5, 4)), (12, (12,)), (23, (3, 3, 3)), (7, (1, 7)), (7, (7, 1))]
@@ -31,6 +29,18 @@ def grammar(classes: int, members: int, length: int, seed: int) -> np.ndarray:
     """Text in which class follows class in order and each member of a class is equally likely."""
     random = np.random.default_rng(seed)
     return (np.arange(length) % classes) * members + random.integers(members, size=length)
+
+
+def initial_table(
+    kind: str,
+    num_words: int,
+    shape: Sequence[int],
+    tokens: Sequence[np.ndarray] = (),
+    seed: int = 1,
+) -> WordTable:
+    """Makes the first table of words that occur as in the text."""
+    counts = np.bincount(np.concatenate([*tokens, range(num_words)])) - 1
+    return TableMaker(num_words, counts, lambda: tokens, seed).make(kind, shape)
 
 
 def counts_of(
@@ -47,12 +57,20 @@ def counts_of(
 @pytest.mark.parametrize("kind", ["random", "frequency", "cooccurrence"])
 def test_every_kind_fills_the_balanced_cells_and_repeats_itself(kind, num_words, shape):
     tokens = [np.random.default_rng(0).integers(num_words, size=200)]
-    tables = [
-        initial_table(kind, num_words, shape, seed=3, tokens=tokens, num_threads=threads)
-        for threads in (1, 2, 1)
-    ]
+    tables = [initial_table(kind, num_words, shape, tokens, 3) for _ in range(2)]
     assert sorted(tables[0].cells) == balanced_cells(num_words, shape).tolist()
-    assert tables[0] == tables[1] == tables[2]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize(("num_words", "shape"), SHAPES)
+def test_neither_vectors_nor_tables_depend_on_threads(num_words, shape):
+    tokens = [np.random.default_rng(0).integers(num_words, size=200)]
+    vectors, tables = [], []
+    for threads in (1, 2):
+        words = cooccurrence_vectors(tokens, num_words, CoOccurrence(), 3, threads)
+        vectors.append(words.vectors)
+        tables.append(table_of_vectors(*words[:2], shape=shape, num_threads=threads))
+    assert np.array_equal(*vectors) and tables[0] == tables[1]
 
 
 def test_seeds_give_different_random_tables():
@@ -62,24 +80,21 @@ def test_seeds_give_different_random_tables():
 
 
 def test_frequency_order_runs_along_the_rows():
-    counts = np.array([3, 9, 9, 0, 5, 1])
-    table = initial_table("frequency", 6, (2, 3), counts=counts)
-    assert table.words.tolist() == [1, 2, 4, 0, 5, 3]
-    text = [np.repeat(np.arange(6), counts)]
-    assert initial_table("frequency", 6, (2, 3), tokens=text) == table
+    text = [np.repeat(np.arange(6), [3, 9, 9, 0, 5, 1])]
+    assert initial_table("frequency", 6, (2, 3), text).words.tolist() == [1, 2, 4, 0, 5, 3]
 
 
 def test_words_that_stand_in_the_same_places_share_a_row():
-    table = initial_table("cooccurrence", 36, (6, 6), tokens=[grammar(6, 6, 6000, 0)], seed=1)
+    table = initial_table("cooccurrence", 36, (6, 6), [grammar(6, 6, 6000, 0)])
     classes = np.arange(36) // 6
     for row in range(6):
         assert len(set(classes[table.coordinates[:, 0] == row])) == 1
 
 
 def test_words_without_occurrences_fill_what_is_left():
-    table = initial_table("cooccurrence", 40, (7, 6), tokens=[grammar(6, 6, 4000, 0)], seed=1)
+    table = initial_table("cooccurrence", 40, (7, 6), [grammar(6, 6, 4000, 0)])
     assert sorted(table.cells) == balanced_cells(40, (7, 6)).tolist()
-    assert initial_table("cooccurrence", 5, (2, 3), tokens=[np.array([], np.int64)]).num_words == 5
+    assert initial_table("cooccurrence", 5, (2, 3), [np.array([], np.int64)]).num_words == 5
 
 
 def test_neighbour_counts_by_hand():
@@ -127,14 +142,17 @@ def test_of_long_texts_a_sample_of_frequent_words_is_counted(monkeypatch, window
 
 def test_what_a_cooccurrence_table_counts_makes_a_difference():
     text = [grammar(6, 6, 3000, 0)]
-    tables = [
-        initial_table("cooccurrence", 36, (6, 6), tokens=text, how=how)
-        for how in (
-            CoOccurrence(), CoOccurrence(window=4, column_window=4), CoOccurrence(column_window=1),
-            CoOccurrence(weight_power=0), CoOccurrence(dim=3),
+    tables = []
+    for how in (
+        CoOccurrence(), CoOccurrence(window=4, column_window=4), CoOccurrence(column_window=1),
+        CoOccurrence(weight_power=0), CoOccurrence(dim=3),
+    ):  # fmt: skip
+        words = cooccurrence_vectors(text, 36, how)
+        table = table_of_vectors(
+            words.vectors, words.weights, row_dims=words.row_dims, shape=(6, 6)
         )
-    ]  # fmt: skip
-    assert tables[0] == initial_table("cooccurrence", 36, (6, 6), tokens=text)
+        tables.append(table)
+    assert tables[0] == initial_table("cooccurrence", 36, (6, 6), text)
     assert len({table.digest() for table in tables}) == len(tables)
 
 
@@ -227,16 +245,16 @@ def test_vectors_of_a_small_matrix_are_its_singular_vectors(monkeypatch, dim: in
             {"kind": "alphabetic"},
             "must be one of random, frequency, cooccurrence, got 'alphabetic'",
         ),
-        ({"kind": "frequency"}, "give counts or tokens"),
-        ({"kind": "frequency", "counts": np.ones(5)}, "counts must be 6"),
-        ({"kind": "cooccurrence"}, "give tokens"),
-        ({"kind": "cooccurrence", "tokens": [np.array([1, 6])]}, "word id 6"),
+        ({"counts": np.ones(5)}, "counts must be 6"),
+        ({"counts": np.full(6, np.nan)}, "counts must be 6 finite"),
+        ({"kind": "cooccurrence", "text": [np.array([1, 6])]}, "word id 6"),
         ({"kind": "random", "shape": (2, 2)}, "too few"),
     ],
 )
-def test_what_is_missing_or_wrong_is_refused(arguments, message):
+def test_what_is_wrong_is_refused(arguments, message):
+    given = {"kind": "random", "shape": (2, 3), "counts": np.ones(6), "text": [], **arguments}
     with pytest.raises(ValueError, match=message):
-        initial_table(**{"num_words": 6, "shape": (2, 3), **arguments})
+        TableMaker(6, given["counts"], lambda: given["text"]).make(given["kind"], given["shape"])
 
 
 def test_a_maker_reads_its_text_once_and_only_if_needed():
@@ -248,15 +266,13 @@ def test_a_maker_reads_its_text_once_and_only_if_needed():
 
     maker = TableMaker(36, np.arange(36), text, 5)
     for kind in ("random", "frequency"):
-        expected = initial_table(kind, 36, (6, 6), seed=5, counts=np.arange(36))
-        assert maker.make(kind, (6, 6)) == expected
+        maker.make(kind, (6, 6))
     assert not read
     first = maker.make("cooccurrence", (6, 6))
-    assert first == initial_table("cooccurrence", 36, (6, 6), seed=5, tokens=text())
-    read.clear()
+    assert read == [1]
     further = [maker.make("cooccurrence", (6, 6), [first]), maker.make("random", (6, 6), [first])]
     assert first not in further and maker.make("random", (6, 6)) not in further
-    assert not read
+    assert read == [1]
 
 
 def test_rare_words_sit_in_further_tables_as_they_are_spelt(monkeypatch):

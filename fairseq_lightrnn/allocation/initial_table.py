@@ -27,7 +27,6 @@ __all__ = [
     "TableMaker",
     "WordVectors",
     "cooccurrence_vectors",
-    "initial_table",
 ]
 
 logger = logging.getLogger(__name__)
@@ -49,101 +48,6 @@ class WordVectors(NamedTuple):
     vectors: np.ndarray
     weights: np.ndarray
     row_dims: int | None
-
-
-def initial_table(
-    kind: str,
-    num_words: int,
-    shape: Sequence[int],
-    *,
-    seed: int = 1,
-    counts: np.ndarray | None = None,
-    tokens: Iterable[np.ndarray] | None = None,
-    how: CoOccurrence | None = None,
-    num_threads: int | None = None,
-) -> WordTable:
-    """Builds a word table before any training.
-
-    ``random`` permutes the words, as in arXiv 1610.09893. ``frequency`` fills the table row by row
-    from the most frequent word to the rarest. ``cooccurrence`` puts words with similar neighbours
-    into a row, and within the rows words that differ from their row in the same way into a column,
-    for which neighbours further away count too: balanced k-means on word vectors; in the end each
-    is chosen again by what the other does not explain (`table_of_vectors`). The vectors are rounded
-    by the linear algebra library, so that another number of its threads (``OMP_NUM_THREADS``) may
-    give another table for the same seed.
-
-    Args:
-      kind: one of `INITIAL_TABLES`.
-      num_words: V, size of the dictionary.
-      shape: k sizes of the table, with at least V cells.
-      seed: of the permutation, or of the k-means.
-      counts: (V,) occurrences, needed by ``frequency`` unless there are ``tokens``.
-      tokens: the training text as 1-D arrays of word ids, needed by ``cooccurrence``.
-      how: what ``cooccurrence`` counts and weighs.
-      num_threads: threads; the table does not depend on it.
-
-    Returns:
-      The table; the occupied cells are those of `balanced_cells`.
-
-    Raises:
-      ValueError: the kind is unknown, what it needs is missing, or counts do not fit the
-        dictionary.
-    """
-    if kind not in INITIAL_TABLES:
-        raise ValueError(f"initial table must be one of {', '.join(INITIAL_TABLES)}, got {kind!r}")
-    shape = tuple(int(size) for size in shape)
-    cells = balanced_cells(num_words, shape)
-    if kind == "random":
-        order = np.random.default_rng(seed).permutation(num_words)
-    elif kind == "frequency":
-        occurrences = _occurrences(num_words, counts, tokens)
-        order = np.empty(num_words, np.int64)
-        order[np.argsort(-occurrences, kind="stable")] = np.arange(num_words)
-    else:
-        if tokens is None:
-            raise ValueError("a co-occurrence table needs the training text; give tokens")
-        started = time.monotonic()
-        how = how or CoOccurrence()
-        words = cooccurrence_vectors(tokens, num_words, how, seed, num_threads)
-        table = _seated(words, shape, seed, num_threads)
-        logger.info("co-occurrence table took %.1f s", time.monotonic() - started)
-        return table
-    return WordTable.from_cells(cells[order], shape)
-
-
-def _seated(
-    words: WordVectors,
-    shape: Sequence[int],
-    seed: int,
-    num_threads: int | None = None,
-    before: Sequence[WordTable] = (),
-) -> WordTable:
-    return table_of_vectors(
-        words.vectors,
-        words.weights,
-        row_dims=words.row_dims,
-        shape=shape,
-        before=before,
-        seed=seed,
-        num_threads=num_threads,
-    )
-
-
-def _occurrences(
-    num_words: int, counts: np.ndarray | None, tokens: Iterable[np.ndarray] | None
-) -> np.ndarray:
-    if counts is None:
-        if tokens is None:
-            raise ValueError(
-                "a frequency table needs the occurrences of the words; give counts or tokens"
-            )
-        counts = np.zeros(num_words, np.int64)
-        for piece in tokens:
-            counts += np.bincount(np.asarray(piece).reshape(-1), minlength=num_words)
-    counts = np.asarray(counts)
-    if counts.shape != (num_words,) or not np.isfinite(counts).all():
-        raise ValueError(f"counts must be {num_words} finite numbers, got shape {counts.shape}")
-    return counts
 
 
 def cooccurrence_vectors(
@@ -190,7 +94,15 @@ def cooccurrence_vectors(
 
 
 class TableMaker:
-    """Makes the tables of a vocabulary; those from co-occurrence share their word vectors.
+    """Builds the tables of a vocabulary before any training.
+
+    ``random`` permutes the words, as in arXiv 1610.09893. ``frequency`` fills the table row by row
+    from the most frequent word to the rarest. ``cooccurrence`` puts words with similar neighbours
+    into a row, and within the rows words that differ from their row in the same way into a column,
+    for which neighbours further away count too: balanced k-means on word vectors; in the end each
+    is chosen again by what the other does not explain (`table_of_vectors`). The vectors are rounded
+    by the linear algebra library, so that another number of its threads (``OMP_NUM_THREADS``) may
+    give another table for the same seed. All such tables of a maker share their word vectors.
 
     Args:
       num_words: V, size of the vocabulary.
@@ -199,6 +111,9 @@ class TableMaker:
         and only where it is needed.
       seed: of the first table; those of further tables follow from it.
       names: of the words, for further tables of more than `FREQUENT` of them.
+
+    Raises:
+      ValueError: the counts are not those of V words.
     """
 
     def __init__(
@@ -209,6 +124,8 @@ class TableMaker:
         seed: int = 1,
         names: Sequence[str] = (),
     ) -> None:
+        if counts.shape != (num_words,) or not np.isfinite(counts).all():
+            raise ValueError(f"counts must be {num_words} finite numbers, got shape {counts.shape}")
         self.num_words, self.counts, self.text, self.seed = num_words, counts, text, seed
         self.names = names
 
@@ -221,17 +138,47 @@ class TableMaker:
 
         Args:
           kind: one of `INITIAL_TABLES`.
-          shape: of the table.
+          shape: k sizes of the table, with at least V cells.
           before: of a further table, all tables before it: one from co-occurrence seats words by
             what these do not say of them.
+
+        Returns:
+          The table; the occupied cells are those of `balanced_cells`.
+
+        Raises:
+          ValueError: the kind is unknown, the shape too small, or the text not of these words.
         """
         seed = self.seed
         if before:  # one that nobody gives a first table, which this one would repeat
             seed = int(np.random.SeedSequence(seed).generate_state(len(before))[-1])
         if kind == "cooccurrence":
-            table = _seated(self._words, shape, seed, before=before)
+            table = self._cooccurrence(shape, seed, before)
             return _spelt(table, self.names) if before else table
-        return initial_table(kind, self.num_words, shape, seed=seed, counts=self.counts)
+        if kind == "random":
+            order = np.random.default_rng(seed).permutation(self.num_words)
+        elif kind == "frequency":
+            order = np.empty(self.num_words, np.int64)
+            order[np.argsort(-self.counts, kind="stable")] = np.arange(self.num_words)
+        else:
+            kinds = ", ".join(INITIAL_TABLES)
+            raise ValueError(f"initial table must be one of {kinds}, got {kind!r}")
+        return WordTable.from_cells(balanced_cells(self.num_words, shape)[order], shape)
+
+    def _cooccurrence(
+        self, shape: Sequence[int], seed: int, before: Sequence[WordTable]
+    ) -> WordTable:
+        started = time.monotonic()
+        words = self._words
+        table = table_of_vectors(
+            words.vectors,
+            words.weights,
+            row_dims=words.row_dims,
+            shape=shape,
+            before=before,
+            seed=seed,
+        )
+        logger.info("co-occurrence table took %.1f s", time.monotonic() - started)
+        return table
 
 
 def _spelt(table: WordTable, names: Sequence[str]) -> WordTable:
