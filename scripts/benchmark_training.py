@@ -28,13 +28,12 @@ import json
 import statistics
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmark_inference import measure_apart, memory, sized_dictionary
-from benchmark_language_model import CUTOFFS
+from benchmark_inference import measure_apart, memory
+from random_models import build_lstm_lm, build_ours, cutoffs_of, sized_task
 from side_by_side import KEEP_MEMORY, measure_each, write_results
 
 # Flags of the models of the plugin: the class of the model, and what words have.
@@ -80,18 +79,11 @@ def build(system: str, num_words: int, args: argparse.Namespace) -> tuple[Any, A
     import torch
 
     torch.manual_seed(1)
-    words = sized_dictionary(num_words)
-    task = Namespace(dictionary=words, source_dictionary=words, target_dictionary=words)
+    task = sized_task(num_words)
     if system in OURS:
         from fairseq_lightrnn.criterions import two_component_cross_entropy
-        from fairseq_lightrnn.models import lightrnn_lm as ours
 
-        name, own = OURS[system]
-        kind = getattr(ours, name)
-        cfg = ours.LSTMConfig(embed_dim=args.width, hidden_size=args.width,
-                              num_layers=args.layers, dropout=0.2, **own)  # fmt: skip
-        settings = kind.table_settings(cfg, num_words)
-        model = kind(ours.LightRNNDecoder(cfg, settings, words, kind.conditioner))
+        model = build_ours(*OURS[system], task, args)
         return model, two_component_cross_entropy.TwoComponentCrossEntropyCriterion(task)
     return build_peer(system, task, args)
 
@@ -101,23 +93,13 @@ def build_peer(system: str, task: Any, args: argparse.Namespace) -> tuple[Any, A
     from fairseq.criterions.adaptive_loss import AdaptiveLoss
     from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 
-    num_words = len(task.dictionary)
-    cutoffs = ",".join(str(cutoff) for cutoff in CUTOFFS if cutoff < num_words)
+    adaptive = system.endswith("adaptive")
     if system.startswith("lstm_lm"):
-        from fairseq.models.lstm_lm import LSTMLanguageModel
-
-        adaptive = system.endswith("adaptive")
-        flags = Namespace(
-            decoder_embed_dim=args.width, decoder_hidden_size=args.width,
-            decoder_layers=args.layers, decoder_out_embed_dim=args.width, dropout=0.2,
-            share_decoder_input_output_embed=False, adaptive_softmax_cutoff=cutoffs,
-            criterion="adaptive_loss" if adaptive else "cross_entropy",
-        )  # fmt: skip
-        model = LSTMLanguageModel.build_model(flags, task)
+        model = build_lstm_lm(task, args, adaptive)
     else:
         from fairseq.models import transformer_lm
 
-        adaptive = True
+        cutoffs = cutoffs_of(task)
         factor = 4.0 if args.width >= 4 ** (cutoffs.count(",") + 1) else 2.0  # none is 0 wide
         cfg = transformer_lm.TransformerLanguageModelConfig(
             dropout=0.2, decoder_embed_dim=args.width, decoder_output_dim=args.width,
