@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from allocation_peers import PEERS, Instance
-from side_by_side import commit
+from side_by_side import commit, write_whole
 
 from fairseq_lightrnn.allocation import assignment, joint
 from fairseq_lightrnn.allocation.assignment import SolverOptions
@@ -384,8 +384,8 @@ def write(report: dict, path: Path) -> None:
     """Writes the results so far, and a table and a picture of them beside."""
     path.parent.mkdir(parents=True, exist_ok=True)
     report["exponents"] = plot(report, path.with_suffix(".png"))
-    path.with_suffix(".md").write_text(markdown(report) + "\n", encoding="utf-8")
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_whole(path.with_suffix(".md"), markdown(report) + "\n")
+    write_whole(path, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

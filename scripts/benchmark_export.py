@@ -86,7 +86,7 @@ def count_words(data: Path) -> int:
 
 def make_tables(data: Path, args: argparse.Namespace) -> dict[str, float]:
     """Makes a table and three further ones, unless that is done, and returns their seconds."""
-    from side_by_side import run_measured
+    from side_by_side import run_measured, write_whole
 
     folder = args.out / "tables"
     kept = folder / "seconds.json"
@@ -102,7 +102,7 @@ def make_tables(data: Path, args: argparse.Namespace) -> dict[str, float]:
             raise SystemExit(f"the tables: {output[-2000:]}")
         each = re.findall(r"initial (further table \d|table): .* ([0-9.]+) seconds", output)
         seconds = {"all_cpu_seconds": round(used.ru_utime + used.ru_stime, 1)}
-        kept.write_text(json.dumps(seconds | {name: float(one) for name, one in each}) + "\n")
+        write_whole(kept, json.dumps(seconds | {name: float(one) for name, one in each}) + "\n")
     found: dict[str, float] = json.loads(kept.read_text())
     return found
 
@@ -110,7 +110,7 @@ def make_tables(data: Path, args: argparse.Namespace) -> dict[str, float]:
 def train(system: str, data: Path, folder: Path, args: argparse.Namespace) -> None:
     """Trains a system for so many seconds of the processor, unless that is done."""
     from benchmark_language_model import LSTMS
-    from side_by_side import KEEP_MEMORY, TRAIN_FOR_SECONDS, run_measured
+    from side_by_side import KEEP_MEMORY, TRAIN_FOR_SECONDS, run_measured, write_whole
 
     if (folder / "trained.json").exists():
         return
@@ -120,7 +120,7 @@ def train(system: str, data: Path, folder: Path, args: argparse.Namespace) -> No
         from language_model_text import find_text
 
         built = build_kenlm(find_text(args.text)["train"], data, args.out / "kenlm-int8")
-        (folder / "trained.json").write_text(json.dumps({"cpu_seconds": round(built.seconds, 1)}))
+        write_whole(folder / "trained.json", json.dumps({"cpu_seconds": round(built.seconds, 1)}))
         return
     flags = flags_of(system, data, folder, args)
     if system in LSTMS:
@@ -139,7 +139,7 @@ def train(system: str, data: Path, folder: Path, args: argparse.Namespace) -> No
 
     state = torch.load(folder / "checkpoint_last.pt", map_location="cpu", weights_only=False)
     updates = state["optimizer_history"][-1]["num_updates"]
-    (folder / "trained.json").write_text(json.dumps({"updates": updates}) + "\n")
+    write_whole(folder / "trained.json", json.dumps({"updates": updates}) + "\n")
 
 
 def has_further_tables(system: str, num_words: int) -> bool:
@@ -181,6 +181,7 @@ def run(system: str, quantise: str, folder: Path, data: Path, args: argparse.Nam
     """Measures an export in a process of its own, unless that is done."""
     from export_measures import in_browser, sizes
     from language_model_text import find_text
+    from side_by_side import write_whole
 
     browser = args.browser and quantise == "int8"
     kept = args.out / f"{system}-{quantise}{'-browser' if browser else ''}.json"
@@ -207,7 +208,7 @@ def run(system: str, quantise: str, folder: Path, data: Path, args: argparse.Nam
         result["difference"] = metrics["difference"]
         if browser:
             result |= in_browser(folder, text)
-    kept.write_text(json.dumps(result) + "\n")
+    write_whole(kept, json.dumps(result) + "\n")
     return result
 
 

@@ -13,8 +13,8 @@ from fairseq_lightrnn.allocation import cooccurrence
 from fairseq_lightrnn.allocation.clustering import table_of_vectors
 from fairseq_lightrnn.allocation.cooccurrence import (
     CoOccurrence,
+    Neighbours,
     Occurrences,
-    neighbour_counts,
     positive_information,
     word_vectors,
 )
@@ -48,9 +48,13 @@ def counts_of(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns neighbour counts, (V, 2 M), and the occurrences of the words, (V,)."""
     words = Occurrences.of(pieces, num_words, window)
-    blocks = neighbour_counts(words, num_contexts, window, ONE)
+    neighbours = Neighbours(words, num_contexts, window)
+    blocks = [neighbours.counts(block) for block in neighbours.blocks]
     assert all(block.has_sorted_indices for block in blocks)
-    return sparse.vstack(blocks).toarray(), words.counts
+    counts = sparse.vstack(blocks).toarray()
+    if (words.share == 1).all():
+        assert neighbours.totals() == pytest.approx(counts.sum(axis=0), rel=1e-6)
+    return counts, words.counts
 
 
 @pytest.mark.parametrize(("num_words", "shape"), SHAPES)
@@ -209,7 +213,7 @@ def test_only_the_most_frequent_words_are_contexts():
 
 def information_of(text: np.ndarray, num_words: int) -> list[sparse.csr_array]:
     words = Occurrences.of([text], num_words, 2)
-    return positive_information(neighbour_counts(words, num_words, 2, ONE), ONE)
+    return positive_information(Neighbours(words, num_words, 2), ONE)
 
 
 def test_information_by_its_definition():

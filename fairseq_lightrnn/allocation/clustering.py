@@ -83,14 +83,16 @@ def table_of_vectors(
     sums = sums_of_tables(vectors, weights, before)
     rounds = min(_JOINT_ROUNDS, _JOINT_ENTRIES // max(1, num_words * sum(shape)))
     rounds = rounds if len(shape) > 1 else 0
-    with thread_pool(num_threads) as executor:
-        for stage, size in enumerate(shape):
-            dims = slice(row_dims) if stage == 0 else slice(row_dims, None)
+    for stage, size in enumerate(shape):
+        dims = slice(row_dims) if stage == 0 else slice(row_dims, None)
+        with thread_pool(num_threads) as executor:
             split = _Split(sums, dims, groups, filled.counts(stage), executor)
             clusters = _balanced_clusters(split, random)
+            del split
             sums.add(clusters, size)
-            groups = groups * size + clusters
-        if rounds:
+        groups = groups * size + clusters
+    if rounds:
+        with thread_pool(num_threads) as executor:
             _settle(sums, filled, rounds, executor)
     return WordTable(np.stack(sums.places[-len(shape) :], axis=1), shape)
 

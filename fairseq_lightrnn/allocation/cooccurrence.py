@@ -8,17 +8,20 @@ alike. The nearer the neighbours, the more the vectors tell of grammar, the fart
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from itertools import accumulate, repeat
 
 import numpy as np
 from scipy import sparse
 
+from fairseq_lightrnn.allocation.sums import slices
+
 __all__ = [
     "CoOccurrence",
+    "Neighbours",
     "Occurrences",
-    "neighbour_counts",
     "positive_information",
     "word_vectors",
 ]
@@ -27,7 +30,7 @@ _CONTEXT_POWER = 0.75  # flattens the context distribution, so that rare context
 _OCCURRENCES = 1 << 24  # that are counted of longer texts
 _PAIRS_AT_ONCE = 1 << 20  # bounds temporaries
 _WORDS_AT_ONCE = 1 << 16  # likewise: many words may have no pairs
-_BLOCKS_AT_ONCE = 4  # likewise
+_COLUMNS_AT_ONCE = 32  # likewise
 _TOKENS_AT_ONCE = 1 << 22
 _POWER_ITERATIONS = 5
 _OVERSAMPLING = 16
@@ -106,46 +109,63 @@ class Occurrences:
         return cls(text, counts, share, *_places(text, counts, share))
 
 
-def neighbour_counts(
-    words: Occurrences, num_contexts: int, window: int, executor: Executor
-) -> list[sparse.csr_array]:
-    """Counts how often each word has each other word on its left and on its right.
+class Neighbours:
+    """How often words have each of the most frequent words on their right and on their left.
 
-    Of a word of which there is a sample, each counts for those left out.
+    Of a word of which there is a sample, each occurrence counts for those left out.
 
     Args:
       words: V of them.
       num_contexts: see `CoOccurrence`, as for the next.
       window: see there; at most that of ``words``.
-      executor: counts blocks of words in parallel; the counts do not depend on it.
 
-    Returns:
-      Blocks of the rows of a matrix (V, 2 M) of counts, right neighbours first, over the M <=
-      ``num_contexts`` most frequent words.
+    Attributes:
+      blocks: of words, which are counted at once.
+      num_contexts: M, at most what was asked for.
     """
-    counts, starts = words.counts, words.starts
-    order = np.argsort(-counts, kind="stable")[: min(num_contexts, len(counts))]
-    order = np.sort(order[counts[order] > 0])
-    column = np.full(len(counts) + 1, -1, np.int64)  # the last stands between pieces
-    column[order] = np.arange(len(order))
 
-    def count(block: slice) -> sparse.csr_array:
-        some = words.places[starts[block.start] : starts[block.stop]]
+    def __init__(self, words: Occurrences, num_contexts: int, window: int) -> None:
+        self._words, self._window = words, window
+        counts = words.counts
+        order = np.argsort(-counts, kind="stable")[: min(num_contexts, len(counts))]
+        order = np.sort(order[counts[order] > 0])
+        self.num_contexts = len(order)
+        self._column = np.full(len(counts) + 1, -1, np.int64)  # the last stands between pieces
+        self._column[order] = np.arange(len(order))
+        self.blocks = list(_groups(np.diff(words.starts), _PAIRS_AT_ONCE // (2 * window)))
+
+    def counts(self, block: slice) -> sparse.csr_array:
+        """Returns the rows of a block of the matrix (V, 2 M) of counts, right neighbours first."""
+        words, contexts = self._words, self.num_contexts
+        starts = words.starts[block.start : block.stop + 1]
+        some = words.places[starts[0] : starts[-1]]
         numbers = np.arange(block.stop - block.start)
-        centre = np.repeat(numbers, np.diff(starts[block.start : block.stop + 1]))
+        centre = np.repeat(numbers, np.diff(starts))
         cells, distances = [], []
-        for distance in range(1, window + 1):
-            for side, offset in ((distance, 0), (-distance, len(order))):
-                neighbour = column[words.text[some + side]]
+        for distance in range(1, self._window + 1):
+            for side, offset in ((distance, 0), (-distance, contexts)):
+                neighbour = self._column[words.text[some + side]]
                 known = neighbour >= 0
-                cells.append(centre[known] * (2 * len(order)) + (neighbour[known] + offset))
+                cells.append(centre[known] * (2 * contexts) + (neighbour[known] + offset))
                 distances.append(distance)
-        result = _summed(cells, distances, (len(numbers), 2 * len(order)))
+        result = _summed(cells, distances, (len(numbers), 2 * contexts))
         result.data /= np.repeat(words.share[block], np.diff(result.indptr)).astype(np.float32)
         return result
 
-    blocks = _groups(np.diff(starts), _PAIRS_AT_ONCE // (2 * window))
-    return list(executor.map(count, blocks))
+    def totals(self) -> np.ndarray:
+        """Returns the sums of all words' counts, (2 M,), as the whole text has them."""
+        text, contexts = self._words.text, self.num_contexts
+        result = np.zeros((2, contexts))
+        for start in range(0, len(text), _TOKENS_AT_ONCE):
+            for distance in range(1, self._window + 1):
+                piece = text[start : start + _TOKENS_AT_ONCE + distance]
+                first, last = piece[:-distance], piece[distance:]
+                both = (first < len(self._column) - 1) & (last < len(self._column) - 1)
+                for side, neighbours in enumerate((last, first)):
+                    column = self._column[neighbours[both]]
+                    found = np.bincount(column[column >= 0], minlength=contexts)
+                    result[side] += found / distance
+        return result.reshape(-1)
 
 
 def _joined(tokens: Iterable[np.ndarray], num_words: int, window: int) -> np.ndarray:
@@ -236,26 +256,30 @@ def _summed(
     return sparse.csr_array(parts, shape=shape)
 
 
-def positive_information(
-    counts: Sequence[sparse.csr_array], executor: Executor
-) -> list[sparse.csr_array]:
-    """Returns the positive pointwise mutual information of words and neighbours, in blocks."""
-    contexts = np.zeros(counts[0].shape[1])
-    for block in counts:
-        contexts += np.bincount(block.indices, block.data, minlength=len(contexts))
-    contexts **= _CONTEXT_POWER
+def positive_information(neighbours: Neighbours, executor: Executor) -> list[sparse.csr_array]:
+    """Returns the positive pointwise mutual information of words and neighbours, (V, 2 M).
+
+    Args:
+      neighbours: of words.
+      executor: counts blocks in parallel; the information does not depend on it.
+
+    Returns:
+      Blocks of rows.
+    """
+    contexts = neighbours.totals() ** _CONTEXT_POWER
     contexts /= max(contexts.sum(), 1e-300)
 
-    def inform(block: sparse.csr_array) -> sparse.csr_array:
-        sizes = np.diff(block.indptr)
-        words = np.repeat(block.sum(axis=1, dtype=np.float64), sizes)
-        values = np.log(block.data / (words * contexts[block.indices]))
+    def inform(block: slice) -> sparse.csr_array:
+        counts = neighbours.counts(block)
+        sizes = np.diff(counts.indptr)
+        words = np.repeat(counts.sum(axis=1, dtype=np.float64), sizes)
+        values = np.log(counts.data / (words * contexts[counts.indices]))
         kept = values > 0
-        starts = np.concatenate([[0], kept.cumsum()])[block.indptr]
-        parts = values[kept].astype(np.float32), block.indices[kept], starts.astype(np.int32)
-        return sparse.csr_array(parts, shape=block.shape)
+        starts = np.concatenate([[0], kept.cumsum()])[counts.indptr]
+        parts = values[kept].astype(np.float32), counts.indices[kept], starts.astype(np.int32)
+        return sparse.csr_array(parts, shape=counts.shape)
 
-    return list(executor.map(inform, counts))
+    return list(executor.map(inform, neighbours.blocks))
 
 
 def word_vectors(
@@ -283,34 +307,36 @@ def word_vectors(
     random = np.random.default_rng(seed)
     basis = random.standard_normal((shape[1], width), dtype=np.float32)
 
-    def total(
-        part: Callable[[sparse.csr_array, np.ndarray], np.ndarray], basis: np.ndarray, rows: int
-    ) -> np.ndarray:
-        """Sums up what blocks give in their order; few at once, for each is as large as the sum."""
-        result = np.zeros((rows, basis.shape[1]))
-        for start in range(0, len(information), _BLOCKS_AT_ONCE):
-            some = information[start : start + _BLOCKS_AT_ONCE]
-            for one in executor.map(part, some, [basis] * len(some)):
-                result += one
+    def multiplied(columns: np.ndarray) -> np.ndarray:
+        result = np.zeros(columns.shape)
+        for block in information:
+            result += block.T @ (block @ columns)
         return result
 
     for _ in range(_POWER_ITERATIONS):
-        basis = _orthonormal(total(lambda block, basis: block.T @ (block @ basis), basis, shape[1]))
-    _, axes = np.linalg.eigh(total(_squares, basis, basis.shape[1]))
+        # Of some columns: products with a block are as large as the sum.
+        parts = np.array_split(basis, 1 + basis.shape[1] // _COLUMNS_AT_ONCE, axis=1)
+        parts = [np.ascontiguousarray(part) for part in parts]
+        basis = _orthonormal(np.concatenate(list(executor.map(multiplied, parts)), axis=1))
+    _, axes = np.linalg.eigh(sum(executor.map(_squares, information, repeat(basis))))
     basis = basis @ axes[:, ::-1][:, :dim].astype(np.float32)
     vectors[:, basis.shape[1] :] = 0.0
 
-    def write(words: slice, block: sparse.csr_array) -> None:
-        vectors[words, : basis.shape[1]] = block @ basis
+    def write(start: int, block: sparse.csr_array) -> None:
+        rows = vectors[start : start + block.shape[0], : basis.shape[1]]
+        for words in slices(len(rows)):
+            rows[words] = block[words] @ basis
 
-    ends = np.cumsum([block.shape[0] for block in information])
-    rows = [slice(end - block.shape[0], end) for end, block in zip(ends, information, strict=True)]
-    list(executor.map(write, rows, information))
+    sizes = [block.shape[0] for block in information]
+    list(executor.map(write, accumulate(sizes, initial=0), information))
 
 
 def _squares(block: sparse.csr_array, basis: np.ndarray) -> np.ndarray:
-    found = (block @ basis).astype(np.float64)
-    return found.T @ found
+    result = np.zeros((basis.shape[1], basis.shape[1]))
+    for words in slices(block.shape[0]):
+        found = (block[words] @ basis).astype(np.float64)
+        result += found.T @ found
+    return result
 
 
 def _orthonormal(basis: np.ndarray) -> np.ndarray:

@@ -13,8 +13,8 @@ import numpy as np
 from fairseq_lightrnn.allocation.clustering import table_of_vectors
 from fairseq_lightrnn.allocation.cooccurrence import (
     CoOccurrence,
+    Neighbours,
     Occurrences,
-    neighbour_counts,
     positive_information,
     word_vectors,
 )
@@ -74,22 +74,21 @@ def cooccurrence_vectors(
     windows = [how.window] if how.column_window == how.window else [how.window, how.column_window]
     with thread_pool(num_threads) as executor:
         words = Occurrences.of(tokens, num_words, max(windows))
-        occurrences = words.counts
-        vectors = np.empty((num_words, how.dim * len(windows)), np.float32)
-        for part, window in enumerate(windows):
-            counts = neighbour_counts(words, how.num_contexts, window, executor)
-            if part == len(windows) - 1:  # the text and its counts take as much as the vectors
-                del words
-            information = positive_information(counts, executor)
-            del counts
-            own = vectors[:, part * how.dim : (part + 1) * how.dim]
-            word_vectors(information, how.dim, seed, executor, own)
-            del information
+        weights = words.counts.astype(np.float64) ** how.weight_power
+        information = [
+            positive_information(Neighbours(words, how.num_contexts, window), executor)
+            for window in windows
+        ]
+        del words  # the text takes as much as the vectors
+    vectors = np.empty((num_words, how.dim * len(windows)), np.float32)
+    for part in reversed(range(len(windows))):
+        own = vectors[:, part * how.dim : (part + 1) * how.dim]
+        with thread_pool(num_threads) as executor:
+            word_vectors(information.pop(), how.dim, seed, executor, own)
             for some in slices(num_words):
                 # Those of frequent words are longer otherwise.
                 own[some] /= np.maximum(np.linalg.norm(own[some], axis=1, keepdims=True), 1e-12)
     logger.info("word vectors of %d words took %.1f s", num_words, time.monotonic() - started)
-    weights = occurrences.astype(np.float64) ** how.weight_power
     return WordVectors(vectors, weights, how.dim if len(windows) > 1 else None)
 
 
