@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fairseq_lightrnn.models import next_words, word_head
 from fairseq_lightrnn.models.next_words import FOUND, WANTED, Wanted
-from fairseq_lightrnn.tasks.generator import TopWordsGenerator
+from fairseq_lightrnn.tasks.generator import TopWordsGenerator, forbid_repetitions
 
 EOS, PAD, UNK = 2, 1, 3
 TABLES = [(30, (5, 6)), (46, (7, 7)), (58, (3, 4, 5))]
@@ -74,6 +74,8 @@ def translate(
         numbers = (3, 0.5) if options["search_strategy"] is DiverseBeamSearch else (0.5,)
         options["search_strategy"] = options["search_strategy"](dictionary, *numbers)
     generator = kind(models, dictionary, **options)
+    if kind is TopWordsGenerator:
+        forbid_repetitions(generator)  # as tasks do
     tokens = None if prefix is None else torch.tensor(prefix)
     found = generator.generate(models, {"net_input": batch(3)}, prefix_tokens=tokens)
     return found  # type: ignore[no-any-return]

@@ -279,6 +279,19 @@ class TestTranslation:
         texts = [sorted((line[0], line[2]) for line in found["D"]) for found in (together, alone)]
         assert texts[0] == texts[1]
 
+    def test_no_word_twice_beside_its_alignment(
+        self, pairs: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """fairseq has another generator for it."""
+        flags = ["--beam", 2, "--print-alignment", "--min-len", 8, "--max-len-b", 8]
+        repeated = []
+        for more in ([], ["--no-repeat-ngram-size", 1]):
+            found, _ = translate(capsys, pairs, trained / "checkpoint_best.pt", *flags, *more)
+            texts = [text.split() for _, _, text in found["H"]]
+            repeated.append([text for text in texts if len(set(text)) < len(text)])
+        assert repeated[0]
+        assert not repeated[1]
+
     def test_it_has_learnt_to_translate(
         self, pairs: Path, gated: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

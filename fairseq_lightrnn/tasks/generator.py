@@ -11,7 +11,7 @@ from torch import Tensor
 from fairseq_lightrnn.models.next_words import FOUND, WANTED, Draws, MostProbable, Wanted
 from fairseq_lightrnn.models.word_head import WordHead
 
-__all__ = ["TopWordsGenerator"]
+__all__ = ["TopWordsGenerator", "forbid_repetitions"]
 
 
 class _Request:
@@ -98,6 +98,13 @@ class _Repetitions(NGramRepeatBlock):
         return lprobs
 
 
+def forbid_repetitions(generator: Any) -> None:
+    """Has any of fairseq's generators heed ``--no-repeat-ngram-size``."""
+    blocker = getattr(generator, "repeat_ngram_blocker", None)
+    if blocker is not None:
+        generator.repeat_ngram_blocker = _Repetitions(blocker.no_repeat_ngram_size)
+
+
 class TopWordsGenerator(SequenceGenerator):
     """Finds what fairseq's generator finds, from the words that can be chosen.
 
@@ -114,8 +121,6 @@ class TopWordsGenerator(SequenceGenerator):
     def __init__(self, models: list[Any], dictionary: Any, **options: Any) -> None:
         self._request = request = _Request()
         super().__init__(_AskingModel(models, request), dictionary, **options)
-        if options.get("no_repeat_ngram_size", 0) > 0:
-            self.repeat_ngram_blocker = _Repetitions(options["no_repeat_ngram_size"])
         if type(self.search) is BeamSearch:
             self.search = _FoundBeams(dictionary)
             self.search.request = request

@@ -28,7 +28,7 @@ from fairseq_lightrnn.models.moving_average import mend_averages
 from fairseq_lightrnn.models.word_head import WordHead
 from fairseq_lightrnn.tasks.flags import check_checkpoints, check_flags, check_needs
 from fairseq_lightrnn.tasks.folder_lock import lock_folder
-from fairseq_lightrnn.tasks.generator import TopWordsGenerator
+from fairseq_lightrnn.tasks.generator import TopWordsGenerator, forbid_repetitions
 from fairseq_lightrnn.tasks.reallocator import Reallocator, log_reallocation
 from fairseq_lightrnn.tasks.schedule import reallocation_epochs
 from fairseq_lightrnn.tasks.tables import TaskTables
@@ -197,9 +197,11 @@ class TableTask:
         """Builds fairseq's generator, which asks for no more words than it can choose."""
         if seq_gen_cls is None and not getattr(args, "print_alignment", None):
             seq_gen_cls = TopWordsGenerator
-        return super().build_generator(  # type: ignore[misc]
+        generator = super().build_generator(  # type: ignore[misc]
             models, args, seq_gen_cls, *more, **kwargs
         )
+        forbid_repetitions(generator)
+        return generator
 
     def build_criterion(self, cfg: Any) -> Any:
         """Builds the criterion that knows components, whichever of fairseq's like it is named."""
