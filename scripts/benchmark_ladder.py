@@ -8,6 +8,7 @@ last epoch. A rung is named by its kind and its parameters on Penn Treebank:
 
 * ``softmax``: two layers of an LSTM with an ordinary softmax, one set of vectors for input and
   output (``--arch lightrnn_lm --table-shape 1d --component-vectors shared``);
+* ``narrow``: the same with vectors narrower than the LSTM, whose outputs are projected to them;
 * ``lightrnn``: two layers and a feed-forward layer (``--arch lightrnn_lm_gated``), words moved
   after two epochs of the first third. Of its own a word has a bias and three further tables, from
   2M parameters on 64 numbers in their place.
@@ -35,16 +36,18 @@ class Rung(NamedTuple):
     """A model of the ladder.
 
     Attributes:
-        width: of vectors and LSTM.
+        width: of the LSTM, and of vectors unless they are narrower.
         dropout: of inputs, outputs, between layers, and of recurrent matrices.
         ffn: units of the feed-forward layer of ours.
         word_dim: numbers of each word's own in ours, a bias among them.
+        vectors: width of narrower ones.
     """
 
     width: int
     dropout: float
     ffn: int = 0
     word_dim: int = 1
+    vectors: int = 0
 
 
 SOFTMAX = {
@@ -54,6 +57,11 @@ SOFTMAX = {
     "2.6M": Rung(200, 0.25),
     "5M": Rung(320, 0.35),
     "10M": Rung(520, 0.45),
+}
+NARROW = {
+    "0.5M": Rung(110, 0.1, vectors=32),
+    "1M": Rung(156, 0.15, vectors=64),
+    "2.6M": Rung(310, 0.3, vectors=128),
 }
 LIGHTRNN = {
     "0.5M": Rung(112, 0.05, 384),
@@ -65,6 +73,7 @@ LIGHTRNN = {
     "10M": Rung(608, 0.5, 2048, 65),
 }
 RUNGS = {f"softmax-{size}": rung for size, rung in SOFTMAX.items()}
+RUNGS |= {f"narrow-{size}": rung for size, rung in NARROW.items()}
 RUNGS |= {f"lightrnn-{size}": rung for size, rung in LIGHTRNN.items()}
 
 
@@ -88,10 +97,10 @@ def model_flags(name: str, epochs: int) -> list[Any]:
     kind, rung = name.partition("-")[0], RUNGS[name]
     awd = f"awd,weight={rung.dropout},component=0.05,activation=0,change=0"
     flags = [
-        "--embed-dim", rung.width, "--hidden-size", rung.width, "--num-layers", 2,
+        "--embed-dim", rung.vectors or rung.width, "--hidden-size", rung.width, "--num-layers", 2,
         "--dropout", rung.dropout, "--regularise", awd,
     ]  # fmt: skip
-    if kind == "softmax":
+    if kind != "lightrnn":
         own = ["--table-shape", "1d", "--component-vectors", "shared", "--lr", 0.002]
         return ["--arch", "lightrnn_lm", *flags, *own]
     moves = sorted({max(1, epochs // 8), max(1, epochs * 10 // 32)})

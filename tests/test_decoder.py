@@ -248,6 +248,32 @@ def test_one_component_is_an_ordinary_softmax_lstm(kind: Any) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+def test_shared_vectors_of_another_width_are_a_tied_softmax_of_projected_outputs(kind: Any) -> None:
+    """k = 1, and the loss and gradients of a tied softmax whose vectors are narrower."""
+    words = 11
+    model = build(kind, words, (words,), extras=False, shared=True)
+    embedding = nn.Embedding(words, DIM).double()
+    lstm = nn.LSTM(DIM, HIDDEN, 2, batch_first=True).double()
+    project = nn.Linear(HIDDEN, DIM).double()
+    state, cells = model.network.state_dict(), model.head.table.cells
+    with torch.no_grad():
+        embedding.weight.copy_(model.reader.vectors.weight[cells])
+        project.load_state_dict(model.network.project.state_dict())
+        lstm.load_state_dict({name: state[name] for name in lstm.state_dict()})
+    bias = model.head.softmax.bias.detach()[cells]
+    text = torch.randint(words, (4, 9))
+    loss = -log_probs(model, text).sum()
+    logits = project(lstm(embedding(text[:, :-1]))[0]) @ embedding.weight.T + bias
+    expected = nn.functional.cross_entropy(
+        logits.flatten(0, 1), text[:, 1:].flatten(), reduction="sum"
+    )
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(model.reader.vectors.weight.grad[cells], embedding.weight.grad)
+    torch.testing.assert_close(model.network.project.weight.grad, project.weight.grad)
+
+
 def test_swapping_words_and_back_changes_nothing(kind: Any) -> None:
     model = build(kind, 10, (3, 4), layers=1)
     text = torch.randint(10, (2, 8))

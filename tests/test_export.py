@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_exports import CASES, Exported, export
-from tiny_models import KINDS, log_probs, slow_log_probs, words_of
+from tiny_models import KINDS, build, log_probs, single_precision, slow_log_probs, words_of
 
 from fairseq_lightrnn.core.conditioning import Gated, Recurrent
 from fairseq_lightrnn.export.formats import check_format
@@ -44,6 +44,13 @@ def test_onnx_says_what_the_decoder_says(
     kind: Any, words: int, shape: tuple[int, ...], extras: bool
 ) -> None:
     compare(export(kind, words, shape, extras), 1e-4)
+
+
+@pytest.mark.parametrize("kind", [Recurrent, Gated])
+@pytest.mark.parametrize("words, shape", [(13, (13,)), (10, (3, 4))])
+def test_outputs_that_are_projected(kind: Any, words: int, shape: tuple[int, ...]) -> None:
+    decoder = single_precision(build(kind, words, shape, shared=True))
+    compare(export(decoder, words, shape), 1e-4)
 
 
 @pytest.mark.parametrize("kind, words, shape", TORCH)

@@ -564,12 +564,6 @@ class TestBadInput:
             "--keep-input-table", component_vectors="shared", arch="lightrnn_lm_gated",
         )  # fmt: skip
 
-    def test_shared_vectors_of_two_widths(self, data: Path, tmp_path: Path) -> None:
-        self.refused(
-            "--component-vectors shared needs --embed-dim (8) equal to --hidden-size (9)",
-            data, tmp_path, component_vectors="shared", hidden_size=9,
-        )  # fmt: skip
-
     def test_other_targets(self, data: Path, tmp_path: Path) -> None:
         self.refused("--self-target: a LightRNN", data, tmp_path, "--self-target")
 

@@ -130,6 +130,15 @@ def test_sharing_halves_the_component_vectors() -> None:
     assert count(own) - count(shared) == 20 * 200
 
 
+@pytest.mark.parametrize("architecture", ["lightrnn_lm", "lightrnn_lm_gated"])
+def test_outputs_are_projected_to_shared_vectors_of_another_width(architecture: str) -> None:
+    model = build(architecture, 100, component_vectors="shared", embed_dim=5)
+    assert model.core.head.softmax.vectors is model.core.reader.vectors
+    assert model.core.head.softmax.vectors.weight.shape == (20, 5)
+    assert model.core.network.project.weight.shape == (5, 200)
+    assert build(architecture, 100, embed_dim=5).core.network.project is None
+
+
 def test_sharing_leaves_one_set_of_vectors_of_further_tables() -> None:
     flags = {"further_tables": "2", "word_dim": 0}
     own, shared = (
@@ -152,11 +161,6 @@ def test_words_are_read_and_predicted_by_the_same_numbers() -> None:
 @pytest.mark.parametrize(
     ("architecture", "flags", "message"),
     [
-        (
-            "lightrnn_lm",
-            {"component_vectors": "shared", "embed_dim": 5},
-            r"--component-vectors shared needs --embed-dim \(5\) equal to --hidden-size \(200\)",
-        ),
         (
             "lightrnn_lm_gated",
             {"component_vectors": "shared", "keep_input_table": True},

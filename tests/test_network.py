@@ -202,13 +202,25 @@ def test_dropout_of_inputs(locked: bool) -> None:
     torch.testing.assert_close(outputs, nn.LSTM.forward(lstm.eval(), call[0])[0])
 
 
-def test_branching_takes_one_step_from_every_state() -> None:
+@pytest.mark.parametrize("training", [False, True])
+def test_outputs_are_projected(training: bool) -> None:
+    lstm = RegularisedLSTM(4, 8, 2, weight_dropout=1e-9, output_size=3).double().train(training)
+    inputs = torch.randn(2, 5, 4).double()
+    outputs, state = lstm(inputs)
+    plain, expected_state = nn.LSTM.forward(lstm, inputs)
+    torch.testing.assert_close(outputs, plain @ lstm.project.weight.T + lstm.project.bias)
+    torch.testing.assert_close(state, expected_state)
+    assert RegularisedLSTM(4, 8, output_size=8).project is None
+
+
+@pytest.mark.parametrize("output_size", [8, 3])
+def test_branching_takes_one_step_from_every_state(output_size: int) -> None:
     torch.manual_seed(1)
-    lstm = RegularisedLSTM(4, 8, 2).double().eval()
+    lstm = RegularisedLSTM(4, 8, 2, output_size=output_size).double().eval()
     inputs = torch.randn(5, 4).double()
     state = torch.randn(2, 3, 8).double(), torch.randn(2, 3, 8).double()
     outputs, after = lstm.branch(inputs, state)
-    assert outputs.shape == (3, 5, 8)
+    assert outputs.shape == (3, 5, output_size)
     for text in range(3):
         for number in range(5):
             own = tuple(part[:, text : text + 1].contiguous() for part in state)

@@ -24,6 +24,7 @@ pytestmark = [
 
 KINDS: dict[str, dict[str, Any]] = {
     "paper": {"arch": "lightrnn_lm"},
+    "projected outputs": {"component_vectors": "shared", "hidden_size": 10},
     "own numbers": {"arch": "lightrnn_lm_gated", "word_dim": 3},
     "further tables": {"arch": "lightrnn_lm_gated", "further_tables": "2"},
     "input tables": {"arch": "lightrnn_lm_gated", "further_tables": "2"},

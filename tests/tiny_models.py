@@ -89,29 +89,36 @@ def build_recurrent(
     locked: bool = False,
     weight_dropout: float = 0.0,
     component_dropout: float = 0.0,
+    shared: bool = False,
 ) -> Decoder:
     """The core's modules put together, as they start."""
+    width = DIM if shared else HIDDEN
     torch.manual_seed(seed)
     table = PredictedTable(words, shape)
     own_table = extras and kind is Gated
-    sizes = words, shape, DIM, HIDDEN
+    sizes = words, shape, DIM, width
     further = FurtherTables(2, *sizes, keep_input=own_table, query_dim=HIDDEN - 1)
-    features: list[WordFeature] = [WordBias(words), OwnNumbers(words, 2, DIM, HIDDEN), further]
+    features: list[WordFeature] = [WordBias(words), OwnNumbers(words, 2, DIM, width), further]
     seats = Seats(words, shape) if own_table else table
     read_by = [seats] if own_table else []
     shuffle_tables([table, *read_by, *further.tables, *further.kept_tables], seed)
     features = features if extras else []
-    reader = Reader(seats, ComponentVectors(shape, DIM), features, component_dropout)
-    softmax = ComponentSoftmax(table, ComponentVectors(shape, HIDDEN), features)
-    network = RegularisedLSTM(DIM, HIDDEN, layers, dropout, dropout_in, locked, weight_dropout)
-    attention = Attention(HIDDEN, memory_dim) if memory_dim else None
+    vectors = ComponentVectors(shape, DIM)
+    reader = Reader(seats, vectors, features, component_dropout)
+    softmax = ComponentSoftmax(
+        table, vectors if shared else ComponentVectors(shape, HIDDEN), features
+    )
+    network = RegularisedLSTM(
+        DIM, HIDDEN, layers, dropout, dropout_in, locked, weight_dropout, width
+    )
+    attention = Attention(width, memory_dim) if memory_dim else None
     out: nn.Module = (LockedDropout if locked else nn.Dropout)(dropout_out)
-    ffn = FeedForward(HIDDEN, UNITS, out) if extras else None
+    ffn = FeedForward(width, UNITS, out) if extras else None
     conditioner: Conditioner
     if kind is Recurrent:
         conditioner = Recurrent(reader, network, out, ffn, attention)
     else:
-        conditioner = Gated(shape, HIDDEN, out, ffn)
+        conditioner = Gated(shape, width, out, ffn)
     return Decoder(reader, network, conditioner, softmax, attention).double()
 
 

@@ -104,12 +104,13 @@ class RegularisedLSTM(nn.LSTM):
 
     Args:
         input_size: width of the inputs.
-        hidden_size: width of the outputs.
+        hidden_size: width of the layers.
         num_layers: the layers.
         dropout: dropout between the layers.
         dropout_in: dropout on the inputs.
         locked: use one mask of each for a sequence, shared over time.
         weight_dropout: the probability of an entry of a recurrent matrix to be dropped.
+        output_size: width that the last layer's outputs are projected to, if that is another.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class RegularisedLSTM(nn.LSTM):
         dropout_in: float = 0.0,
         locked: bool = False,
         weight_dropout: float = 0.0,
+        output_size: int | None = None,
     ) -> None:
         # nn.LSTM warns of a dropout that has no layers to stand between.
         dropout = dropout if num_layers > 1 else 0.0
@@ -128,12 +130,23 @@ class RegularisedLSTM(nn.LSTM):
         self.locked = locked
         self.weight_dropout = weight_dropout
         self.dropout_in = LockedDropout(dropout_in) if locked else Dropout(dropout_in)
+        self.project: nn.Linear | None = None
+        if output_size is not None and output_size != hidden_size:
+            self.project = nn.Linear(hidden_size, output_size)
 
     def forward(  # type: ignore[override]
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """See ``nn.LSTM.forward``; inputs must have a batch axis."""
-        input = self.dropout_in(input)
+        outputs, state = self._layers(self.dropout_in(input), hx)
+        return self._projected(outputs), state
+
+    def _projected(self, outputs: Tensor) -> Tensor:
+        return outputs if self.project is None else self.project(outputs)
+
+    def _layers(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         layer_by_layer = self.locked and self.dropout > 0
         if not self.training or not (layer_by_layer or self.weight_dropout):
             return super().forward(input, hx)  # type: ignore[no-any-return]
@@ -180,7 +193,7 @@ class RegularisedLSTM(nn.LSTM):
             outputs = leave.sigmoid() * cells.tanh()
             hidden_states.append(outputs.flatten(0, 1))
             cell_states.append(cells.flatten(0, 1))
-        return outputs, (torch.stack(hidden_states), torch.stack(cell_states))
+        return self._projected(outputs), (torch.stack(hidden_states), torch.stack(cell_states))
 
     def _dropped_weights(self) -> list[Tensor]:
         """Returns the weights in the order of the fused kernel, recurrent matrices dropped."""

@@ -91,6 +91,7 @@ class _Read(WordReader):
         network = decoder.network
         self.layers = network.num_layers
         self.weights = nn.ModuleList(Stored(cast(Tensor, one)) for one in network._flat_weights)
+        self.project = None if network.project is None else Linear.of(network.project)
         self.ffn = feed_forward(decoder.head.conditioner.ffn)
 
     def forward(
@@ -102,6 +103,7 @@ class _Read(WordReader):
         outputs, after, cells = _VF.lstm(
             inputs, state, weights, True, self.layers, 0.0, False, False, True
         )
+        outputs = outputs if self.project is None else self.project(outputs)
         outputs = feed_on(self.ffn, outputs)
         return outputs, after.transpose(0, 1), cells.transpose(0, 1)
 

@@ -99,7 +99,8 @@ def describe(decoder: Decoder | TransformerText) -> dict[str, Any]:
         "width": decoder.head.softmax.vectors.dim,
     }
     if isinstance(decoder, Decoder):
-        return {**description, "layers": decoder.network.num_layers}
+        network = decoder.network
+        return {**description, "layers": network.num_layers, "hidden_size": network.hidden_size}
     transformer = decoder.decoder
     return {
         **description,

@@ -47,7 +47,11 @@ class LSTMConfig(TableConfig):
 
     embed_dim: int = field(default=200, metadata={"help": "width of the embeddings of components"})
     hidden_size: int = field(
-        default=200, metadata={"help": "width of the LSTM and of the output layer's vectors"}
+        default=200,
+        metadata={
+            "help": "width of the LSTM, and of the output layer's vectors unless they are those "
+            "of the input"
+        },
     )
     num_layers: int = field(default=1, metadata={"help": "layers of the LSTM"})
     dropout: float = field(
@@ -64,9 +68,9 @@ class LSTMConfig(TableConfig):
         default=None,
         metadata={
             "help": "vectors of rows and columns: separate ones for input and output, or the same, "
-            "shared ones, which needs --embed-dim equal to --hidden-size (default: shared where "
-            "these are equal and words have numbers of their own, but no table for input alone; "
-            "otherwise separate)"
+            "shared ones, of --embed-dim, to which outputs of another --hidden-size are projected "
+            "(default: shared where these are equal and words have numbers of their own, but no "
+            "table for input alone; otherwise separate)"
         },
     )
     regularise: Optional[str] = field(
@@ -118,7 +122,9 @@ def build_decoder(
             "row, so both need one table; use a gated architecture"
         )
     regularisation = parse_regularisation(cfg.regularise)
-    dim, dropout_type = cfg.hidden_size, LockedDropout if regularisation.locked else Dropout
+    dropout_type = LockedDropout if regularisation.locked else Dropout
+    shared = _shares_vectors(cfg, settings)
+    dim = cfg.embed_dim if shared else cfg.hidden_size
     dropout_in, dropout_out = dropouts(cfg)
     dropout = dropout_type(dropout_out)
     reader, softmax = build_words(
@@ -126,17 +132,18 @@ def build_decoder(
         num_words,
         cfg.embed_dim,
         dim,
-        shared=_shares_vectors(cfg, settings),
+        shared=shared,
         dropout=regularisation.component,
     )
     network = RegularisedLSTM(
         cfg.embed_dim,
-        dim,
+        cfg.hidden_size,
         cfg.num_layers,
         cfg.dropout,
         dropout_in,
         regularisation.locked,
         regularisation.weight,
+        dim,
     )
     attention = Attention(dim, memory_dim) if memory_dim else None
     ffn = feed_forward(dim, settings.output_ffn_dim, dropout)
@@ -157,11 +164,6 @@ def _shares_vectors(cfg: LSTMConfig, settings: TableSettings) -> bool:
         )
     if str(cfg.component_vectors) == "separate":
         return False
-    if cfg.embed_dim != cfg.hidden_size:
-        raise UsageError(
-            f"--component-vectors shared needs --embed-dim ({cfg.embed_dim}) equal to "
-            f"--hidden-size ({cfg.hidden_size})"
-        )
     if settings.keep_input_table:
         raise UsageError(
             "--component-vectors shared and --keep-input-table: give one of them; rows and "

@@ -37,7 +37,7 @@ class LstmState:
 
     Args:
         layers: of it.
-        dim: its width.
+        dim: their width.
     """
 
     carries = True
@@ -110,7 +110,8 @@ def memory_of(description: Mapping[str, Any]) -> Memory:
         return LookBack(
             model["layers"], model["embed_dim"], model["positions"], description["padding"]
         )
-    return LstmState(model["layers"], model["width"])
+    # Earlier exports have outputs of the LSTM's width.
+    return LstmState(model["layers"], model.get("hidden_size", model["width"]))
 
 
 def put_texts(part: np.ndarray, index: np.ndarray, new: np.ndarray) -> np.ndarray:

@@ -199,7 +199,9 @@ export class Model {
 
   async seat(arrays) {
     const { shape, composition, layers, width, network } = this.description.model;
-    Object.assign(this, { shape, layers, width, recurrent: composition === "recurrent" });
+    const { hidden_size: hiddenSize = width } = this.description.model;
+    const recurrent = composition === "recurrent";
+    Object.assign(this, { shape, layers, width, hiddenSize, recurrent });
     this.lookBack = network === "transformer";
     this.size = shape.reduce((sum, size) => sum + size, 0);
     this.columns = shape[shape.length - 1];
@@ -263,7 +265,7 @@ export class Model {
   begin() {
     const output = new Float32Array(this.width);
     if (this.lookBack) return { output, slots: [] };
-    const zeros = new Float32Array(this.layers * this.width);
+    const zeros = new Float32Array(this.layers * this.hiddenSize);
     return { hidden: zeros, cell: zeros, output };
   }
 
@@ -298,7 +300,7 @@ export class Model {
 
   // Reads steps of vectors: `places` (N·T·P) of N texts, with states (N, layers, d).
   async readPlaces(texts, steps, places, numbers, hidden, cell) {
-    const state = [texts, this.layers, this.width];
+    const state = [texts, this.layers, this.hiddenSize];
     const inputs = {
       places: [places, [texts, steps, places.length / texts / steps]],
       hidden: [hidden, state],
@@ -387,7 +389,7 @@ export class Model {
       if (name !== "log_probs") carried[name] = { data: tensor.data, dims: tensor.dims.slice(1) };
     }
     if (this.recurrent) {
-      const dims = [this.layers, this.width];
+      const dims = [this.layers, this.hiddenSize];
       carried.hidden = { data: state.hidden, dims };
       carried.cell = { data: state.cell, dims };
     }
@@ -430,7 +432,7 @@ export class Model {
     return nodes.map((node, n) => {
       const carried = { ...node.carried };
       if (states) {
-        const length = this.layers * this.width;
+        const length = this.layers * this.hiddenSize;
         for (const [name, part] of [["hidden", states[1]], ["cell", states[2]]]) {
           const data = part.slice(n * length, (n + 1) * length);
           carried[name] = { data, dims: node.carried[name].dims };
