@@ -72,6 +72,7 @@ LIGHTRNN = {
     "5M": Rung(416, 0.4, 1280, 65),
     "10M": Rung(608, 0.5, 2048, 65),
 }
+LEARNING_RATES = {"softmax": 0.002, "narrow": 0.008, "lightrnn": 0.003}
 RUNGS = {f"softmax-{size}": rung for size, rung in SOFTMAX.items()}
 RUNGS |= {f"narrow-{size}": rung for size, rung in NARROW.items()}
 RUNGS |= {f"lightrnn-{size}": rung for size, rung in LIGHTRNN.items()}
@@ -98,17 +99,17 @@ def model_flags(name: str, epochs: int) -> list[Any]:
     awd = f"awd,weight={rung.dropout},component=0.05,activation=0,change=0"
     flags = [
         "--embed-dim", rung.vectors or rung.width, "--hidden-size", rung.width, "--num-layers", 2,
-        "--dropout", rung.dropout, "--regularise", awd,
+        "--dropout", rung.dropout, "--regularise", awd, "--lr", LEARNING_RATES[kind],
     ]  # fmt: skip
     if kind != "lightrnn":
-        own = ["--table-shape", "1d", "--component-vectors", "shared", "--lr", 0.002]
+        own = ["--table-shape", "1d", "--component-vectors", "shared"]
         return ["--arch", "lightrnn_lm", *flags, *own]
     moves = sorted({max(1, epochs // 8), max(1, epochs * 10 // 32)})
     own = ["--word-dim", rung.word_dim]
     if rung.word_dim == 1:
         own += ["--further-tables", 3]
     return [
-        "--arch", "lightrnn_lm_gated", *flags, *own, "--output-ffn-dim", rung.ffn, "--lr", 0.003,
+        "--arch", "lightrnn_lm_gated", *flags, *own, "--output-ffn-dim", rung.ffn,
         "--reallocate-epochs", ",".join(map(str, moves)),
     ]  # fmt: skip
 
