@@ -13,7 +13,8 @@ softmax, all of one width. Measured are
 - ``next10``: milliseconds for the ten most probable next words, with their probabilities;
 
 each in a process of its own, with the memory that the process held before (``model``: program and
-model) and what the measurement took on top at its peak (``work``).
+model) and what the measurement took on top at its peak (``work``). Seconds of one thread are the
+processor's, so that other work does not count.
 
 Weights are random. The search for the most probable words depends on how sharp the predictions are,
 so what needs it (``greedy``, ``beam5``, ``next10``) is measured twice: with random weights, whose
@@ -186,6 +187,11 @@ def query(name: str, measure: str, model: Any, args: argparse.Namespace) -> Call
     return two_stage if measure == "sample2" else top
 
 
+def clock_of(device: str, threads: int) -> Callable[[], float]:
+    """Returns what tells the seconds: of one thread the processor's, whatever else runs."""
+    return time.process_time if (device, threads) == ("cpu", 1) else time.perf_counter
+
+
 def memory(key: str) -> float:
     """Returns a figure of /proc/self/status in MiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -211,8 +217,7 @@ def worker(args: argparse.Namespace) -> None:
     if reset.exists():
         reset.write_text("5")  # the peak begins anew
 
-    # Of one thread the processor's, whatever else runs.
-    clock = time.process_time if (args.device, args.threads) == ("cpu", 1) else time.perf_counter
+    clock = clock_of(args.device, args.threads)
 
     def timed() -> tuple[float, int]:
         start = clock()

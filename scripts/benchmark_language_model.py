@@ -53,6 +53,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,12 +182,17 @@ def model_flags(system: str, args: argparse.Namespace, num_words: int) -> list[A
         tied = ["--share-decoder-input-output-embed"] if name == "transformer_lm" else []
         return [*flags, *tied, "--criterion", "cross_entropy"]
     levels = [cutoff for level, cutoff in enumerate(CUTOFFS, 1) if width >= 4**level]
-    cutoffs = [cutoff for cutoff in levels if cutoff < num_words] or [num_words // 5]
-    joined = ",".join(map(str, cutoffs))
+    joined = cutoffs_within(num_words, levels)
     if name == "transformer_lm":
         flags += ["--adaptive-input", "--adaptive-input-cutoff", joined, "--tie-adaptive-weights"]
     return [*flags, "--criterion", "adaptive_loss", "--adaptive-softmax-cutoff", joined,
             "--ddp-backend", "legacy_ddp"]  # fmt: skip
+
+
+def cutoffs_within(num_words: int, cutoffs: Sequence[int] = CUTOFFS) -> str:
+    """Returns those cutoffs of an adaptive softmax that a vocabulary has room for, or one."""
+    some = [cutoff for cutoff in cutoffs if cutoff < num_words] or [num_words // 5]
+    return ",".join(map(str, some))
 
 
 def train(system: str, seed: int, data: Path, folder: Path, args: argparse.Namespace) -> None:

@@ -32,8 +32,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmark_inference import measure_apart, memory
-from random_models import build_lstm_lm, build_ours, cutoffs_of, sized_task
+from benchmark_inference import clock_of, measure_apart, memory
+from benchmark_language_model import cutoffs_within
+from random_models import build_lstm_lm, build_ours, sized_task
 from side_by_side import KEEP_MEMORY, measure_each, write_results
 
 # Flags of the models of the plugin: the class of the model, and what words have.
@@ -99,7 +100,7 @@ def build_peer(system: str, task: Any, args: argparse.Namespace) -> tuple[Any, A
     else:
         from fairseq.models import transformer_lm
 
-        cutoffs = cutoffs_of(task)
+        cutoffs = cutoffs_within(len(task.dictionary))
         factor = 4.0 if args.width >= 4 ** (cutoffs.count(",") + 1) else 2.0  # none is 0 wide
         cfg = transformer_lm.TransformerLanguageModelConfig(
             dropout=0.2, decoder_embed_dim=args.width, decoder_output_dim=args.width,
@@ -194,8 +195,7 @@ def worker(args: argparse.Namespace) -> None:
     device = "cuda" if args.gpu else "cpu"
     model, criterion = build(system, num_words, args)
     model.train().to(device)
-    # Of one thread the processor's, whatever else runs.
-    clock = time.perf_counter if args.gpu or args.threads > 1 else time.process_time
+    clock = clock_of(device, args.threads)
     draw = batches(num_words, args, device)
     loss, update = steps_of(system, model, criterion, draw, args, clock)
     rate = matrix_rate(device, clock)

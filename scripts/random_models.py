@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from benchmark_language_model import CUTOFFS
+from benchmark_language_model import cutoffs_within
 
 
 def sized_task(num_words: int) -> Any:
@@ -39,11 +39,6 @@ def build_ours(kind: str, own: dict[str, Any], task: Any, args: Namespace) -> An
     return cls(lightrnn_lm.LightRNNDecoder(cfg, settings, task.dictionary, cls.conditioner))
 
 
-def cutoffs_of(task: Any) -> str:
-    """Returns the cutoffs of fairseq's adaptive softmax that lie within the vocabulary."""
-    return ",".join(str(cutoff) for cutoff in CUTOFFS if cutoff < len(task.dictionary))
-
-
 def build_lstm_lm(task: Any, args: Namespace, adaptive: bool) -> Any:
     """Builds fairseq's ``lstm_lm`` with a full softmax or an adaptive one."""
     from fairseq.models.lstm_lm import LSTMLanguageModel
@@ -51,7 +46,8 @@ def build_lstm_lm(task: Any, args: Namespace, adaptive: bool) -> Any:
     flags = Namespace(
         decoder_embed_dim=args.width, decoder_hidden_size=args.width,
         decoder_layers=args.layers, decoder_out_embed_dim=args.width, dropout=0.2,
-        share_decoder_input_output_embed=False, adaptive_softmax_cutoff=cutoffs_of(task),
+        share_decoder_input_output_embed=False,
+        adaptive_softmax_cutoff=cutoffs_within(len(task.dictionary)),
         criterion="adaptive_loss" if adaptive else "cross_entropy",
     )  # fmt: skip
     return LSTMLanguageModel.build_model(flags, task)

@@ -22,10 +22,7 @@ from torch import Tensor
 from fairseq_lightrnn.allocation import descent
 from fairseq_lightrnn.allocation.clustering import table_of_vectors
 from fairseq_lightrnn.allocation.cooccurrence import CoOccurrence
-from fairseq_lightrnn.allocation.initial_table import (
-    TableMaker,
-    cooccurrence_vectors,
-)
+from fairseq_lightrnn.allocation.initial_table import TableMaker, cooccurrence_vectors
 from fairseq_lightrnn.allocation.sums import sums_of_tables
 from fairseq_lightrnn.commands.reallocate import main as reallocate
 from fairseq_lightrnn.core.table import WordTable

@@ -18,7 +18,11 @@ from fairseq_lightrnn.allocation.cooccurrence import (
     positive_information,
     word_vectors,
 )
-from fairseq_lightrnn.allocation.initial_table import TableMaker, cooccurrence_vectors
+from fairseq_lightrnn.allocation.initial_table import (
+    TableMaker,
+    WordVectors,
+    cooccurrence_vectors,
+)
 from fairseq_lightrnn.core.table import WordTable, balanced_cells
 
 ONE = ThreadPoolExecutor(1)
@@ -41,6 +45,14 @@ def initial_table(
     """Makes the first table of words that occur as in the text."""
     counts = np.bincount(np.concatenate([*tokens, range(num_words)])) - 1
     return TableMaker(num_words, counts, lambda: tokens, seed).make(kind, shape)
+
+
+def seated(words: WordVectors, shape: Sequence[int], num_threads: int | None = None) -> WordTable:
+    """Makes the first table of words that are described already."""
+    vectors, weights, row_dims = words
+    return table_of_vectors(
+        vectors, weights, row_dims=row_dims, shape=shape, num_threads=num_threads
+    )
 
 
 def counts_of(
@@ -73,7 +85,7 @@ def test_neither_vectors_nor_tables_depend_on_threads(num_words, shape):
     for threads in (1, 2):
         words = cooccurrence_vectors(tokens, num_words, CoOccurrence(), 3, threads)
         vectors.append(words.vectors)
-        tables.append(table_of_vectors(*words[:2], shape=shape, num_threads=threads))
+        tables.append(seated(words, shape, threads))
     assert np.array_equal(*vectors) and tables[0] == tables[1]
 
 
@@ -151,11 +163,7 @@ def test_what_a_cooccurrence_table_counts_makes_a_difference():
         CoOccurrence(), CoOccurrence(window=4, column_window=4), CoOccurrence(column_window=1),
         CoOccurrence(weight_power=0), CoOccurrence(dim=3),
     ):  # fmt: skip
-        words = cooccurrence_vectors(text, 36, how)
-        table = table_of_vectors(
-            words.vectors, words.weights, row_dims=words.row_dims, shape=(6, 6)
-        )
-        tables.append(table)
+        tables.append(seated(cooccurrence_vectors(text, 36, how), (6, 6)))
     assert tables[0] == initial_table("cooccurrence", 36, (6, 6), text)
     assert len({table.digest() for table in tables}) == len(tables)
 

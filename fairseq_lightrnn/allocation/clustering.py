@@ -86,9 +86,9 @@ def table_of_vectors(
     for stage, size in enumerate(shape):
         dims = slice(row_dims) if stage == 0 else slice(row_dims, None)
         with thread_pool(num_threads) as executor:
-            split = _Split(sums, dims, groups, filled.counts(stage), executor)
-            clusters = _balanced_clusters(split, random)
-            del split
+            clusters = _balanced_clusters(
+                _Split(sums, dims, groups, filled.counts(stage), executor), random
+            )
             sums.add(clusters, size)
         groups = groups * size + clusters
     if rounds:

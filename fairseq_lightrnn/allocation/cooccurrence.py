@@ -154,16 +154,15 @@ class Neighbours:
 
     def totals(self) -> np.ndarray:
         """Returns the sums of all words' counts, (2 M,), as the whole text has them."""
-        text, contexts = self._words.text, self.num_contexts
-        result = np.zeros((2, contexts))
+        text, num_words = self._words.text, len(self._words.counts)
+        result = np.zeros((2, self.num_contexts))
         for start in range(0, len(text), _TOKENS_AT_ONCE):
             for distance in range(1, self._window + 1):
                 piece = text[start : start + _TOKENS_AT_ONCE + distance]
                 first, last = piece[:-distance], piece[distance:]
-                both = (first < len(self._column) - 1) & (last < len(self._column) - 1)
-                for side, neighbours in enumerate((last, first)):
-                    column = self._column[neighbours[both]]
-                    found = np.bincount(column[column >= 0], minlength=contexts)
+                for side, (words, neighbours) in enumerate([(first, last), (last, first)]):
+                    column = self._column[neighbours[words < num_words]]
+                    found = np.bincount(column[column >= 0], minlength=self.num_contexts)
                     result[side] += found / distance
         return result.reshape(-1)
 

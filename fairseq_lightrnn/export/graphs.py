@@ -41,6 +41,7 @@ from fairseq_lightrnn.export.pieces import (
     feed_forward,
     feed_on,
     make_graph,
+    optional,
     read_inputs,
 )
 from fairseq_lightrnn.export.transformer_graph import transformer_read_graph
@@ -91,7 +92,7 @@ class _Read(WordReader):
         network = decoder.network
         self.layers = network.num_layers
         self.weights = nn.ModuleList(Stored(cast(Tensor, one)) for one in network._flat_weights)
-        self.project = None if network.project is None else Linear.of(network.project)
+        self.project = optional(Linear.of, network.project)
         self.ffn = feed_forward(decoder.head.conditioner.ffn)
 
     def forward(

@@ -21,6 +21,7 @@ __all__ = [
     "feed_forward",
     "feed_on",
     "make_graph",
+    "optional",
     "read_inputs",
 ]
 
@@ -137,6 +138,11 @@ def read_inputs(
     if own is not None:
         inputs["numbers"] = ("N", "T", own.numbers.size(1))
     return inputs
+
+
+def optional(kind: Any, layer: Any) -> Any:
+    """Takes over a layer that a network may lack."""
+    return None if layer is None else kind(layer)
 
 
 def feed_forward(ffn: FeedForward | None) -> nn.ModuleList | None:

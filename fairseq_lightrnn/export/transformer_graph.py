@@ -29,6 +29,7 @@ from fairseq_lightrnn.export.pieces import (
     feed_forward,
     feed_on,
     make_graph,
+    optional,
     read_inputs,
 )
 from fairseq_lightrnn.models.lightrnn_transformer import (
@@ -64,10 +65,6 @@ def _check(decoder: LightRNNTransformerDecoder) -> None:
                 f"{flag} {value}: a transformer that was trained with it cannot be exported; "
                 "train one without it"
             )
-
-
-def _optional(kind: Any, layer: Any) -> Any:
-    return None if layer is None else kind(layer)
 
 
 class _Norm(nn.Module):
@@ -124,10 +121,10 @@ class _Layer(nn.Module):
         self.activation = layer.activation_fn
         self.attention = _Attention(layer.self_attn, layer.c_attn)
         self.attention_norm = _Norm(layer.self_attn_layer_norm)
-        self.after_attention = _optional(_Norm, layer.attn_ln)
+        self.after_attention = optional(_Norm, layer.attn_ln)
         self.inner, self.outer = Linear.of(layer.fc1), Linear.of(layer.fc2)
-        self.between = _optional(_Norm, layer.ffn_layernorm)
-        self.residual = _optional(Stored, layer.w_resid)
+        self.between = optional(_Norm, layer.ffn_layernorm)
+        self.residual = optional(Stored, layer.w_resid)
         self.norm = _Norm(layer.final_layer_norm)
 
     def forward(
@@ -156,13 +153,13 @@ class _Read(WordReader):
         decoder = text.decoder
         self.scale = decoder.embed_scale
         # What is left of it after the training is a layer.
-        self.noise = _optional(Linear.of, decoder.quant_noise)
-        self.project_in = _optional(Linear.of, decoder.project_in_dim)
+        self.noise = optional(Linear.of, decoder.quant_noise)
+        self.project_in = optional(Linear.of, decoder.project_in_dim)
         self.positions = _positions(decoder)
-        self.norm_in = _optional(_Norm, decoder.layernorm_embedding)
+        self.norm_in = optional(_Norm, decoder.layernorm_embedding)
         self.layers = nn.ModuleList(map(_Layer, decoder.layers))
-        self.norm_out = _optional(_Norm, decoder.layer_norm)
-        self.project_out = _optional(Linear.of, decoder.project_out_dim)
+        self.norm_out = optional(_Norm, decoder.layer_norm)
+        self.project_out = optional(Linear.of, decoder.project_out_dim)
         self.ffn = feed_forward(text.head.conditioner.ffn)
 
     def forward(
