@@ -251,12 +251,12 @@ def test_parts_take_every_word_and_no_more_than_there_is(capacities, limit: int,
             assert len(some) <= min(limit, share.sum()) and (share >= 0).all()
 
 
-def test_single_precision_makes_much_the_same_table():
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_lower_precision_makes_much_the_same_table(kind):
     random = np.random.default_rng(4)
     vectors, weights = random.normal(size=(120, 4)), random.uniform(1, 3, 120)
     tables = [
-        table_of_vectors(vectors.astype(kind), weights, shape=(12, 10))
-        for kind in (np.float32, np.float64)
+        table_of_vectors(vectors.astype(one), weights, shape=(12, 10)) for one in (kind, np.float64)
     ]
     near, far = (distance(table, vectors, weights) for table in tables)
     assert near == pytest.approx(far, rel=0.05)

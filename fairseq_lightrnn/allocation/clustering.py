@@ -42,7 +42,7 @@ _JOINT_ENTRIES = 1 << 31
 _JOINT_TOLERANCE = 1e-3
 # Words of a group are assigned in parts of so many costs, or words for each cluster if that is
 # more: every n-th word, so that each part is like the whole.
-_PART_ENTRIES = 1 << 24
+_PART_ENTRIES = 1 << 23
 _PART_WORDS = 32
 
 
@@ -63,7 +63,7 @@ def table_of_vectors(
     a row or column: none for a square table of more than a million words.
 
     Args:
-      vectors: (V, d) word vectors, in single precision or double.
+      vectors: (V, d) word vectors, in half, single or double precision.
       weights: (V,) weight of each word.
       shape: k sizes of the table, with at least V cells.
       row_dims: the first coordinate is clustered by so many dimensions of the vectors, the others
@@ -75,7 +75,6 @@ def table_of_vectors(
     Returns:
       The table; the occupied cells are those of `balanced_cells`.
     """
-    vectors = np.asarray(vectors, np.result_type(vectors, np.float32))
     num_words = len(vectors)
     filled = WordTable.from_cells(balanced_cells(num_words, shape), shape)
     random = np.random.default_rng(seed)

@@ -288,7 +288,7 @@ def word_vectors(
     executor: Executor,
     vectors: np.ndarray,
 ) -> None:
-    """Writes the left singular vectors times the singular values, the largest first.
+    """Writes the left singular vectors times the singular values, each row scaled to length 1.
 
     Randomised subspace iteration (Halko, Martinsson and Tropp, 2011) on the side of the neighbours,
     of which there are few, so that nothing of the size of the vectors is needed besides them;
@@ -299,7 +299,8 @@ def word_vectors(
       dim: of the vectors.
       seed: of the first subspace.
       executor: runs the blocks in parallel; the vectors do not depend on it.
-      vectors: (V, dim) single precision, written; 0 in dimensions that the matrix does not have.
+      vectors: (V, dim) of any precision, written: those of the largest values first, 0 in
+        dimensions that the matrix does not have.
     """
     shape = len(vectors), information[0].shape[1]
     width = min(dim + _OVERSAMPLING, *shape)
@@ -324,7 +325,10 @@ def word_vectors(
     def write(start: int, block: sparse.csr_array) -> None:
         rows = vectors[start : start + block.shape[0], : basis.shape[1]]
         for words in slices(len(rows)):
-            rows[words] = block[words] @ basis
+            found = block[words] @ basis
+            # Those of frequent words are longer otherwise.
+            found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+            rows[words] = found
 
     sizes = [block.shape[0] for block in information]
     list(executor.map(write, accumulate(sizes, initial=0), information))

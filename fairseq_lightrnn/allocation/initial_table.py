@@ -18,7 +18,6 @@ from fairseq_lightrnn.allocation.cooccurrence import (
     positive_information,
     word_vectors,
 )
-from fairseq_lightrnn.allocation.sums import slices
 from fairseq_lightrnn.allocation.threads import thread_pool
 from fairseq_lightrnn.core.table import INITIAL_TABLES, WordTable, balanced_cells
 
@@ -39,7 +38,7 @@ class WordVectors(NamedTuple):
     """What a table is made from.
 
     Attributes:
-      vectors: (V, d) in single precision.
+      vectors: (V, d) in half precision.
       weights: (V,) weight of each word.
       row_dims: the dimensions, the first of them, by which words are seated in rows; the words of
         a row are seated in columns by the others. All count for both if None.
@@ -80,14 +79,12 @@ def cooccurrence_vectors(
             for window in windows
         ]
         del words  # the text takes as much as the vectors
-    vectors = np.empty((num_words, how.dim * len(windows)), np.float32)
+    # Half precision: they take most of the memory, and make tables as good (test_clustering).
+    vectors = np.empty((num_words, how.dim * len(windows)), np.float16)
     for part in reversed(range(len(windows))):
         own = vectors[:, part * how.dim : (part + 1) * how.dim]
         with thread_pool(num_threads) as executor:
             word_vectors(information.pop(), how.dim, seed, executor, own)
-            for some in slices(num_words):
-                # Those of frequent words are longer otherwise.
-                own[some] /= np.maximum(np.linalg.norm(own[some], axis=1, keepdims=True), 1e-12)
     logger.info("word vectors of %d words took %.1f s", num_words, time.monotonic() - started)
     return WordVectors(vectors, weights, how.dim if len(windows) > 1 else None)
 

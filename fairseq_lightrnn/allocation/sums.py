@@ -45,12 +45,13 @@ class Rest:
         self, vectors: np.ndarray, explained: Sequence[tuple[np.ndarray, np.ndarray]]
     ) -> None:
         self.vectors = vectors
+        self._kind = np.result_type(vectors, np.float32)
         self.explained = [
-            (places, centroids.astype(vectors.dtype)) for places, centroids in explained
+            (places, centroids.astype(self._kind)) for places, centroids in explained
         ]
 
     def __getitem__(self, words: slice | np.ndarray) -> np.ndarray:
-        rest = np.array(self.vectors[words])
+        rest = self.vectors[words].astype(self._kind)
         for places, centroids in self.explained:
             rest -= centroids[places[words]]
         return rest
