@@ -46,9 +46,7 @@ class Rest:
     ) -> None:
         self.vectors = vectors
         self._kind = np.result_type(vectors, np.float32)
-        self.explained = [
-            (places, centroids.astype(self._kind)) for places, centroids in explained
-        ]
+        self.explained = [(places, centroids.astype(self._kind)) for places, centroids in explained]
 
     def __getitem__(self, words: slice | np.ndarray) -> np.ndarray:
         rest = self.vectors[words].astype(self._kind)
