@@ -64,7 +64,7 @@ def test_rungs(name: str) -> None:
     args = parsed([DATA, *language_model_runs.OURS, *benchmark_ladder.model_flags(name)])
     kind = name.partition("-")[0]
     assert (getattr(args, "table_shape", None) == "1d") == (kind != "lightrnn")
-    rate = {"softmax": 0.002, "narrow": 0.008, "lightrnn": 0.008}[kind]
+    rate = {"softmax": 0.002, "narrow": 0.008, "lightrnn": 0.004}[kind]
     assert args.num_layers == 2 and args.lr == [rate] and args.component_vectors == "shared"
     assert (args.embed_dim < args.hidden_size) == (kind != "softmax")
 
