@@ -9,9 +9,9 @@ last epoch. A rung is named by its kind and its parameters on Penn Treebank:
 * ``softmax``: two layers of an LSTM with an ordinary softmax, one set of vectors for input and
   output (``--arch lightrnn_lm --table-shape 1d --component-vectors shared``);
 * ``narrow``: the same with vectors narrower than the LSTM, whose outputs are projected to them;
-* ``lightrnn``: the same with a word table, as many numbers of each word's own as vectors are wide,
-  a bias, and a feed-forward layer of four times as many units (``--arch lightrnn_lm_gated``); in
-  training half of what words' own numbers are multiplied with is dropped.
+* ``lightrnn``: two layers and a feed-forward layer (``--arch lightrnn_lm_gated``), words moved
+  after two epochs of the first third. Of its own a word has a bias and three further tables, from
+  2M parameters on 64 numbers in their place.
 
 All are trained alike: 20 pieces of text with carried hidden state, blocks of 35 words, Adam, its
 learning rate rising for 300 updates and then falling to nothing on a line, gradients clipped at
@@ -36,22 +36,27 @@ class Rung(NamedTuple):
     """A model of the ladder.
 
     Attributes:
-        width: of the LSTM.
+        width: of the LSTM, and of vectors unless they are narrower.
         dropout: of inputs, outputs, between layers, and of recurrent matrices.
-        vectors: width of vectors; in ours each word has as many numbers of its own, and a bias.
+        ffn: units of the feed-forward layer of ours.
+        word_dim: numbers of each word's own in ours, a bias among them.
+        vectors: width of narrower ones.
     """
 
     width: int
     dropout: float
-    vectors: int
+    ffn: int = 0
+    word_dim: int = 1
+    vectors: int = 0
 
 
 SOFTMAX = {
-    "0.5M": Rung(45, 0.05, vectors=45),
-    "1M": Rung(84, 0.1, vectors=84),
-    "2.6M": Rung(200, 0.25, vectors=200),
-    "5M": Rung(320, 0.35, vectors=320),
-    "10M": Rung(520, 0.45, vectors=520),
+    "0.5M": Rung(45, 0.05),
+    "1M": Rung(84, 0.1),
+    "2M": Rung(152, 0.2),
+    "2.6M": Rung(200, 0.25),
+    "5M": Rung(320, 0.35),
+    "10M": Rung(520, 0.45),
 }
 NARROW = {
     "0.5M": Rung(110, 0.1, vectors=32),
@@ -59,13 +64,15 @@ NARROW = {
     "2.6M": Rung(310, 0.3, vectors=128),
 }
 LIGHTRNN = {
-    "0.5M": Rung(102, 0.1, vectors=32),
-    "1M": Rung(138, 0.15, vectors=64),
-    "2.6M": Rung(280, 0.25, vectors=128),
-    "5M": Rung(416, 0.4, vectors=192),
-    "10M": Rung(612, 0.5, vectors=320),
+    "0.5M": Rung(112, 0.05, 384),
+    "1M": Rung(170, 0.15, 680),
+    "1.3M": Rung(200, 0.2, 800),
+    "2M": Rung(210, 0.25, 800, 65),
+    "2.6M": Rung(272, 0.3, 1000, 65),
+    "5M": Rung(416, 0.4, 1280, 65),
+    "10M": Rung(608, 0.5, 2048, 65),
 }
-LEARNING_RATES = {"softmax": 0.002, "narrow": 0.008, "lightrnn": 0.004}
+LEARNING_RATES = {"softmax": 0.002, "narrow": 0.008, "lightrnn": 0.003}
 RUNGS = {f"softmax-{size}": rung for size, rung in SOFTMAX.items()}
 RUNGS |= {f"narrow-{size}": rung for size, rung in NARROW.items()}
 RUNGS |= {f"lightrnn-{size}": rung for size, rung in LIGHTRNN.items()}
@@ -86,19 +93,24 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def model_flags(name: str) -> list[Any]:
-    """Returns the flags of a rung: its model, regularisers and learning rate."""
+def model_flags(name: str, epochs: int) -> list[Any]:
+    """Returns the flags of a rung: its model, regularisers, learning rate and reallocations."""
     kind, rung = name.partition("-")[0], RUNGS[name]
     awd = f"awd,weight={rung.dropout},component=0.05,activation=0,change=0"
-    own = ["--arch", "lightrnn_lm", "--table-shape", "1d"]
-    if kind == "lightrnn":
-        own = ["--arch", "lightrnn_lm_gated", "--word-dim", rung.vectors + 1]
-        own += ["--output-ffn-dim", 4 * rung.vectors]
-        awd += ",query=0.5"
+    flags = [
+        "--embed-dim", rung.vectors or rung.width, "--hidden-size", rung.width, "--num-layers", 2,
+        "--dropout", rung.dropout, "--regularise", awd, "--lr", LEARNING_RATES[kind],
+    ]  # fmt: skip
+    if kind != "lightrnn":
+        own = ["--table-shape", "1d", "--component-vectors", "shared"]
+        return ["--arch", "lightrnn_lm", *flags, *own]
+    moves = sorted({max(1, epochs // 8), max(1, epochs * 10 // 32)})
+    own = ["--word-dim", rung.word_dim]
+    if rung.word_dim == 1:
+        own += ["--further-tables", 3]
     return [
-        *own, "--component-vectors", "shared", "--embed-dim", rung.vectors,
-        "--hidden-size", rung.width, "--num-layers", 2, "--dropout", rung.dropout,
-        "--regularise", awd, "--lr", LEARNING_RATES[kind],
+        "--arch", "lightrnn_lm_gated", *flags, *own, "--output-ffn-dim", rung.ffn,
+        "--reallocate-epochs", ",".join(map(str, moves)),
     ]  # fmt: skip
 
 
@@ -111,7 +123,7 @@ def train(name: str, seed: int, data: Path, args: argparse.Namespace) -> Path:
         *training_flags("lstm", seed, data, own), *OURS, "--carry-hidden-state",
         "--clip-norm", 0.5, "--weight-decay", 0.03, "--lr-scheduler", "polynomial_decay",
         "--warmup-updates", 300, "--total-num-update", args.epochs * updates,
-        *model_flags(name), *(["--bf16"] if args.bf16 else []),
+        *model_flags(name, args.epochs), *(["--bf16"] if args.bf16 else []),
     ]  # fmt: skip
     folder: Path = args.out / f"{name}-{seed}"
     train_in_steps(folder, flags, args.epochs, args.epochs)

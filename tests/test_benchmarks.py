@@ -61,12 +61,13 @@ def test_more_rows_than_columns() -> None:
 
 @pytest.mark.parametrize("name", benchmark_ladder.RUNGS)
 def test_rungs(name: str) -> None:
-    args = parsed([DATA, *language_model_runs.OURS, *benchmark_ladder.model_flags(name)])
-    kind = name.partition("-")[0]
-    assert (getattr(args, "table_shape", None) == "1d") == (kind != "lightrnn")
-    rate = {"softmax": 0.002, "narrow": 0.008, "lightrnn": 0.004}[kind]
-    assert args.num_layers == 2 and args.lr == [rate] and args.component_vectors == "shared"
-    assert (args.embed_dim < args.hidden_size) == (kind != "softmax")
+    args = parsed([DATA, *language_model_runs.OURS, *benchmark_ladder.model_flags(name, 32)])
+    ours = name.startswith("lightrnn")
+    assert args.reallocate_epochs == ("4,10" if ours else None)
+    assert (getattr(args, "table_shape", None) == "1d") != ours
+    rate = {"softmax": 0.002, "narrow": 0.008, "lightrnn": 0.003}[name.partition("-")[0]]
+    assert args.num_layers == 2 and args.lr == [rate]
+    assert (args.embed_dim < args.hidden_size) == name.startswith("narrow")
 
 
 @pytest.mark.parametrize("system", benchmark_translation.SYSTEMS)

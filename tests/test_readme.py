@@ -183,7 +183,7 @@ def test_rungs_of_the_ladder_have_as_many_parameters_as_its_figures_say(
     report = json.loads((ROOT / "examples/language_model/ladder.json").read_text())
     assert len(report["systems"]) >= 5
     for rung, runs in report["systems"].items():
-        flags = model_flags(rung)
+        flags = model_flags(rung, report["settings"]["epochs"])
         given = dict(zip(flags[::2], flags[1::2], strict=True))
         architecture = given.pop("--arch")
         config = MODEL_DATACLASS_REGISTRY[architecture]()
