@@ -191,18 +191,15 @@ class TestSettle:
 
 class TestRegularisation:
     def test_none(self) -> None:
-        assert parse_regularisation(None) == Regularisation(False, 0.0, 0.0, 0.0, 0.0, 0.0)
+        assert parse_regularisation(None) == Regularisation(False, 0.0, 0.0, 0.0, 0.0)
 
     @pytest.mark.parametrize(
         ("text", "expected"),
         [
-            ("awd", (True, 0.5, 0.1, 2.0, 1.0, 0.0)),
-            ("awd,weight=0.3", (True, 0.3, 0.1, 2.0, 1.0, 0.0)),
-            ("awd, component=0 , change=0", (True, 0.5, 0.0, 2.0, 0.0, 0.0)),
-            (
-                "awd,weight=0,component=0,activation=3,change=1.5,query=0.25",
-                (True, 0.0, 0.0, 3.0, 1.5, 0.25),
-            ),
+            ("awd", (True, 0.5, 0.1, 2.0, 1.0)),
+            ("awd,weight=0.3", (True, 0.3, 0.1, 2.0, 1.0)),
+            ("awd, component=0 , change=0", (True, 0.5, 0.0, 2.0, 0.0)),
+            ("awd,weight=0,component=0,activation=3,change=1.5", (True, 0.0, 0.0, 3.0, 1.5)),
         ],
     )
     def test_values(self, text: str, expected: tuple[Any, ...]) -> None:
@@ -213,7 +210,7 @@ class TestRegularisation:
         with pytest.raises(SystemExit, match=f"--regularise {text}: expected awd, and perhaps"):
             parse_regularisation(text)
 
-    @pytest.mark.parametrize("name", ["component", "weight", "query"])
+    @pytest.mark.parametrize("name", ["component", "weight"])
     @pytest.mark.parametrize("value", ["-0.1", "1.0", "nan", "", "much"])
     def test_rates_that_are_none(self, name: str, value: str) -> None:
         message = f"--regularise awd,{name}={value}: '{name}={value}' is none of weight=P"
@@ -228,7 +225,7 @@ class TestRegularisation:
 
     @pytest.mark.parametrize("part", ["locked=1", "dropout=0.1", "weight", "", "weight=1=2"])
     def test_other_names(self, part: str) -> None:
-        with pytest.raises(SystemExit, match=f"'{part}' is none of weight=P, component=P, query=P"):
+        with pytest.raises(SystemExit, match=f"'{part}' is none of weight=P, component=P"):
             parse_regularisation(f"awd,{part}")
 
 

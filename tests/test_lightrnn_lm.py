@@ -172,11 +172,6 @@ def test_words_are_read_and_predicted_by_the_same_numbers() -> None:
         ("lightrnn_lm", {"dropout": 1.0}, "--dropout 1.0: must be at least 0 and below 1"),
         ("lightrnn_lm", {"dropout_in": -0.1}, "--dropout-in -0.1: must be at least 0"),
         ("lightrnn_lm", {"dropout_out": float("nan")}, "--dropout-out nan: must be at least 0"),
-        (
-            "lightrnn_lm",
-            {"regularise": "awd,query=0.5"},
-            "query=0.5: query=P is of words' own numb",
-        ),
         ("lightrnn_lm", {"regularise": "awd,weight=1"}, "--regularise awd,weight=1: 'weight=1' is"),
     ],
 )
@@ -207,7 +202,7 @@ def test_regularisation_reaches_its_modules() -> None:
     assert core.network.locked and core.network.weight_dropout == 0.25
     assert isinstance(core.network.dropout_in, LockedDropout)
     assert isinstance(core.head.conditioner.dropout, LockedDropout)
-    assert core.reader.dropout == 0.125 and core.head.softmax.query_dropout.p == 0.0
+    assert core.reader.dropout == 0.125
     assert (decoder.penalties.activation, decoder.penalties.change) == (2.0, 1.0)
     plain = build("lightrnn_lm", 100)
     assert not plain.core.network.locked and plain.core.reader.dropout == 0.0
@@ -221,7 +216,7 @@ def test_evaluation_is_untouched_by_every_flag(architecture: str, components: in
         "table_shape": f"{components}d", "num_layers": 2, "embed_dim": 6, "hidden_size": 6,
         "word_dim": 3, "dropout": 0.3,
     }  # fmt: skip
-    flags = {"regularise": "awd,weight=0.3,component=0.3,query=0.3"}
+    flags = {"regularise": "awd,weight=0.3,component=0.3"}
     plain = build(architecture, 30, **common)
     regularised = build(architecture, 30, **common, **flags)
     regularised.load_state_dict(plain.state_dict())

@@ -12,7 +12,7 @@ from torch import nn
 from fairseq_lightrnn.core.features import FurtherTables, OwnNumbers, WordBias
 from fairseq_lightrnn.core.reader import ComponentVectors
 from fairseq_lightrnn.core.seats import PredictedTable
-from fairseq_lightrnn.core.softmax import ComponentSoftmax, Queries
+from fairseq_lightrnn.core.softmax import ComponentSoftmax
 from fairseq_lightrnn.core.table import WordTable
 
 DIM = 6
@@ -136,34 +136,3 @@ def test_the_last_component_needs_the_queries_of_the_first() -> None:
     torch.testing.assert_close(
         one.logits(0, hidden, prefix), one.logits(0, hidden, prefix, one.ask(hidden))
     )
-
-
-@pytest.mark.parametrize(("words", "shape"), TABLES)
-def test_query_dropout_drops_what_features_add_and_nothing_else(
-    words: int, shape: tuple[int, ...]
-) -> None:
-    """A mask of 0.5 is applied by hand; a rate of 1 leaves rows, columns and biases."""
-    softmax = build(words, shape, extras=True)
-    softmax.query_dropout = nn.Dropout(0.5)
-    hidden, targets = torch.randn(words, len(shape), DIM).double(), torch.arange(words)
-
-    def without(queries: Queries) -> torch.Tensor:
-        one = build(words, shape, extras=True)
-        one.load_state_dict(softmax.state_dict())
-        one.ask = lambda outputs: queries  # type: ignore[method-assign]
-        return one(hidden, targets)
-
-    asked = softmax.eval().ask(hidden[:, 0])
-    torch.testing.assert_close(softmax(hidden, targets), without(asked))
-    softmax.train()
-    torch.manual_seed(3)
-    scores = softmax(hidden, targets)
-    torch.manual_seed(3)
-    dropped = [
-        query if query is None else query * nn.functional.dropout(torch.ones_like(query))
-        for query in asked
-    ]
-    torch.testing.assert_close(scores, without(tuple(dropped)))
-    softmax.query_dropout = nn.Dropout(1.0)
-    none = [query if query is None else torch.zeros_like(query) for query in asked]
-    torch.testing.assert_close(softmax(hidden, targets), without(tuple(none)))

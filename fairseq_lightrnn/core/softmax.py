@@ -38,7 +38,6 @@ class ComponentSoftmax(nn.Module):
         table: the word table in force.
         vectors: of the components.
         features: what else words are predicted with.
-        query_dropout: on what features are scored with, or None.
 
     Attributes:
         bias: parameter of shape (ΣR_i,).
@@ -49,7 +48,6 @@ class ComponentSoftmax(nn.Module):
         table: PredictedTable,
         vectors: ComponentVectors,
         features: Sequence[WordFeature] = (),
-        query_dropout: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if vectors.shape != table.shape:
@@ -57,7 +55,6 @@ class ComponentSoftmax(nn.Module):
         self.table = table
         self.vectors = vectors
         self.features: Sequence[WordFeature] = nn.ModuleList(features)  # type: ignore[assignment]
-        self.query_dropout = query_dropout or nn.Identity()
         self.bias = nn.Parameter(torch.zeros(sum(table.shape)))
 
     def component(self, component: int) -> tuple[Tensor, Tensor]:
@@ -66,8 +63,7 @@ class ComponentSoftmax(nn.Module):
 
     def ask(self, outputs: Tensor) -> Queries:
         """Returns the features' queries of hidden states (N, d) that predict first components."""
-        queries = (feature.ask(outputs) for feature in self.features)
-        return tuple(None if query is None else self.query_dropout(query) for query in queries)
+        return tuple(feature.ask(outputs) for feature in self.features)
 
     def logits(
         self,

@@ -228,9 +228,6 @@ class Regularisation(NamedTuple):
         component: dropout of whole input vectors.
         activation: weight of the mean square of the outputs after dropout (AR).
         change: weight of the mean square of the change of the outputs between steps (TAR).
-        query: dropout of what words' own numbers and further tables are multiplied with to predict
-            them; not of AWD-LSTM. They learn from places alone where a word of their row comes
-            next, so that they overfit more than the vectors of an ordinary softmax.
     """
 
     locked: bool = False
@@ -238,13 +235,11 @@ class Regularisation(NamedTuple):
     component: float = 0.0
     activation: float = 0.0
     change: float = 0.0
-    query: float = 0.0
 
 
 # The published values for Penn Treebank.
-_AWD = Regularisation(True, weight=0.5, component=0.1, activation=2.0, change=1.0)
-_PROBABILITIES = ("weight", "component", "query")
-_REGULARISERS = (*_PROBABILITIES, "activation", "change")
+_AWD = Regularisation(True, 0.5, 0.1, 2.0, 1.0)
+_REGULARISERS = ("weight", "component", "activation", "change")
 
 
 def parse_regularisation(text: str | None) -> Regularisation:
@@ -268,11 +263,11 @@ def parse_regularisation(text: str | None) -> Regularisation:
             values[name] = float(value)
         except ValueError:
             values[name] = -1.0
-        limit = 1.0 if name in _PROBABILITIES else float("inf")
+        limit = 1.0 if name in ("weight", "component") else float("inf")
         if name not in _REGULARISERS or not 0 <= values[name] < limit:
             raise UsageError(
-                f"{flag}: {part!r} is none of weight=P, component=P, query=P (probabilities "
-                "below 1), activation=W, change=W (weights of at least 0)"
+                f"{flag}: {part!r} is none of weight=P, component=P (probabilities below 1), "
+                "activation=W, change=W (weights of at least 0)"
             )
     return _AWD._replace(**values)  # type: ignore[arg-type]
 

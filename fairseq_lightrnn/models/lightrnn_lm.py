@@ -80,9 +80,7 @@ class LSTMConfig(TableConfig):
             "values, such as awd,weight=0.5,component=0.1,activation=2,change=1 (these are its "
             "own): dropout with one mask for a text, dropout of the recurrent matrices and of "
             "whole embeddings, penalties on the mean square of the LSTM's outputs and of their "
-            "change from word to word, which are logged beside the loss and never part of it. "
-            "query=P drops what words' own numbers and further tables are multiplied with to "
-            "predict them, which long trainings of small texts would overfit"
+            "change from word to word, which are logged beside the loss and never part of it"
         },
     )
 
@@ -136,13 +134,7 @@ def build_decoder(
         dim,
         shared=shared,
         dropout=regularisation.component,
-        query_dropout=regularisation.query,
     )
-    if regularisation.query and not any(feature.query for feature in softmax.features):
-        raise UsageError(
-            f"--regularise {cfg.regularise}: query=P is of words' own numbers and further tables, "
-            "and there are none; leave it out, or give --word-dim or --further-tables"
-        )
     network = RegularisedLSTM(
         cfg.embed_dim,
         cfg.hidden_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from fairseq_lightrnn.core.features import FurtherTables, OwnNumbers, WordBias, WordFeature
-from fairseq_lightrnn.core.network import Dropout, FeedForward
+from fairseq_lightrnn.core.network import FeedForward
 from fairseq_lightrnn.core.reader import ComponentVectors, Reader
 from fairseq_lightrnn.core.seats import PredictedTable, Seats
 from fairseq_lightrnn.core.softmax import ComponentSoftmax
@@ -22,7 +22,6 @@ def build_words(
     *,
     shared: bool = False,
     dropout: float = 0.0,
-    query_dropout: float = 0.0,
 ) -> tuple[Reader, ComponentSoftmax]:
     """Builds what words are read and predicted by, on tables that are to be seated.
 
@@ -33,7 +32,6 @@ def build_words(
         output_dim: width of the hidden states.
         shared: read and predict by the same vectors of rows and columns.
         dropout: of whole input vectors.
-        query_dropout: of what features of words are scored with.
     """
     shape = settings.shape
     features: list[WordFeature] = []
@@ -49,7 +47,7 @@ def build_words(
     vectors = ComponentVectors(shape, input_dim)
     reader = Reader(seats, vectors, features, dropout)
     own = vectors if shared else ComponentVectors(shape, output_dim)
-    return reader, ComponentSoftmax(table, own, features, Dropout(query_dropout))
+    return reader, ComponentSoftmax(table, own, features)
 
 
 def feed_forward(dim: int, units: int, dropout: nn.Module) -> FeedForward | None:
