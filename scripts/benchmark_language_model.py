@@ -23,7 +23,9 @@ Systems (``--systems``), LSTMs first:
 * ``recurrent``: the paper's model on a co-occurrence table; ``-further``, ``-rows``: as above;
 * ``random``: the paper's model on a random table; ``authors``: that, with words moved once,
   greedily, as by the authors' program;
-* ``lstm_lm``, ``lstm_lm-adaptive``: fairseq's, with full and with adaptive softmax.
+* ``lstm_lm``, ``lstm_lm-adaptive``: fairseq's, with full and with adaptive softmax;
+  ``lstm_lm-narrow``, ``lstm_lm-adaptive-narrow``: with vectors of 64 below an LSTM of the full
+  width, the former with one set of them for input and output.
 
 * ``kenlm``: a 5-gram of KenLM, whose programs must be on the PATH, once for all seeds.
 
@@ -79,6 +81,7 @@ from side_by_side import append_line, commit, last_epoch, train_for, train_in_st
 # Of fairseq's adaptive softmax; those beyond the vocabulary are left out, and those of clusters
 # whose words would have no numbers left: they have a quarter of those of the cluster before.
 CUTOFFS = (2_000, 10_000, 50_000, 200_000)
+NARROW = 64  # width of vectors below a wider LSTM
 ONE_TABLE = ["--word-dim", "0", "--further-tables", "0"]
 # Architecture and flags of models of the plugin with an LSTM.
 LSTMS: dict[str, list[str]] = {
@@ -129,6 +132,7 @@ def parse() -> argparse.Namespace:
     add("--lr-schedule", choices=["halved", "linear"], default="halved",
         help="the learning rate is halved when validation gets worse, or falls to nothing on a "
         "line over all --epochs or --for-seconds (default: %(default)s)")  # fmt: skip
+    add("--bf16", action="store_true", help="train, but not test, in half precision")
     add("--authors-round", type=int, default=12, metavar="N",
         help="epochs before the reallocation of authors (default: %(default)s)")  # fmt: skip
     add("--transformer-layers", type=int, default=3, help="(default: %(default)s)")
@@ -166,10 +170,14 @@ def model_flags(system: str, args: argparse.Namespace, num_words: int) -> list[A
             rows = math.ceil(4 * math.sqrt(num_words))
             flags += ["--table-shape", f"{rows}x{math.ceil(num_words / rows)}"]
         return flags
-    name, _, adaptive = system.partition("-")
+    name, *kinds = system.split("-")
+    adaptive, narrow = "adaptive" in kinds, "narrow" in kinds
     if name == "lstm_lm":
-        sizes = ["--decoder-embed-dim", width, "--decoder-hidden-size", width,
-                 "--decoder-out-embed-dim", width, "--decoder-layers", args.layers]  # fmt: skip
+        # An adaptive softmax has narrower vectors for rarer words by itself.
+        outputs = NARROW if narrow and not adaptive else width
+        sizes = ["--decoder-embed-dim", NARROW if narrow else width,
+                 "--decoder-hidden-size", width,
+                 "--decoder-out-embed-dim", outputs, "--decoder-layers", args.layers]  # fmt: skip
     else:
         sizes = ["--decoder-embed-dim", width, "--decoder-input-dim", width,
                  "--decoder-output-dim", width, "--decoder-ffn-embed-dim", 4 * width,
@@ -179,8 +187,9 @@ def model_flags(system: str, args: argparse.Namespace, num_words: int) -> list[A
         return [*OURS, "--arch", name, *sizes]
     flags = ["--task", "language_modeling", "--arch", name, *sizes]
     if not adaptive:
-        tied = ["--share-decoder-input-output-embed"] if name == "transformer_lm" else []
-        return [*flags, *tied, "--criterion", "cross_entropy"]
+        tied = narrow or name == "transformer_lm"
+        shared = ["--share-decoder-input-output-embed"] if tied else []
+        return [*flags, *shared, "--criterion", "cross_entropy"]
     levels = [cutoff for level, cutoff in enumerate(CUTOFFS, 1) if width >= 4**level]
     joined = cutoffs_within(num_words, levels)
     if name == "transformer_lm":
@@ -200,7 +209,7 @@ def train(system: str, seed: int, data: Path, folder: Path, args: argparse.Names
     num_words = len((data / "dict.txt").read_text(encoding="utf-8").splitlines()) + 4
     flags = [
         *training_flags(system, seed, data, args), *schedule_flags(system, args),
-        *model_flags(system, args, num_words),
+        *model_flags(system, args, num_words), *(["--bf16"] if args.bf16 else []),
     ]  # fmt: skip
     if args.for_seconds is not None:
         train_for(folder, flags, args.for_seconds, args.validate_updates, clock=args.gpu)

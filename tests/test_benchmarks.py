@@ -37,7 +37,11 @@ def parsed(flags: list[Any]) -> Namespace:
 
 def language_model(system: str) -> Namespace:
     args = Namespace(
-        **COMMON, **BLOCKS, lr_schedule="halved", transformer_layers=2, transformer_heads=2
+        **{**COMMON, "width": 128},
+        **BLOCKS,
+        lr_schedule="halved",
+        transformer_layers=2,
+        transformer_heads=2,
     )
     return parsed([
         *language_model_runs.training_flags(system, 3, DATA, args),
@@ -53,6 +57,8 @@ def test_language_models(system: str) -> None:
     assert args.batch_size * args.tokens_per_sample == 32 * 35
     ours = system not in language_model_runs.PEERS
     assert args.task == ("lightrnn_language_modeling" if ours else "language_modeling")
+    if system.startswith("lstm_lm"):
+        assert (args.decoder_embed_dim < args.decoder_hidden_size) == system.endswith("-narrow")
 
 
 def test_more_rows_than_columns() -> None:
