@@ -279,6 +279,8 @@ def test_a_maker_reads_its_text_once_and_only_if_needed():
     maker = TableMaker(36, np.arange(36), text, 5)
     for kind in ("random", "frequency"):
         maker.make(kind, (6, 6))
+    for shape in ((36,), (1, 40), (36, 2)):  # where any order will do
+        assert maker.make("cooccurrence", shape) == maker.make("frequency", shape)
     assert not read
     first = maker.make("cooccurrence", (6, 6))
     assert read == [1]

@@ -147,6 +147,8 @@ class TableMaker:
         seed = self.seed
         if before:  # one that nobody gives a first table, which this one would repeat
             seed = int(np.random.SeedSequence(seed).generate_state(len(before))[-1])
+        if kind == "cooccurrence" and max(shape) >= self.num_words:
+            kind = "frequency"  # each word has a component vector of its own wherever it is
         if kind == "cooccurrence":
             table = self._cooccurrence(shape, seed, before)
             return _spelt(table, self.names) if before else table
