@@ -4,7 +4,8 @@
 
 FOLDER holds text as for ``benchmark_language_model.py``; OUTPUT receives binarised data, a folder
 for each run, ``results.json``, ``results.md`` and curves. Interrupted trainings go on from their
-last epoch. A rung is named by its kind and its parameters on Penn Treebank:
+last epoch. A rung is named by its kind and its parameters on Penn Treebank, or on WikiText-2
+(``lightrnn-wikitext-2-1M``, ``narrow-wikitext-2-1M``):
 
 * ``softmax``: two layers of an LSTM with an ordinary softmax, one set of vectors for input and
   output (``--arch lightrnn_lm --table-shape 1d --component-vectors shared``);
@@ -62,6 +63,7 @@ NARROW = {
     "0.5M": Rung(110, 0.1, vectors=32),
     "1M": Rung(156, 0.15, vectors=64),
     "2.6M": Rung(310, 0.3, vectors=128),
+    "wikitext-2-1M": Rung(150, 0.05, vectors=20),
 }
 LIGHTRNN = {
     "0.5M": Rung(112, 0.05, 384),
@@ -71,6 +73,7 @@ LIGHTRNN = {
     "2.6M": Rung(272, 0.3, 1000, 65),
     "5M": Rung(416, 0.4, 1280, 65),
     "10M": Rung(608, 0.5, 2048, 65),
+    "wikitext-2-1M": Rung(148, 0.05, 592),
 }
 LEARNING_RATES = {"softmax": 0.002, "narrow": 0.008, "lightrnn": 0.003}
 RUNGS = {f"softmax-{size}": rung for size, rung in SOFTMAX.items()}
