@@ -167,8 +167,12 @@ def test_flags_that_are_gone_are_named_nowhere() -> None:
             assert gone.findall(path.read_text(encoding="utf-8")) == [], path
 
 
+@pytest.mark.parametrize(
+    ("figures", "num_words", "rungs"),
+    [("ladder", 10_008, 11), ("ladder-wikitext-2", 33_280, 1), ("ladder-wikitext-2-1M", 33_280, 2)],
+)
 def test_rungs_of_the_ladder_have_as_many_parameters_as_its_figures_say(
-    monkeypatch: pytest.MonkeyPatch,
+    figures: str, num_words: int, rungs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The README's table is that of these figures (test_results_page)."""
     from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY
@@ -180,8 +184,8 @@ def test_rungs_of_the_ladder_have_as_many_parameters_as_its_figures_say(
     monkeypatch.syspath_prepend(ROOT / "scripts")
     from benchmark_ladder import model_flags
 
-    report = json.loads((ROOT / "examples/language_model/ladder.json").read_text())
-    assert len(report["systems"]) >= 5
+    report = json.loads((ROOT / f"examples/language_model/{figures}.json").read_text())
+    assert len(report["systems"]) == rungs
     for rung, runs in report["systems"].items():
         flags = model_flags(rung, report["settings"]["epochs"])
         given = dict(zip(flags[::2], flags[1::2], strict=True))
@@ -192,7 +196,6 @@ def test_rungs_of_the_ladder_have_as_many_parameters_as_its_figures_say(
             if hasattr(config, name):
                 setattr(config, name, value)
         model = ARCH_MODEL_REGISTRY[architecture]
-        num_words = 10_008
         # Words that move are read by a table that stays, which has vectors of its own.
         config._name = architecture
         settle(config, num_words, moving="--reallocate-epochs" in given)
