@@ -260,3 +260,11 @@ def test_lower_precision_makes_much_the_same_table(kind):
     ]
     near, far = (distance(table, vectors, weights) for table in tables)
     assert near == pytest.approx(far, rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [(40_000,), (1, 40_000), (40_001, 1)])
+def test_words_with_a_vector_each_need_no_clustering(shape: tuple[int, ...]) -> None:
+    """Costs of each word in each place would take 6 GB."""
+    vectors = np.ones((40_000, 2), np.float32)
+    table = table_of_vectors(vectors, np.ones(40_000), shape=shape)
+    assert np.array_equal(table.cells, balanced_cells(40_000, shape))

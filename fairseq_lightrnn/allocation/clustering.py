@@ -77,6 +77,8 @@ def table_of_vectors(
     """
     num_words = len(vectors)
     filled = WordTable.from_cells(balanced_cells(num_words, shape), shape)
+    if max(shape) >= num_words:  # each word has a component vector of its own wherever it is
+        return filled
     random = np.random.default_rng(seed)
     groups = np.zeros(num_words, np.int64)
     sums = sums_of_tables(vectors, weights, before)
