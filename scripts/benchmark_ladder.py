@@ -90,8 +90,6 @@ def parse() -> argparse.Namespace:
     add("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS), metavar="RUNG",
         help=f"which of {', '.join(RUNGS)} (default: all)")  # fmt: skip
     add("--epochs", type=int, default=48, help="of training (default: %(default)s)")
-    add("--bf16", action="store_true",
-        help="train, but not test, in half precision")  # fmt: skip
     add("--report", action="store_true", help="train nothing, sum up what there is")
     return parser.parse_args()
 
@@ -126,7 +124,7 @@ def train(name: str, seed: int, data: Path, args: argparse.Namespace) -> Path:
         *training_flags("lstm", seed, data, own), *OURS, "--carry-hidden-state",
         "--clip-norm", 0.5, "--weight-decay", 0.03, "--lr-scheduler", "polynomial_decay",
         "--warmup-updates", 300, "--total-num-update", args.epochs * updates,
-        *model_flags(name, args.epochs), *(["--bf16"] if args.bf16 else []),
+        *model_flags(name, args.epochs),
     ]  # fmt: skip
     folder: Path = args.out / f"{name}-{seed}"
     train_in_steps(folder, flags, args.epochs, args.epochs)

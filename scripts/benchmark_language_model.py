@@ -132,7 +132,6 @@ def parse() -> argparse.Namespace:
     add("--lr-schedule", choices=["halved", "linear"], default="halved",
         help="the learning rate is halved when validation gets worse, or falls to nothing on a "
         "line over all --epochs or --for-seconds (default: %(default)s)")  # fmt: skip
-    add("--bf16", action="store_true", help="train, but not test, in half precision")
     add("--authors-round", type=int, default=12, metavar="N",
         help="epochs before the reallocation of authors (default: %(default)s)")  # fmt: skip
     add("--transformer-layers", type=int, default=3, help="(default: %(default)s)")
@@ -209,7 +208,7 @@ def train(system: str, seed: int, data: Path, folder: Path, args: argparse.Names
     num_words = len((data / "dict.txt").read_text(encoding="utf-8").splitlines()) + 4
     flags = [
         *training_flags(system, seed, data, args), *schedule_flags(system, args),
-        *model_flags(system, args, num_words), *(["--bf16"] if args.bf16 else []),
+        *model_flags(system, args, num_words),
     ]  # fmt: skip
     if args.for_seconds is not None:
         train_for(folder, flags, args.for_seconds, args.validate_updates, clock=args.gpu)

@@ -54,6 +54,7 @@ def add_run_flags(parser: argparse.ArgumentParser, lanes: int) -> None:
     add("--batch-size", type=int, default=lanes,
         help="pieces of text that are read side by side (default: %(default)s)")  # fmt: skip
     add("--block", type=int, default=35, help="words of a block (default: %(default)s)")
+    add("--bf16", action="store_true", help="train, but not test, in half precision")
     add_gpu_flag(parser)
 
 
@@ -98,6 +99,7 @@ def training_flags(system: str, seed: int, data: Path, args: argparse.Namespace)
     return [
         data, "--dropout", args.dropout, "--tokens-per-sample", block, "--batch-size", batch,
         "--optimizer", "adam", "--clip-norm", 1, "--seed", seed, *device_flags(args),
+        *(["--bf16"] if args.bf16 else []),
     ]  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import benchmark_translation  # noqa: E402
 import language_model_runs  # noqa: E402
 from hide_rare_words import hide_rare_words  # noqa: E402
 
-COMMON = {"width": 8, "layers": 1, "dropout": 0.1, "lr": 0.01, "gpu": False}
+COMMON = {"width": 8, "layers": 1, "dropout": 0.1, "lr": 0.01, "gpu": False, "bf16": False}
 BLOCKS = {"block": 35, "batch_size": 32, "transformer_block": 140, "transformer_lr": 0.001}
 DATA = Path("data")
 
