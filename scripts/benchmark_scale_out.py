@@ -56,7 +56,7 @@ def parse() -> argparse.Namespace:
     add("--seconds", type=float, default=5.0, help="to measure each for (default: %(default)s)")
     add("--worker", nargs=5, metavar=("SYSTEM", "V", "RANK", "WORKERS", "STORE"),
         help=argparse.SUPPRESS)  # fmt: skip
-    parser.set_defaults(layers=1, gpu=False, dtype="float32")
+    parser.set_defaults(layers=1, gpu=False, bf16=False)
     return parser.parse_args()
 
 
@@ -245,7 +245,7 @@ def main() -> None:
         worker(args)
         return
     settings = {name: getattr(args, name) for name in
-                ("width", "layers", "block", "seconds", "dtype")}  # fmt: skip
+                ("width", "layers", "block", "seconds", "bf16")}  # fmt: skip
     report = measure_each(
         args.out, settings, args.sizes, args.systems,
         lambda system, size: measure(system, size, args.batch_size),

@@ -68,8 +68,7 @@ def parse() -> argparse.Namespace:
     add("--seconds", type=float, default=20.0, help="to measure each for (default: %(default)s)")
     add("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
     add("--gpu", action="store_true", help="train on the GPU")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32",
-        help="of the network on a GPU (default: %(default)s)")  # fmt: skip
+    add("--bf16", action="store_true", help="train in half precision")
     add("--parts", action="store_true", help="print where the time of an update goes")
     add("--worker", nargs=2, metavar=("SYSTEM", "V"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -156,18 +155,14 @@ def steps_of(
     """
     import fairseq.trainer  # noqa: F401  (training multiplies matrices in its own way)
     import torch
-    from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
 
-    config = FairseqAdamConfig(adam_betas="(0.9, 0.999)", lr=[0.002])
-    optimizer = FairseqAdam(config, list(model.parameters()))
-    device = "cuda" if args.gpu else "cpu"
+    optimizer = build_optimizer(list(model.parameters()), args)
 
     def loss_of(sample: dict[str, Any]) -> Any:
         inputs = sample["net_input"]
         if system in OURS:
             sample = {**sample, "net_input": {**inputs, "target_tokens": sample["target"]}}
-        with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            return criterion(model, sample)[0] / sample["ntokens"]
+        return criterion(model, sample)[0] / sample["ntokens"]
 
     def update() -> float:
         sample = draw()
@@ -183,6 +178,20 @@ def steps_of(
     return lambda: loss_of(draw()), update
 
 
+def build_optimizer(parameters: list[Any], args: argparse.Namespace) -> Any:
+    """Builds fairseq's Adam; with ``--bf16`` it keeps weights in single precision too."""
+    from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
+    from fairseq.optim.fp16_optimizer import FP16Optimizer
+
+    config = FairseqAdamConfig(adam_betas="(0.9, 0.999)", lr=[0.002])
+    if not args.bf16:
+        return FairseqAdam(config, parameters)
+    exact = FP16Optimizer.build_fp32_params(config, parameters, flatten=False)
+    common = argparse.Namespace(bf16=True, fp16_scale_window=1)  # nothing is scaled
+    cfg = argparse.Namespace(common=common, optimizer=config)
+    return FP16Optimizer(cfg, parameters, FairseqAdam(config, exact), exact)
+
+
 def worker(args: argparse.Namespace) -> None:
     """Measures one system and prints the figures as JSON."""
     import fairseq_compat
@@ -194,11 +203,11 @@ def worker(args: argparse.Namespace) -> None:
     system, num_words = args.worker[0], int(args.worker[1])
     device = "cuda" if args.gpu else "cpu"
     model, criterion = build(system, num_words, args)
-    model.train().to(device)
+    model.train().to(device, torch.bfloat16 if args.bf16 else torch.float32)
     clock = clock_of(device, args.threads)
     draw = batches(num_words, args, device)
     loss, update = steps_of(system, model, criterion, draw, args, clock)
-    rate = matrix_rate(device, clock)
+    rate = matrix_rate(device, clock, args.bf16)
     operations = count_operations(system, lambda: loss().backward(), args)
     for _ in range(3):
         update()
@@ -208,7 +217,8 @@ def worker(args: argparse.Namespace) -> None:
     while len(times) < 5 or sum(times) < args.seconds:
         times.append(update())
     seconds, words = statistics.median(times), args.batch_size * args.block
-    rate = max(rate, matrix_rate(device, clock))  # a machine is not equally fast at all times
+    # A machine is not equally fast at all times.
+    rate = max(rate, matrix_rate(device, clock, args.bf16))
     print(json.dumps({
         "words_per_second": round(words / seconds),
         "updates": len(times),
@@ -235,11 +245,12 @@ def count_operations(system: str, run: Callable[[], None], args: argparse.Namesp
     return float(counter.get_total_flops() + lstm)
 
 
-def matrix_rate(device: str, clock: Callable[[], float]) -> float:
+def matrix_rate(device: str, clock: Callable[[], float], bf16: bool) -> float:
     """Returns the operations a second of a product of large matrices."""
     import torch
 
     left = torch.randn(_MATRIX, _MATRIX, device=device)
+    left = left.bfloat16() if bf16 else left
     times = []
     for _ in range(8):
         start = clock()
