@@ -3,8 +3,8 @@
     python scripts/benchmark_inference.py --sizes 10000 33278 415000 1000000 --json results.json
 
 LightRNN (the paper's model; the gated one with one table, with a bias and 64 numbers of each word's
-own, with a bias and three further tables) beside fairseq's ``lstm_lm`` with full and with adaptive
-softmax, all of one width. Measured are
+own, with a bias and three further tables; with one table of 4√V rows, of three or four components)
+beside fairseq's ``lstm_lm`` with full and with adaptive softmax, all of one width. Measured are
 
 - ``score``: words a second through fairseq's ``SequenceScorer``, as ``fairseq-eval-lm`` scores;
 - ``greedy``, ``beam5``, ``sample``: words a second through fairseq's ``SequenceGenerator``, as the
@@ -19,7 +19,7 @@ processor's, so that other work does not count.
 Weights are random. The search for the most probable words depends on how sharp the predictions are,
 so what needs it (``greedy``, ``beam5``, ``next10``) is measured twice: with random weights, whose
 flat predictions are the worst case (``beam5 flat`` …), and with biases that make the perplexity of
-each component that of ``--component-perplexity``. No other time depends on weights.
+a word that of ``--perplexity``, shared alike by its components. No other time depends on weights.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmark_language_model import many_rows
 from random_models import build_lstm_lm, build_ours, sized_task
 from side_by_side import machine, write_whole
 
@@ -46,6 +47,9 @@ OURS: dict[str, dict[str, Any]] = {
     "gated": {"word_dim": 0, "further_tables": "0"},
     "gated+words": {"word_dim": 65},
     "gated+tables": {"word_dim": 1, "further_tables": "3"},
+    "gated rows": {"word_dim": 0, "further_tables": "0"},
+    "gated 3d": {"word_dim": 0, "further_tables": "0", "table_shape": "3d"},
+    "gated 4d": {"word_dim": 0, "further_tables": "0", "table_shape": "4d"},
 }
 MODELS = (*OURS, "full", "adaptive")
 SEARCHES = ("greedy", "beam5", "next10")
@@ -68,9 +72,8 @@ def parse() -> argparse.Namespace:
     add("--batch", type=int, default=16, help="sentences scored at once (default: %(default)s)")
     add("--length", type=int, default=32, help="words of a sentence (default: %(default)s)")
     add("--generated", type=int, default=10, help="words generated (default: %(default)s)")
-    add("--component-perplexity", type=float, default=12.0,
-        help="of each component, for next10 (default: %(default)s, a perplexity of 144 a word)"
-        )  # fmt: skip
+    add("--perplexity", type=float, default=144.0,
+        help="of sharp predictions (default: %(default)s)")  # fmt: skip
     add("--seconds", type=float, default=3.0, help="to measure each for (default: %(default)s)")
     add("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
     add("--device", default="cpu", help="where to compute (default: %(default)s)")
@@ -87,22 +90,25 @@ def build(name: str, num_words: int, args: argparse.Namespace) -> Any:
     task = sized_task(num_words)
     if name in OURS:
         kind = "LightRNNLanguageModel" if name == "lightrnn" else "GatedLanguageModel"
-        return build_ours(kind, OURS[name], task, args)
+        shape = {"table_shape": many_rows(num_words)} if name == "gated rows" else {}
+        return build_ours(kind, {**OURS[name], **shape}, task, args)
     return build_lstm_lm(task, args, adaptive=name == "adaptive")
 
 
 def sharpen(decoder: Any, perplexity: float) -> None:
-    """Sets biases, falling with the logarithm of a random rank, of this perplexity."""
+    """Sets biases, falling with the logarithm of a random rank, of this perplexity of a word."""
     import torch
 
     softmax = decoder.words.head.softmax
-    for component, size in enumerate(softmax.table.shape):
+    sizes = softmax.table.shape
+    entropy = math.log(perplexity) / len(sizes)
+    for component, size in enumerate(sizes):
         ranks = torch.randperm(size) + 1.0
         low, high = 0.0, 20.0
         for _ in range(60):
             slope = (low + high) / 2
             log_probs = torch.log_softmax(-slope * ranks.log(), 0)
-            flat = -(log_probs.exp() * log_probs).sum() > math.log(perplexity)
+            flat = -(log_probs.exp() * log_probs).sum() > entropy
             low, high = (slope, high) if flat else (low, slope)
         softmax.component(component)[1].copy_(-low * ranks.log())
 
@@ -131,7 +137,7 @@ def work(name: str, measure: str, model: Any, args: argparse.Namespace) -> Calla
         scorer = SequenceScorer(dictionary, softmax_batch=max(1, 2**27 // num_words))
         return lambda: len(scorer.generate([model], sample)) * args.length
     if name in OURS and measure in SEARCHES:
-        sharpen(model.decoder, args.component_perplexity)
+        sharpen(model.decoder, args.perplexity)
     measure = measure.removesuffix(" flat")
     if measure in ("greedy", "beam5", "sample"):
         kind = TopWordsGenerator if name in OURS else SequenceGenerator

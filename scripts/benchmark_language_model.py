@@ -166,8 +166,7 @@ def model_flags(system: str, args: argparse.Namespace, num_words: int) -> list[A
         flags = [*OURS, "--carry-hidden-state", "--arch", *LSTMS[system], "--embed-dim", width,
                  "--hidden-size", width, "--num-layers", args.layers]  # fmt: skip
         if system.endswith("-rows"):
-            rows = math.ceil(4 * math.sqrt(num_words))
-            flags += ["--table-shape", f"{rows}x{math.ceil(num_words / rows)}"]
+            flags += ["--table-shape", many_rows(num_words)]
         return flags
     name, *kinds = system.split("-")
     adaptive, narrow = "adaptive" in kinds, "narrow" in kinds
@@ -195,6 +194,12 @@ def model_flags(system: str, args: argparse.Namespace, num_words: int) -> list[A
         flags += ["--adaptive-input", "--adaptive-input-cutoff", joined, "--tie-adaptive-weights"]
     return [*flags, "--criterion", "adaptive_loss", "--adaptive-softmax-cutoff", joined,
             "--ddp-backend", "legacy_ddp"]  # fmt: skip
+
+
+def many_rows(num_words: int) -> str:
+    """Returns the shape of a table of four times as many rows as a square has."""
+    rows = math.ceil(4 * math.sqrt(num_words))
+    return f"{rows}x{math.ceil(num_words / rows)}"
 
 
 def cutoffs_within(num_words: int, cutoffs: Sequence[int] = CUTOFFS) -> str:
