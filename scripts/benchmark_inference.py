@@ -41,15 +41,16 @@ from benchmark_language_model import many_rows
 from random_models import build_lstm_lm, build_ours, sized_task
 from side_by_side import machine, write_whole
 
+ONE_TABLE: dict[str, Any] = {"word_dim": 0, "further_tables": "0"}
 # What words have in the models of the plugin, see ``LSTMConfig``.
 OURS: dict[str, dict[str, Any]] = {
     "lightrnn": {},
-    "gated": {"word_dim": 0, "further_tables": "0"},
+    "gated": ONE_TABLE,
     "gated+words": {"word_dim": 65},
     "gated+tables": {"word_dim": 1, "further_tables": "3"},
-    "gated rows": {"word_dim": 0, "further_tables": "0"},
-    "gated 3d": {"word_dim": 0, "further_tables": "0", "table_shape": "3d"},
-    "gated 4d": {"word_dim": 0, "further_tables": "0", "table_shape": "4d"},
+    "gated rows": ONE_TABLE,
+    "gated 3d": {**ONE_TABLE, "table_shape": "3d"},
+    "gated 4d": {**ONE_TABLE, "table_shape": "4d"},
 }
 MODELS = (*OURS, "full", "adaptive")
 SEARCHES = ("greedy", "beam5", "next10")

@@ -32,7 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmark_inference import clock_of, measure_apart, memory
+from benchmark_inference import ONE_TABLE, clock_of, measure_apart, memory
 from benchmark_language_model import cutoffs_within
 from random_models import build_lstm_lm, build_ours, sized_task
 from side_by_side import KEEP_MEMORY, measure_each, write_results
@@ -40,13 +40,11 @@ from side_by_side import KEEP_MEMORY, measure_each, write_results
 # Flags of the models of the plugin: the class of the model, and what words have.
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "paper": ("LightRNNLanguageModel", {}),
-    "gated": ("GatedLanguageModel", {"word_dim": 0, "further_tables": "0"}),
-    "gated, linear": (
-        "GatedLanguageModel", {"word_dim": 0, "further_tables": "0", "output_ffn_dim": 0}
-    ),
+    "gated": ("GatedLanguageModel", ONE_TABLE),
+    "gated, linear": ("GatedLanguageModel", {**ONE_TABLE, "output_ffn_dim": 0}),
     "own numbers": ("GatedLanguageModel", {"word_dim": 65}),
     "recommended": ("GatedLanguageModel", {"word_dim": 1, "further_tables": "3"}),
-}  # fmt: skip
+}
 PEERS = ("lstm_lm", "lstm_lm adaptive", "transformer_lm adaptive")
 SYSTEMS = (*OURS, *PEERS)
 _MATRIX = 2048
@@ -203,11 +201,12 @@ def worker(args: argparse.Namespace) -> None:
     system, num_words = args.worker[0], int(args.worker[1])
     device = "cuda" if args.gpu else "cpu"
     model, criterion = build(system, num_words, args)
-    model.train().to(device, torch.bfloat16 if args.bf16 else torch.float32)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    model.train().to(device, dtype)
     clock = clock_of(device, args.threads)
     draw = batches(num_words, args, device)
     loss, update = steps_of(system, model, criterion, draw, args, clock)
-    rate = matrix_rate(device, clock, args.bf16)
+    rate = matrix_rate(device, dtype, clock)
     operations = count_operations(system, lambda: loss().backward(), args)
     for _ in range(3):
         update()
@@ -217,8 +216,7 @@ def worker(args: argparse.Namespace) -> None:
     while len(times) < 5 or sum(times) < args.seconds:
         times.append(update())
     seconds, words = statistics.median(times), args.batch_size * args.block
-    # A machine is not equally fast at all times.
-    rate = max(rate, matrix_rate(device, clock, args.bf16))
+    rate = max(rate, matrix_rate(device, dtype, clock))  # a machine is not always equally fast
     print(json.dumps({
         "words_per_second": round(words / seconds),
         "updates": len(times),
@@ -245,12 +243,11 @@ def count_operations(system: str, run: Callable[[], None], args: argparse.Namesp
     return float(counter.get_total_flops() + lstm)
 
 
-def matrix_rate(device: str, clock: Callable[[], float], bf16: bool) -> float:
+def matrix_rate(device: str, dtype: Any, clock: Callable[[], float]) -> float:
     """Returns the operations a second of a product of large matrices."""
     import torch
 
-    left = torch.randn(_MATRIX, _MATRIX, device=device)
-    left = left.bfloat16() if bf16 else left
+    left = torch.randn(_MATRIX, _MATRIX, device=device, dtype=dtype)
     times = []
     for _ in range(8):
         start = clock()
