@@ -64,7 +64,8 @@ INSTALL_REQUIRES = ["torch>=2.0", "numpy>=1.24", "scipy>=1.10", "numba>=0.59", "
 # What fairseq 0.12.2 needs besides, on Pythons on which its own requirements no longer resolve.
 FAIRSEQ_REQUIRES = [one for one in requirements("requirements.txt") if one not in INSTALL_REQUIRES]
 # To write models for other devices; to run them there numpy and onnxruntime will do.
-EXPORT_REQUIRES = [one for one in requirements("requirements-dev.txt") if one.startswith("onnx")]
+EXPORT_REQUIRES = ["torch>=2.5"]
+EXPORT_REQUIRES += [one for one in requirements("requirements-dev.txt") if one.startswith("onnx")]
 
 readme = ROOT / "README.md"
 

@@ -185,9 +185,9 @@ def find_dictionary(
     Args:
         checkpoint: of the model.
         tables: where its words sit; see :func:`language_model_tables`.
-        data: the folder of ``dict.txt``. By default it is looked for where the training had its
-            data, then beside the checkpoint. Failing that, words are taken from a word table file
-            beside the checkpoint that seats as many words in the same cells.
+        data: the folder of ``dict.txt``, or such a file. By default it is looked for where the
+            training had its data, then beside the checkpoint. Failing that, words are taken from a
+            word table file beside the checkpoint that seats as many words in the same cells.
         recorded: where the training had its data.
         digest: of the words, if it is known; see :func:`vocabulary_digest`.
 
@@ -195,11 +195,11 @@ def find_dictionary(
         ValueError: if the words are not found, or are not the model's.
     """
     if data is not None:
-        folders = [Path(data)]
+        places = [Path(data)]
     else:
-        folders = [Path(part) for part in utils.split_paths(recorded or "")[:1]]
-        folders.append(checkpoint.parent)
-    files = [folder / "dict.txt" for folder in folders]
+        places = [Path(part) for part in utils.split_paths(recorded or "")[:1]]
+        places.append(checkpoint.parent)
+    files = [place if place.is_file() else place / "dict.txt" for place in places]
     others = []
     for file in files:
         if not file.is_file():
@@ -222,11 +222,11 @@ def find_dictionary(
         if found is not None:
             logger.info("the words are those of %s", file)
             return found
-    places = " nor ".join(map(str, files))
+    tried = " nor ".join(map(str, files))
     raise ValueError(
         others[0]
         if others
-        else f"{checkpoint}: its dictionary is neither {places}, and no word table file of the "
+        else f"{checkpoint}: its dictionary is neither {tried}, and no word table file of the "
         "model lies beside the checkpoint; name the folder of the binarised data with --data"
     )
 

@@ -17,6 +17,7 @@ import secrets
 import shutil
 import stat
 import sys
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ _GZIP = b"\x1f\x8b"
 _READ_AT_ONCE = 1 << 20
 # Paths of files that this process has open already: opened anew, they would begin anew.
 _OPEN = re.compile(r"/dev/(stdout|stderr)|/(?:dev|proc/self)/fd/(\d+)")
+# Standard inputs of this process that were read: from a second reading there is nothing to get.
+_READ: weakref.WeakSet[Any] = weakref.WeakSet()
 # What writing into a full place ends in; the system names no file then.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -236,11 +239,11 @@ def open_bytes(path: str | Path, what: str = "file") -> Iterator[BinaryIO]:
     """Opens a file, pipe or device for reading, decompressed if it is compressed by gzip.
 
     Args:
-        path: ``-`` is the standard input.
+        path: ``-`` is the standard input, which can be read once.
         what: it should be, for errors.
 
     Raises:
-        ValueError: if there is no such file, or it is a folder or damaged.
+        ValueError: if there is no such file, it is a folder or damaged, or it was read already.
     """
     path = os.fspath(path)
     name = "standard input" if path == STANDARD else path
@@ -249,6 +252,9 @@ def open_bytes(path: str | Path, what: str = "file") -> Iterator[BinaryIO]:
             if sys.stdin is None:
                 raise ValueError("the standard input is closed")
             raw: Any = sys.stdin.buffer
+            if raw in _READ:
+                raise ValueError("-: the standard input can be read once; give files for the rest")
+            _READ.add(raw)
         else:
             try:
                 raw = stack.enter_context(open(path, "rb"))

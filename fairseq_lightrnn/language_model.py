@@ -105,8 +105,8 @@ class LanguageModel:
 
         Args:
             path: a checkpoint, or a folder of checkpoints, of which the best is taken.
-            data: folder of ``dict.txt``; by default that which the model was trained on, or that of
-                the checkpoint, where a word table file does as well.
+            data: folder of ``dict.txt``, or such a file; by default that which the model was
+                trained on, or that of the checkpoint, where a word table file does as well.
             device: where to compute.
 
         Raises:
@@ -356,7 +356,8 @@ class LanguageModel:
 
         Args:
             prefix: the text to continue, from the beginning of a sentence; or several.
-            max_words: stop after so many words where the model does not end the sentence.
+            max_words: stop after so many words where the model does not end the sentence; a
+                transformer also stops where it can look back no further.
             count: how many texts are made of each.
             temperature: of the words' probabilities.
             top_k: draw from this many most probable words only.
@@ -391,7 +392,11 @@ class LanguageModel:
         going = list(range(len(texts)))
         index = torch.arange(len(prefixes), device=self.device).repeat_interleave(count)
         context = self._read(prefixes).select(index)
-        for _ in range(max_words):
+        if self.decoder.most_words is not None:
+            # The last word that is drawn need not be read.
+            room = self.decoder.most_words - len(self.start) - len(texts[0])
+            max_words = min(max_words, room + 1)
+        for number in range(1, max_words + 1):
             words = sample_words(self.decoder.head, context, **options)
             left = words.ne(self.dictionary.eos()).nonzero().squeeze(1)
             going = [going[index] for index in left.tolist()]
@@ -400,6 +405,8 @@ class LanguageModel:
             words = words[left]
             for text, word in zip(going, words.tolist(), strict=True):
                 texts[text].append(self.dictionary[word])
+            if number == max_words:
+                break
             context = self.decoder.read(words[:, None], context.select(left))
         return [" ".join(text) for text in texts]
 

@@ -350,10 +350,13 @@ class _Search:
                 here = self._row(contexts[place], prefix, without=column)
                 others = self._row(self.positions, prefix, without=column)
                 index = torch.tensor([column])
-                odds.append(self._odds(here, index))
+                further = next(cells for at, _, cells in self.seated[prefix] if at == column)
+                ours = self._of_further(self._further_scores(contexts[place]), further)
+                theirs = self._of_further(self._further_scores(self.positions), further)
+                odds.append(self._odds(here, index) + ours)
                 count = counts[words[place]] / len(here.hidden)
                 weights.append(torch.full((1, len(here.hidden)), count))
-                of_others.append(self._odds(others, index))
+                of_others.append(self._odds(others, index) + theirs)
                 presences.append(others.log_prob.exp()[None] * self.scale)
             if odds:
                 bias = _best_bias(

@@ -115,6 +115,21 @@ class TestInput:
             assert output(capsys, "score", trained, f"/dev/fd/{reader}") == expected
             os.close(reader)
 
+    def test_the_standard_input_is_read_once(
+        self, trained: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        table = trained / "word_table.txt"
+        for file, name, *arguments in (
+            (text, "score", trained, "-", "-"),
+            (text, "extend", trained, "-", "--drop", "-", "-o", tmp_path / "new"),
+            (table, "table", "compare", "-", "-"),
+        ):
+            stream = io.TextIOWrapper(io.BytesIO(file.read_bytes()))
+            monkeypatch.setattr("sys.stdin", stream)
+            with pytest.raises(SystemExit, match="-: the standard input can be read once"):
+                main(name)([str(argument) for argument in arguments])
+        assert not (tmp_path / "new").exists()
+
     def test_a_word_table_of_a_pipe(self, trained: Path, data: Path, capsys: Any) -> None:
         table = trained / "word_table.txt"
         for flags in ([], ["--data", data]):

@@ -197,6 +197,35 @@ def test_losses_are_those_of_the_new_model(
     assert new.score(line).log_prob == pytest.approx(found)
 
 
+def test_biases_of_new_columns_know_what_further_tables_say(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where words have no bias those of their columns are the best there are."""
+    train(data, tmp_path / "trained", max_epoch=6, arch="lightrnn_lm_gated", word_dim=0,
+          further_tables="2", table_shape="7x7")  # fmt: skip
+    checkpoint = tmp_path / "trained" / "checkpoint_best.pt"
+    state = torch.load(checkpoint, weights_only=False)
+    for name, value in state["model"].items():
+        if name.endswith("output_vectors"):
+            value.mul_(4)  # as after a longer training
+    torch.save(state, checkpoint)
+    new_words = {f"w{number}": f"new{number}" for number in (1, 7, 9, 12, 0, 8, 15)}
+    lines = (data.parent / "train.txt").read_text().splitlines()[:60]
+    lines = [" ".join(new_words.get(word, word) for word in line.split()) for line in lines]
+    (tmp_path / "new.txt").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr("fairseq_lightrnn.new_words._POSITIONS", 10**6)
+    extend.main([str(checkpoint), str(tmp_path / "new.txt"), "-o", str(tmp_path / "new")])
+    new = LanguageModel.from_pretrained(tmp_path / "new")
+    assert new.table.shape == (7, 8)
+    bias = new.decoder.head.softmax.bias
+    found = bias[-1].item()
+    losses = []
+    for change in (0, -0.5, 0.5):
+        bias.data[-1] = found + change
+        losses.append(-sum(score.log_prob for score in new.score(lines)))
+    assert losses[0] == min(losses)
+
+
 def test_words_are_dropped(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "drop.txt").write_text("w1\nw8\n")
     extend.main([

@@ -76,11 +76,17 @@ def one(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def short(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a transformer that can look back on 12 words."""
-    checkpoint, folder = tmp_path_factory.mktemp("trained"), tmp_path_factory.mktemp("x") / "model"
-    trained(data, checkpoint, tokens_per_sample=12, arch="lightrnn_transformer_lm")
-    export_command.main([str(checkpoint), "-o", str(folder)])
+def short_checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformer that can look back on 12 words."""
+    folder = tmp_path_factory.mktemp("trained")
+    return trained(data, folder, tokens_per_sample=12, arch="lightrnn_transformer_lm")
+
+
+@pytest.fixture(scope="module")
+def short(short_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of its export."""
+    folder = tmp_path_factory.mktemp("x") / "model"
+    export_command.main([str(short_checkpoint), "-o", str(folder)])
     return folder
 
 
@@ -217,8 +223,9 @@ def test_the_command_suggests_completes_and_samples(
 ) -> None:
     model = ExportedModel.load(one)
     out = run(monkeypatch, capsys, "w1\nw1 w8\n", one, "next", "-k", 2).out.splitlines()
-    expected = [word for text in ("w1", "w1 w8") for word, _ in model.next_words(text, 2)]
-    assert [line.split("\t")[1] for line in out[1:]] == expected
+    expected = [pair for text in ("w1", "w1 w8") for pair in model.next_words(text, 2)]
+    found = [line.split("\t")[1:] for line in out[1:]]
+    assert found == [[word, f"{p:.6g}"] for word, p in expected]
     assert [line.split("\t")[0] for line in out[1:]] == ["1", "1", "2", "2"]
     out = run(monkeypatch, capsys, "w1 w2\n", one, "complete", "-k", 3).out.splitlines()
     assert [line.split("\t")[1] for line in out[1:]] == [w for w, _ in model.complete("w1 w2", 3)]
@@ -264,7 +271,7 @@ def test_a_mixed_up_folder_is_refused(one: Path, pair: Any, tmp_path: Path) -> N
     [
         ("w1 " * 12, ["next"], "a text of more than 12 words, its beginning included, is longer"),
         ("w1 " * 12, ["score"], "a text of more than 12 words"),
-        ("w1 " * 11 + "\n" + "w1 " * 11, ["sample", "--seed", "1"], "a text of more than 12 words"),
+        ("w1 " * 12, ["sample", "--seed", "1"], "a text of more than 12 words"),
         ("w1", ["score", "--carry-hidden-state"], "has no hidden state to carry; leave it out"),
     ],
 )
@@ -275,6 +282,28 @@ def test_a_transformer_looks_back_so_far_and_no_further(
     with pytest.raises(SystemExit, match=message):
         run(monkeypatch, capsys, text, short, *arguments)
     run(monkeypatch, capsys, "w1 " * 11, short, "score")
+
+
+def test_a_drawn_text_ends_where_a_transformer_can_look_back_no_further(
+    short: Path, short_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The last word that is drawn need not be read: it is the 13th, the beginning included."""
+    known = "w1 " * 11
+    for arguments in (["--seed", "1"], [], ["--top-k", "3"]):
+        lines = run(monkeypatch, capsys, f"{known}\nw1\n" * 8, short, "sample", *arguments).out
+        lengths = [len(line.split()) for line in lines.splitlines()]
+        assert len(lengths) == 16 and max(lengths) <= 12
+        assert set(lengths[::2]) <= {11, 12}
+    exported = ExportedModel.load(short)
+    texts = [exported.text([known]) for _ in range(20)]
+    drawn = [list(text.draws(1, seed=seed)) for seed, text in enumerate(texts)]
+    assert sorted({len(words) for words in drawn}) == [0, 1]
+    model = LanguageModel.from_pretrained(short_checkpoint)
+    for prefix, most in (("w1", 12), (known, 12)):
+        lengths = {len(text.split()) for text in model.sample(prefix, count=200, seed=1)}
+        assert max(lengths) == most and len(lengths) > 1
+    with pytest.raises(ValueError, match="a text of 13 words, its beginning included, is longer"):
+        model.sample(known + "w1")
 
 
 def test_flags_of_the_export_are_checked_first(tmp_path: Path) -> None:

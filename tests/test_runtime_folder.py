@@ -55,6 +55,20 @@ def test_what_was_written_is_read(folder: Path) -> None:
     assert read_folder(folder)[0]["note"] == "again"
 
 
+def test_files_that_the_new_export_has_no_more_are_removed(folder: Path) -> None:
+    (folder / "notes.txt").write_text("the user's")
+    write_folder(folder, {"two.pt2": b"two"}, {})
+    assert sorted(path.name for path in folder.iterdir()) == ["model.json", "notes.txt", "two.pt2"]
+
+
+@pytest.mark.parametrize("content", ['{"format": "layers-model"}', "[]", "no JSON"])
+def test_the_model_json_of_somebody_else_is_kept(tmp_path: Path, content: str) -> None:
+    (tmp_path / "model.json").write_text(content)
+    with pytest.raises(ValueError, match="holds something else than an exported model; name a new"):
+        write_folder(tmp_path, FILES, {})
+    assert (tmp_path / "model.json").read_text() == content
+
+
 @pytest.mark.parametrize("damage", [b"", b"one", b"one" * 99 + b"onf"])
 def test_damaged_files_are_named(folder: Path, damage: bytes) -> None:
     (folder / "one.onnx").write_bytes(damage)

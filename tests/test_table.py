@@ -237,6 +237,15 @@ class TestCNTK:
         assert (tmp_path / "vocab.txt").read_text() == "pad\nUNK\na\nb\nc\n"
         assert (tmp_path / "word-0.location").read_text() == "1 4 3\n-1 2 0\n-1 -1 -1\n"
 
+    def test_tables_of_its_own_are_not_mixed_with_ours(self, tmp_path, table) -> None:
+        table.save_cntk(tmp_path, self.SYMBOLS, self.SPECIALS)
+        table.save_cntk(tmp_path, self.SYMBOLS, self.SPECIALS)
+        (tmp_path / "word-3.location").write_text("0\n")
+        (tmp_path / "vocab.txt").write_text("theirs\n")
+        with pytest.raises(ValueError, match=r"holds CNTK's word-3\.location already; give a new"):
+            table.save_cntk(tmp_path, self.SYMBOLS, self.SPECIALS)
+        assert (tmp_path / "vocab.txt").read_text() == "theirs\n"
+
     def test_files_give_the_table_back(self, tmp_path, table) -> None:
         table.save_cntk(tmp_path, self.SYMBOLS, self.SPECIALS)
         assert WordTable.load_cntk(tmp_path, self.SYMBOLS, (2, 3), self.SPECIALS) == table

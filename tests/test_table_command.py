@@ -81,6 +81,29 @@ def test_search(data: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert lines(capsys, "search", file, "nothing") == ["0 words match"]
 
 
+def test_words_that_look_like_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "table.txt"
+    WordTable.from_cells(np.array([0, 1, 2]), (2, 2)).save(path, ["--", "-x", "y"])
+    for word in ("--", "-x"):
+        assert lines(capsys, "neighbours", path, "--", word)[0].startswith(f"{word}: row 0, ")
+        assert lines(capsys, "neighbours", "--limit", 1, "--", path, word)[0].startswith(word)
+    assert lines(capsys, "neighbours", path, "y")[0].startswith("y: row 1, ")
+
+
+def test_a_dictionary_of_another_name(
+    trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside a table file and a checkpoint alike, and not the dict.txt beside it."""
+    for name, count in (("dict.txt", 1), ("dict.de.txt", 10**6)):
+        first, *others = (data / "dict.txt").read_text().splitlines()
+        rows = [f"{first.split()[0]} {count}", *others]
+        (tmp_path / name).write_text("".join(f"{row}\n" for row in rows))
+    given = "--data", tmp_path / "dict.de.txt"
+    of_checkpoint = lines(capsys, "quality", trained / "checkpoint_last.pt", *given)
+    assert of_checkpoint == lines(capsys, "quality", trained / "word_table.txt", *given)
+    assert of_checkpoint != lines(capsys, "quality", trained, "--data", tmp_path)
+
+
 def test_neighbours_in_the_table(
     data: Path, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from fairseq_lightrnn.commands.run import command
 from fairseq_lightrnn.commands.text import check_texts, one_line, read_chunks
 from fairseq_lightrnn.files import STANDARD, check_outputs
+from fairseq_lightrnn.perplexity import perplexity
 from fairseq_lightrnn.runtime.model import ExportedModel
 from fairseq_lightrnn.signature import signature
 
@@ -133,8 +134,8 @@ def _score(model: ExportedModel, args: argparse.Namespace) -> None:
         unknown += int(strange.sum())
         total += score.log_prob
         if level == "sentence":
-            perplexity = score.perplexity
-            _line(sentences, len(score.ids), int(strange.sum()), score.log_prob, perplexity)
+            found = len(score.ids), int(strange.sum())
+            _line(sentences, *found, score.log_prob, score.perplexity)
         if level == "word":
             values = zip(score.tokens, score.log_probs.tolist(), strange.tolist(), strict=True)
             for number, (token, log_prob, missing) in enumerate(values, 1):
@@ -150,7 +151,7 @@ def _score(model: ExportedModel, args: argparse.Namespace) -> None:
     }
     summary = {
         "sentences": sentences, "words": words, "unknown": unknown, "logprob": total,
-        "perplexity": math.exp(-total / words) if words else "NA", "signature": signature(fields),
+        "perplexity": perplexity(total, words) if words else "NA", "signature": signature(fields),
     }  # fmt: skip
     for key, value in summary.items():
         _line(key, value, error=level != "corpus")
@@ -168,7 +169,7 @@ def _suggest(model: ExportedModel, args: argparse.Namespace) -> None:
         for pairs in found:
             number += 1
             for word, probability in pairs:
-                _line(number, word, probability)
+                _line(number, word, f"{probability:.6g}")
         sys.stdout.flush()
 
 

@@ -31,6 +31,7 @@ from fairseq_lightrnn.language_model import LanguageModel
 from fairseq_lightrnn.models.vocabulary import vocabulary_digest
 from fairseq_lightrnn.models.word_head import WordHead
 from fairseq_lightrnn.new_words import Seated, count_new_words, seat_new_words
+from fairseq_lightrnn.perplexity import perplexity
 from fairseq_lightrnn.resizing import grown_shape, resize
 from fairseq_lightrnn.runtime.seating import nearest_empty
 
@@ -226,7 +227,7 @@ def _report(
         scores = model.score(list(lines)) if lines else []
         total = sum(score.log_prob for score in scores)
         size = sum(len(score.tokens) for score in scores)
-        show(name, f"{math.exp(-total / size):.3f}" if size else "NA")
+        show(name, f"{perplexity(total, size):.3f}" if size else "NA")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ __all__ = ["main"]
 # fairseq-preprocess fills a dictionary up to a multiple of 8.
 _OFTEN_MISSING = ("<s>", "<pad>")
 _FILLING = re.compile(r"madeupword\d{4}")
+# What no argument of a command line begins with.
+_WORD = "\0"
 
 
 class Source(NamedTuple):
@@ -76,8 +78,7 @@ def _load(path: str, data: str | None) -> Source:
         require_fairseq("table")
         from fairseq_lightrnn.language_model import LanguageModel
 
-        folder = str(Path(data).parent) if data and Path(data).is_file() else data
-        model = LanguageModel.from_pretrained(path, folder)
+        model = LanguageModel.from_pretrained(path, data)
         counts = np.array(model.dictionary.count)
         counts[: model.dictionary.nspecial] = 0
         known = counts if counts.any() else None  # words of a table file have none
@@ -307,7 +308,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     at = next((at for at, argument in enumerate(given) if argument in commands), None)
     if at is None:
         return parser.parse_args(given)
-    return commands[given[at]].parse_intermixed_args(given[:at] + given[at + 1 :])
+    of_command = given[:at] + given[at + 1 :]
+    # What follows a -- is no flag, though it looks like one: argparse would lose a word that is --.
+    end = of_command.index("--") if "--" in of_command else len(of_command)
+    words = [_WORD + word for word in of_command[end + 1 :]]
+    args = commands[given[at]].parse_intermixed_args(of_command[:end] + words)
+    for name, value in vars(args).items():
+        if isinstance(value, str):
+            setattr(args, name, value.removeprefix(_WORD))
+    return args
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

@@ -43,6 +43,8 @@ def one_line(text: str) -> str:
 
 def check_texts(paths: Sequence[str]) -> Sequence[str]:
     """Returns what to read; a file that is missing is told before the first is read."""
+    if list(paths).count(STANDARD) > 1:
+        raise ValueError("-: the standard input can be read once; name it once")
     for path in paths:
         if path != STANDARD and not Path(path).exists():
             raise ValueError(

@@ -57,6 +57,7 @@ class Decoder(nn.Module):
     """
 
     carries_state = True
+    most_words: int | None = None
 
     def __init__(
         self,

@@ -7,7 +7,6 @@ sentence is read piece by piece, so memory depends on neither vocabulary nor len
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -21,6 +20,7 @@ from fairseq_lightrnn.core.decoder import Decoded
 from fairseq_lightrnn.core.distribution import next_word_entropy_and_rank
 from fairseq_lightrnn.core.head import ComponentHead
 from fairseq_lightrnn.core.search import require_numbers
+from fairseq_lightrnn.perplexity import perplexity
 
 __all__ = ["DEFAULT_BATCH_WORDS", "CorpusScore", "Scorer", "TextDecoder", "WordScores"]
 
@@ -36,10 +36,13 @@ class TextDecoder(Protocol):
         head: predicts words.
         carries_state: whether a text can be read in pieces, each from the state after the one
             before.
+        most_words: how many words of a text, its beginning included, it can read; None for any
+            number.
     """
 
     head: ComponentHead
     carries_state: bool
+    most_words: int | None
 
     def __call__(self, words: Tensor, state: Any = None) -> Decoded:
         """Predicts each word of consecutive text, (B, T+1), but the first."""
@@ -297,23 +300,14 @@ class CorpusScore:
     @property
     def perplexity(self) -> float | None:
         """Perplexity of the words counted; None of no words."""
-        return _perplexity(self.log_prob, self.words)
+        return perplexity(self.log_prob, self.words)
 
     @property
     def perplexity_without_unknown(self) -> float | None:
         """Perplexity of the words counted but for the unknown ones; None of no words."""
-        return _perplexity(self.log_prob - self.unknown_log_prob, self.words - self.unknown)
+        return perplexity(self.log_prob - self.unknown_log_prob, self.words - self.unknown)
 
     @property
     def component_perplexities(self) -> list[float | None]:
         """The factors whose product is the perplexity, one for each component."""
-        return [_perplexity(float(part), self.words) for part in self.components]
-
-
-def _perplexity(log_prob: float, words: int) -> float | None:
-    if not words:
-        return None
-    try:
-        return math.exp(-log_prob / words)
-    except OverflowError:
-        return math.inf
+        return [perplexity(float(part), self.words) for part in self.components]

@@ -105,9 +105,16 @@ def write_cntk(
     coordinates: np.ndarray,
     specials: Mapping[str, str],
 ) -> None:
-    """Writes ``vocab.txt`` and ``word-0.location``."""
+    """Writes ``vocab.txt`` and ``word-0.location``.
+
+    Raises:
+        ValueError: if a word cannot be written, or the directory holds tables of CNTK's own.
+    """
     _check_symbols(symbols, len(coordinates))
     directory = Path(directory)
+    for path in directory.glob("word-*.location"):
+        if path.name != "word-0.location":
+            raise ValueError(f"{directory}: holds CNTK's {path.name} already; give a new folder")
     names = [specials.get(symbol, symbol) for symbol in symbols]
     seen: dict[str, int] = {}
     for word, name in enumerate(names):

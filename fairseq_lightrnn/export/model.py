@@ -19,6 +19,7 @@ from fairseq_lightrnn.export.graphs import decoder_graphs
 from fairseq_lightrnn.export.page import page_files
 from fairseq_lightrnn.language_model import LanguageModel
 from fairseq_lightrnn.models.lightrnn_transformer import TransformerText
+from fairseq_lightrnn.perplexity import perplexity
 from fairseq_lightrnn.runtime.cells import code_cells
 from fairseq_lightrnn.runtime.folder import WORDS, pack, write_folder
 from fairseq_lightrnn.runtime.model import ExportedModel
@@ -151,17 +152,22 @@ def _metrics(model: LanguageModel, exported: ExportedModel, text: list[str]) -> 
     }
     words = sum(len(score.tokens) for score in scores["export"])
     perplexities = {
-        name: float(np.exp(-sum(score.log_prob for score in of_one) / words))
+        name: perplexity(sum(score.log_prob for score in of_one), words) or math.nan
         for name, of_one in scores.items()
     }
-    relative = perplexities["export"] / perplexities["checkpoint"] - 1
     logger.info("perplexity of the checkpoint and of the export: %s", perplexities)
+    relative = perplexities["export"] / perplexities["checkpoint"] - 1
     return {
         "text": "given" if text else "words of the dictionary",
         "words": words,
-        "perplexity": perplexities,
-        "difference": relative,
+        # JSON has no infinity.
+        "perplexity": {name: _finite(value) for name, value in perplexities.items()},
+        "difference": _finite(relative),
     }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _every_word_once(model: LanguageModel) -> list[str]:

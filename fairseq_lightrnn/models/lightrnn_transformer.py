@@ -166,6 +166,11 @@ class TransformerText:
         self.decoder = decoder
 
     @property
+    def most_words(self) -> int:
+        """How many words of a text, its beginning included, it can look back on."""
+        return int(self.decoder.max_positions())
+
+    @property
     def head(self) -> ComponentHead:
         """Predicts words."""
         return self.decoder.words.head
@@ -187,11 +192,10 @@ class TransformerText:
         return self.head.start(self._outputs(words)[:, -1])._replace(history=words)
 
     def _outputs(self, words: Tensor) -> Tensor:
-        limit = self.decoder.max_positions()
-        if words.size(1) > limit:
+        if words.size(1) > self.most_words:
             raise ValueError(
                 f"a text of {words.size(1)} words, its beginning included, is longer than the "
-                f"{limit} that the model can look back on; split it"
+                f"{self.most_words} that the model can look back on; split it"
             )
         outputs: Tensor = self.decoder.extract_features(words, encoder_out=None)[0]
         return outputs

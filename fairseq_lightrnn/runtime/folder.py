@@ -41,10 +41,19 @@ def check_folder(folder: str | Path) -> None:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file, the export is a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / DESCRIPTION).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and _files_of(folder) is None:
         raise ValueError(f"{folder}: holds something else than an exported model; name a new one")
     if not folder.exists():
         check_new_folder(folder)
+
+
+def _files_of(folder: Path) -> list[str] | None:
+    """Returns the files of the exported model in a folder, but for the first; None if none is."""
+    try:
+        description = json.loads(read_text(folder / DESCRIPTION))
+        return list(description["files"]) if description["format"] == _FORMAT else None
+    except (ValueError, TypeError, LookupError):
+        return None
 
 
 def write_folder(
@@ -54,6 +63,8 @@ def write_folder(
     beside: Mapping[str, bytes] | None = None,
 ) -> dict[str, Any]:
     """Writes an exported model; the JSON file comes last, so that nothing half-written is read.
+
+    Files of an earlier export that the new one has no more are removed.
 
     Args:
         folder: made if it does not exist.
@@ -69,6 +80,7 @@ def write_folder(
     """
     folder = Path(folder)
     check_folder(folder)
+    before = _files_of(folder) or []
     folder.mkdir(parents=True, exist_ok=True)
     hashes = {
         name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -82,6 +94,8 @@ def write_folder(
     with whole_file(folder / DESCRIPTION) as file:
         json.dump(result, file, indent=1, ensure_ascii=False)
         file.write("\n")
+    for name in {Path(name).name for name in before} - files.keys():
+        (folder / name).unlink(missing_ok=True)
     return result
 
 

@@ -31,6 +31,9 @@ class Memory(Protocol):
     def after(self, inputs: State, found: Mapping[str, np.ndarray]) -> State:
         """Returns the state after these words, by the inputs and outputs of the graph."""
 
+    def full(self, state: State) -> np.ndarray:
+        """Tells which of N texts cannot get longer, booleans (N,)."""
+
 
 class LstmState:
     """An LSTM's state.
@@ -57,6 +60,10 @@ class LstmState:
     def after(self, inputs: State, found: Mapping[str, np.ndarray]) -> State:
         """See :meth:`Memory.after`."""
         return {"hidden": found["next_hidden"], "cell": found["next_cell"]}
+
+    def full(self, state: State) -> np.ndarray:
+        """See :meth:`Memory.full`."""
+        return np.zeros(len(state["hidden"]), dtype=bool)
 
 
 class LookBack:
@@ -101,6 +108,10 @@ class LookBack:
             "values": np.concatenate([inputs["values"], found["more_values"]], axis=2),
             "seen": np.concatenate([inputs["seen"], inputs["shown"]], axis=1),
         }
+
+    def full(self, state: State) -> np.ndarray:
+        """See :meth:`Memory.full`."""
+        return np.asarray(state["seen"].sum(axis=1) >= self._limit)
 
 
 def memory_of(description: Mapping[str, Any]) -> Memory:

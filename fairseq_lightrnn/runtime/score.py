@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+
+from fairseq_lightrnn.perplexity import perplexity
 
 __all__ = ["Score"]
 
@@ -35,5 +38,6 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """The sentence's perplexity per word, its end counted as a word."""
-        return float(np.exp(-self.log_prob / len(self.tokens)))
+        """The sentence's perplexity per word, its end counted as a word; NaN of no words."""
+        found = perplexity(self.log_prob, len(self.tokens))
+        return math.nan if found is None else found

@@ -135,6 +135,9 @@ class Text:
     ) -> Iterator[tuple[int, str]]:
         """Draws words one after the other, until the sentence ends or there are so many.
 
+        A transformer's text also ends where it can look back no further; its last word is then not
+        part of what :attr:`position` has read.
+
         Args:
             max_words: of each text.
             temperature: t; words are drawn with probability proportional to P(word)^(1/t).
@@ -164,6 +167,8 @@ class Text:
             going, words = going[left], words[left]
             for number, word in zip(going.tolist(), words.tolist(), strict=True):
                 yield number, self.model.vocabulary[word]
+            room = ~self.model.network.memory.full(self.position.select(going).state)
+            going, words = going[room], words[room]
             if not len(going):
                 return
             position, _ = self.model.network.read(self.position.select(going), words[:, None])
