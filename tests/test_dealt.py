@@ -84,3 +84,39 @@ def test_an_order_that_workers_make_is_theirs() -> None:
     with pytest.raises(UsageError, match="--grouped-shuffling: the checkpoint is of 2 workers"):
         one.load_state_dict(place(8, 2, 2))
     one.load_state_dict(place(8, 2, 4))  # the end of an epoch
+
+
+@given(st.integers(2, 12), st.integers(1, 3), st.data())
+def test_the_last_batch_alone_is_left_out(batches: int, workers: int, data: st.DataObject) -> None:
+    """With --skip-remainder-batch, wherever in the epoch a training goes on."""
+    order = [list(one.next_epoch_itr()) for one in iterators(batches, workers)]
+    length = len(order[0])
+    read = data.draw(st.integers(0, length - 1))
+    for one, whole in zip(
+        iterators(batches, workers, skip_remainder_batch=True), order, strict=True
+    ):
+        one.load_state_dict(place(batches, workers, read))
+        assert list(one.next_epoch_itr()) == whole[read : length - 1]
+
+
+def test_epochs_are_shuffled_from_the_one_on_that_is_to_be() -> None:
+    """As --curriculum says, in a training that goes on as in one that never stopped."""
+    (one,) = iterators(20, 1, reuse_dataloader=True)
+    read = [[n for (n,) in one.next_epoch_itr(shuffle=epoch > 1)] for epoch in (1, 2, 3)]
+    assert read[0] == list(range(20))
+    assert sorted(read[1]) == sorted(read[2]) == read[0]
+    assert len({tuple(order) for order in read}) == 3
+    (other,) = iterators(20, 1, reuse_dataloader=True)
+    other.load_state_dict({"epoch": 3, "iterations_in_epoch": 0, "version": 2, "shuffle": True})
+    assert [n for (n,) in other.next_epoch_itr()] == read[2]
+
+
+def test_a_place_among_other_batches_is_refused() -> None:
+    state = place(8, 1, 3)
+    (one,) = iterators(9, 1)
+    with pytest.raises(UsageError, match="the middle of an epoch of 8 batches, this training has "):
+        one.load_state_dict(state)
+    with pytest.raises(UsageError, match="an epoch with --carry-hidden-state, which reads text in"):
+        one.load_state_dict({**state, "lanes": 4})
+    one.load_state_dict(place(8, 1, 8))  # the end of an epoch
+    one.load_state_dict({name: state[name] for name in state if name != "batches"})

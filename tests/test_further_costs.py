@@ -147,6 +147,14 @@ def test_a_sample_keeps_its_memory_and_has_most_of_words_that_may_move(rows: int
     assert seen <= 2 * rows + 5
 
 
+def test_a_sample_of_nothing_is_one() -> None:
+    """As of several workers whose memory has room for none."""
+    sample = Sample(Gated, 24, (5, 5), extras=True)
+    occurrences = Occurrences(sample.head, sample.statistics().counts.long(), 1)
+    gather_occurrences([], occurrences, "cpu")
+    assert all(len(occurrences.of(prefix).words) == 0 for prefix in range(5))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_words_whose_occurrences_the_sample_misses_have_no_costs(kind) -> None:
     sample = Sample(kind, 24, (5, 5), extras=True)

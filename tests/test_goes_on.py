@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from fairseq_run import CARRY, eval_lm, load, symbols, table_of, train
+from fairseq_run import CARRY, assert_same_training, eval_lm, load, symbols, table_of, train
 
 from fairseq_lightrnn.core.table import WordTable
 
@@ -47,6 +47,21 @@ class TestFromElsewhere:
         state = load(tmp_path / "checkpoint3.pt")["model"]
         assert state["decoder.reallocations.epoch"] == state["decoder.reallocations.round"] == 1
         assert len((tmp_path / "reallocations.jsonl").read_text().splitlines()) == 1
+
+    def test_a_checkpoint_to_begin_with_once(self, data: Path, first: Path, tmp_path: Path) -> None:
+        """It is gone on from, its epochs and all, until there is a last checkpoint."""
+        damaged = tmp_path / "damaged.pt"
+        damaged.write_bytes((first / "checkpoint3.pt").read_bytes()[:-500])
+        for path, message in (
+            (tmp_path / "absent.pt", "--continue-once .*absent.pt: no such checkpoint"),
+            (damaged, "damaged.pt: the checkpoint"),
+        ):
+            with pytest.raises(SystemExit, match=message):
+                train(data, tmp_path / "on", continue_once=path, max_epoch=4)
+        flags = {"initial_table": "random", "reallocate_epochs": "1,3", "max_epoch": 4}
+        train(data, tmp_path / "on", continue_once=first / "checkpoint3.pt", **flags)
+        assert_same_training(tmp_path / "on" / "checkpoint4.pt", first / "checkpoint4.pt")
+        train(data, tmp_path / "on", continue_once=tmp_path / "absent.pt", **flags)
 
     def test_its_folder_has_the_tables(self, data: Path, first: Path, tmp_path: Path) -> None:
         start = first / "checkpoint4.pt"

@@ -75,6 +75,18 @@ def test_beginnings_of_texts_cannot_be_forgotten(data: Path, tmp_path: Path) -> 
     assert eval_lm(data, tmp_path / "checkpoint_last.pt", *VALID, *eos, "--add-bos-token") > 0
 
 
+def test_beginnings_of_texts_have_a_learnt_position_too(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path, "--add-bos-token", "--decoder-learned-pos", max_epoch=1,
+          arch="lightrnn_transformer_lm")  # fmt: skip
+    assert eval_lm(data, tmp_path / "checkpoint_last.pt", *VALID, "--add-bos-token") > 0
+
+
+def test_an_lstm_has_no_most_positions(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--max-target-positions 5: an LSTM reads texts of any"):
+        train(data, tmp_path, max_target_positions=5)
+    assert not list(tmp_path.glob("*.pt"))
+
+
 def test_a_model_that_was_not_trained_so(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fairseq_lightrnn.data.lanes import LaneDataset, LaneIterator, draw_block_lengths
+from fairseq_lightrnn.errors import UsageError
 
 EOS, PAD = 2, 1
 
@@ -148,3 +150,32 @@ def test_evaluation_has_no_random_blocks() -> None:
     data = dataset(300, 4, 20, random_lengths=True).in_one_pass()
     assert data.of_epoch(1, 1) is data
     assert np.diff(data.bounds).tolist() == [80, 80, 80, 60]
+
+
+def test_a_place_in_the_lanes_is_found_or_refused() -> None:
+    """Blocks of random lengths begin elsewhere in another epoch, and with another seed."""
+    data = dataset(400, 2, 10, random_lengths=True)
+
+    def state(blocks: LaneDataset, read: int) -> dict[str, int]:
+        iterator = LaneIterator(blocks)
+        epoch = iterator.next_epoch_itr()
+        for _ in range(read):
+            next(epoch)
+        return iterator.state_dict()
+
+    first = data.of_epoch(1, 1)
+    known = state(first, 3)
+    assert known["place"] == first.bounds[3] and known["iterations_in_epoch"] == 3
+    for other in (data.of_epoch(2, 1), dataset(400, 2, 10)):
+        assert known["place"] not in other.bounds
+        with pytest.raises(UsageError, match="where no block of this training begins: resume with"):
+            LaneIterator(other).load_state_dict(known)
+    plain = dataset(400, 2, 10)
+    iterator = LaneIterator(plain)
+    iterator.load_state_dict({**known, "place": 50})
+    assert next(iterator.next_epoch_itr())["net_input"]["carried"]["block"] == 5
+    with pytest.raises(UsageError, match="an epoch without it, in which text was read in another"):
+        iterator.load_state_dict({"epoch": 1, "iterations_in_epoch": 3, "batches": 20})
+    end = state(first, first.blocks)
+    assert (end["epoch"], end["place"]) == (2, 0)
+    iterator.load_state_dict(end)

@@ -31,13 +31,17 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     ),
     "--pad-to-fixed-length": ({"pad_to_fixed_length": True, "carry_hidden_state": True}, None),
     "--pad-to-fixed-bsz": ({"pad_to_fixed_bsz": True, "carry_hidden_state": True}, None),
+    "--update-ordered-indices-seed": (
+        {"update_ordered_indices_seed": True}, {"update_epoch_batch_itr": True}
+    ),
     "--sentence-avg": ({"sentence_avg": True}, None),
 }  # fmt: skip
 DEFAULTS: dict[str, Any] = {
     "reallocate_epochs": None, "reallocation_objective": "true-loss", "reallocation_words": None,
     "reallocation_memory": 8.0, "carry_hidden_state": False, "random_block_lengths": False,
     "max_tokens": None, "max_tokens_valid": None, "batch_size": 8, "batch_size_valid": 8,
-    "skip_remainder_batch": False, "sentence_avg": False,
+    "skip_remainder_batch": False, "sentence_avg": False, "update_ordered_indices_seed": False,
+    "update_epoch_batch_itr": False,
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,20 @@ class TestTranslation:
         assert sorted(together["A"]) == sorted(alone["A"])
         texts = [sorted((line[0], line[2]) for line in found["D"]) for found in (together, alone)]
         assert texts[0] == texts[1]
+
+    def test_raw_text_whose_words_take_the_place_of_unknown_ones(
+        self, pairs: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """No word is unknown here, at which fairseq's own models would stop too."""
+        for side in ("src", "tgt"):
+            shutil.copy(pairs / f"dict.{side}.txt", tmp_path)
+            shutil.copy(pairs.parent / f"test.{side}", tmp_path / f"test.src-tgt.{side}")
+        flags = ["--beam", 2, "--max-len-b", 12, "--unkpen", 100, "--dataset-impl", "raw"]
+        checkpoint = trained / "checkpoint_best.pt"
+        more = ["--replace-unk", "", "--print-alignment", "hard"]
+        found, _ = translate(capsys, tmp_path, checkpoint, *flags, *more)
+        expected, _ = translate(capsys, pairs, checkpoint, *flags[:-2])
+        assert [text for _, _, text in found["H"]] == [text for _, _, text in expected["H"]]
 
     def test_no_word_twice_beside_its_alignment(
         self, pairs: Path, trained: Path, capsys: pytest.CaptureFixture[str]

@@ -308,6 +308,7 @@ def test_decoder_parameters_for_the_vocabulary() -> None:
         ("recurrent", {"keep_input_table": True}, "--keep-input-table: the paper's model predicts"),
         ("transformer", {"share_all_embeddings": True}, "--share-all-embeddings: share"),
         ("transformer", {"adaptive_softmax_cutoff": "5"}, "--adaptive-softmax-cutoff: a component"),
+        ("transformer", {"base_layers": 2}, "--base-layers: decoders with a word table have no"),
         ("transformer", {"decoder_embed_dim": 0}, "--decoder-embed-dim 0: must be at least 1"),
         ("transformer", {"word_dim": -1}, "must not be negative"),
     ],

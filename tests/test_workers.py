@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fairseq_run import CARRY, load, preprocess_pairs, train_arguments, write_text
+from fairseq_run import (
+    CARRY,
+    USER_DIR,
+    load,
+    preprocess_pairs,
+    train,
+    train_arguments,
+    write_text,
+)
 from test_odd_inputs import binarise
 
 # The first worker takes longer than torch's workers wait for each other.
@@ -148,3 +157,28 @@ class TestMoreWorkersThanWork:
             tokens_per_sample=None, source_table="own",
         )  # fmt: skip
         assert saved["model"]["decoder.reallocations.round"] == 1
+
+
+def test_what_several_workers_evaluate_is_all_of_the_text(data: Path, tmp_path: Path) -> None:
+    """Also where there are fewer batches than workers, or none for one of them."""
+    train(data, tmp_path / "plain", max_epoch=1)
+    train(data, tmp_path / "carried", CARRY, max_epoch=1)
+    common = ["--user-dir", USER_DIR, "--task", "lightrnn_language_modeling", "--cpu"]
+    common += ["--tokens-per-sample", 12, "--batch-size", 8, "--num-workers", 0]
+    for name in ("plain", "carried"):
+        command: list[Any] = [data, *common, "--path", tmp_path / name / "checkpoint_last.pt"]
+        for tool, found in (
+            ("eval-lm", r"Loss \(base 2\): ([0-9.]+)"),
+            ("validate", r"\| loss ([0-9.]+) \|"),
+        ):
+            losses = []
+            for workers in (1, 2):
+                result = subprocess.run(
+                    [str(Path(sys.executable).parent / f"fairseq-{tool}")]
+                    + [*map(str, command), "--distributed-world-size", str(workers)],
+                    capture_output=True, text=True, timeout=120,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                )  # fmt: skip
+                assert result.returncode == 0, result.stderr[-3000:]
+                losses.append(float(re.findall(found, result.stdout + result.stderr)[0]))
+            assert losses[1] == pytest.approx(losses[0], abs=2e-3), (name, tool)

@@ -175,8 +175,10 @@ def _collect_occurrences(
     """Brings what all workers chose to the first, and empties the list."""
     every = list(_exchange(iter(chosen), (occurrences.row_size,), device, occurrences.dtype))
     chosen.clear()
-    if rank() == 0 and every:
-        occurrences.set(every)
+    if rank() == 0:
+        nothing = torch.empty(0, dtype=torch.int64, device=device)
+        none = nothing, torch.empty(0, occurrences.row_size, device=device)
+        occurrences.set(every or [none])
 
 
 def _exchange(

@@ -202,8 +202,10 @@ class LaneIterator(iterators.EpochBatchIterator):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the place in the epoch, and how the text was laid out."""
-        return {**super().state_dict(), "lanes": self._lanes, "length": self.dataset.length}
+        """Returns the place in the epoch and in the lanes, and how the text was laid out."""
+        state = super().state_dict()
+        place = int(self.dataset.bounds[state["iterations_in_epoch"]])
+        return {**state, "lanes": self._lanes, "length": self.dataset.length, "place": place}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a place in an epoch, with any number of workers that have as many lanes.
@@ -211,16 +213,30 @@ class LaneIterator(iterators.EpochBatchIterator):
         Raises:
             UsageError: if the text was laid out in another way.
         """
-        lanes, length = self._lanes, self.dataset.length
+        lanes, length, read = self._lanes, self.dataset.length, state_dict["iterations_in_epoch"]
+        if read and "batches" in state_dict:
+            raise UsageError(
+                "--carry-hidden-state: the checkpoint is from the middle of an epoch without it, "
+                "in which text was read in another order; leave it out, resume from the end of an "
+                "epoch, or with --reset-dataloader"
+            )
         before = state_dict.get("lanes", lanes), state_dict.get("length", length)
-        if state_dict.get("iterations_in_epoch") and before != (lanes, length):
+        if read and before != (lanes, length):
             raise UsageError(
                 f"the checkpoint is from the middle of an epoch of {before[0]} lanes in blocks of "
                 f"{before[1]} words, this training has {lanes} lanes in blocks of {length}: "
                 "resume with as many (workers times --batch-size, and --tokens-per-sample), from "
                 "the end of an epoch, or with --reset-dataloader"
             )
-        super().load_state_dict(state_dict)
+        place = state_dict.get("place", self.dataset.bounds[read])
+        block = int(np.searchsorted(self.dataset.bounds, place))
+        if self.dataset.bounds[block] != place:
+            raise UsageError(
+                f"the checkpoint stands after {place} words of each lane, where no block of this "
+                "training begins: resume with the same --random-block-lengths and --seed, from the "
+                "end of an epoch, or with --reset-dataloader"
+            )
+        super().load_state_dict({**state_dict, "iterations_in_epoch": block})
 
     @property
     def _lanes(self) -> int:

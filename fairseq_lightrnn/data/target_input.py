@@ -26,6 +26,16 @@ class TargetInputDataset(BaseWrapperDataset):
             batch["net_input"]["target_tokens"] = batch["target"]
         return batch
 
+    @property
+    def src(self) -> Any:
+        """The source texts of pairs, whose words take the place of unknown ones."""
+        return self.dataset.src
+
+    @property
+    def tgt(self) -> Any:
+        """The target texts of pairs."""
+        return self.dataset.tgt
+
     def ordered_indices(self) -> np.ndarray:
         """Returns the order of the wrapped dataset."""
         return self.dataset.ordered_indices()

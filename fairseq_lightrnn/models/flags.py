@@ -162,10 +162,10 @@ def settled(cfg: Any, num_words: int, own_numbers: int | None, width: int) -> Ta
     word_dim, further, ffn_dim = 0, 0, 0
     if own_numbers is not None:
         ffn_dim = _FFN_FACTOR * width
-        small, one_table = num_words <= SMALL_VOCABULARY, len(shape) > 1
-        if cfg.word_dim is None and cfg.further_tables is None and one_table:
+        small, has_rows = num_words <= SMALL_VOCABULARY, len(shape) > 1
+        if cfg.word_dim is None and cfg.further_tables is None and has_rows:
             word_dim, further = (1 + own_numbers, 0) if small else (1, _FURTHER_TABLES)
-        elif one_table:
+        elif has_rows:
             word_dim = 1
     if cfg.word_dim is not None:
         word_dim = cfg.word_dim
@@ -196,8 +196,8 @@ def settle(cfg: Any, num_words: int, moving: bool = False) -> None:
     model = ARCH_MODEL_REGISTRY.get(getattr(cfg, "_name", None) or getattr(cfg, "arch", None))
     if not hasattr(model, "table_settings"):
         return
-    one_table = len(table_shape(cfg, num_words)) > 1
-    if moving and one_table and model.can_keep_input_table(cfg):
+    has_rows = len(table_shape(cfg, num_words)) > 1
+    if moving and has_rows and model.can_keep_input_table(cfg):
         _update(cfg, {"keep_input_table": True})
     settings = model.table_settings(cfg, num_words)
     values: dict[str, Any] = {

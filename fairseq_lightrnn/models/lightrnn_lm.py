@@ -254,7 +254,12 @@ class LightRNNDecoder(LSTMDecoder):
         target_tokens: Tensor,
         carried: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Activations | None]:
-        """Returns the hidden states, (B, T, k, d), that predict the targets' components."""
+        """Returns the hidden states, (B, T, k, d), that predict the targets' components.
+
+        With ``--add-bos-token`` the first target is the ``<s>`` that was read, not the word after
+        it, and is conditioned on that word's components: the loss of this one place is no
+        log-probability. ``fairseq-eval-lm`` leaves it out.
+        """
         # A text's next source word is its target, but where padding begins it is not the last one.
         upcoming = torch.cat([prev_output_tokens[:, 1:], target_tokens[:, -1:]], dim=1)
         upcoming = torch.where(upcoming.eq(self.dictionary.pad()), target_tokens, upcoming)

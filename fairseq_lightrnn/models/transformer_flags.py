@@ -25,6 +25,7 @@ _REFUSED = {
     "adaptive_input": "component vectors are no adaptive input; leave the flag out",
     "tie_adaptive_weights": "component vectors are no adaptive input; leave the flag out",
     "decoder_embed_path": "component vectors belong to no single word; leave the flag out",
+    "base_layers": "decoders with a word table have no BASE layers; leave the flag out",
     "character_embeddings": "words are read by their components; leave the flag out",
 }
 # Sizes of the decoder that are the encoder's, or its embeddings', unless flags say otherwise.
@@ -118,7 +119,8 @@ def transformer_config(cfg: Any) -> TransformerConfig:
         if kept:
             flags[f"{side}_layers"] = len(kept.split(","))
     if flags.get("max_target_positions") is None:
-        flags["max_target_positions"] = flags.get("tokens_per_sample", 1024)
+        beginning = bool(flags.get("add_bos_token"))  # is one more word of a text
+        flags["max_target_positions"] = flags.get("tokens_per_sample", 1024) + beginning
     made = TransformerConfig.from_namespace(Namespace(**flags))
     if made.share_decoder_input_output_embed:
         _check_shared(made, flags.get("keep_input_table", False))

@@ -87,6 +87,8 @@ class TableTaskConfig(FairseqDataclass):
     save_dir: str = II("checkpoint.save_dir")
     restore_file: str = II("checkpoint.restore_file")
     finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
+    continue_once: Optional[str] = II("checkpoint.continue_once")
+    checkpoint_suffix: str = II("checkpoint.checkpoint_suffix")
     reset_dataloader: bool = II("checkpoint.reset_dataloader")
     path: Optional[str] = II("common_eval.path")
     no_save: bool = II("checkpoint.no_save")
@@ -94,6 +96,8 @@ class TableTaskConfig(FairseqDataclass):
     valid_subset: str = II("dataset.valid_subset")
     skip_invalid_size_inputs_valid_test: bool = II("dataset.skip_invalid_size_inputs_valid_test")
     disable_validation: bool = II("dataset.disable_validation")
+    update_epoch_batch_itr: bool = II("dataset.update_epoch_batch_itr")
+    update_ordered_indices_seed: bool = II("dataset.update_ordered_indices_seed")
     log_format: Optional[str] = II("common.log_format")
     log_interval: int = II("common.log_interval")
 
@@ -181,6 +185,13 @@ NEEDS = (
     _needs_independent_texts("--shorten-data-split-list"),
     _needs_independent_texts("--pad-to-fixed-length"),
     _needs_independent_texts("--pad-to-fixed-bsz"),
+    Need(
+        "--update-ordered-indices-seed",
+        lambda args: args.update_ordered_indices_seed,
+        lambda args: args.update_epoch_batch_itr,
+        "has no effect on batches that are made once; give --update-epoch-batch-itr True too, or "
+        "leave it out",
+    ),
     Need(
         "--sentence-avg",
         lambda args: args.sentence_avg,

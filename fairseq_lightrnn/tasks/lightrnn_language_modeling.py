@@ -96,6 +96,12 @@ class LightRNNLanguageModelingTask(TableTask, LanguageModelingTask):
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> nn.Module:
         """Builds a model, which must carry hidden states if the task does."""
+        most = self.args.max_target_positions
+        if not from_checkpoint and most is not None and not hasattr(cfg, "max_target_positions"):
+            raise UsageError(
+                f"--max-target-positions {most}: an LSTM reads texts of any length; leave it out, "
+                "and give --tokens-per-sample for shorter ones"
+            )
         model = super().build_model(cfg, from_checkpoint)
         if self.args.carry_hidden_state and not hasattr(model.decoder, "carried_state"):
             raise UsageError(
@@ -234,7 +240,10 @@ class LightRNNLanguageModelingTask(TableTask, LanguageModelingTask):
     def eval_lm_dataloader(
         self, dataset: FairseqDataset, context_window: int = 0, **kwargs: Any
     ) -> Any:
-        """Returns batches for ``fairseq-eval-lm``."""
+        """Returns batches for ``fairseq-eval-lm``.
+
+        Of several workers fairseq reports what the first has read, which is all of the text.
+        """
         if isinstance(dataset, LaneDataset):
             if context_window > 0:
                 raise UsageError(
@@ -256,6 +265,8 @@ class LightRNNLanguageModelingTask(TableTask, LanguageModelingTask):
                 pad_idx=self.source_dictionary.pad(),
             )
             dataset = TargetInputDataset(window)
+        if not isinstance(dataset, LaneDataset) and kwargs.get("num_shards", 1) == world_size():
+            kwargs |= {"num_shards": 1, "shard_id": 0}
         return super().eval_lm_dataloader(dataset, context_window=0, **kwargs)
 
 

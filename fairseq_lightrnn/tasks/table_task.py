@@ -148,6 +148,9 @@ class TableTask:
         restored, begun = self._restored(), self.args.finetune_from_model or ""
         if self.args.restore_file != LAST_CHECKPOINT:
             _require(restored, "--restore-file")
+        elif self._continues_once():
+            restored, begun = str(self.args.continue_once), ""
+            _require(restored, "--continue-once")
         elif begun and not os.path.isfile(restored):
             _require(begun, "--finetune-from-model")
         check_checkpoints(restored, begun)
@@ -175,7 +178,17 @@ class TableTask:
     def _restored(self) -> str:
         """Returns the checkpoint that a training goes on from, if there is one."""
         file = str(self.args.restore_file)
-        return os.path.join(self.args.save_dir, file) if file == LAST_CHECKPOINT else file
+        if file == LAST_CHECKPOINT:
+            return self._last()
+        return file.replace(".pt", f"{self.args.checkpoint_suffix}.pt")
+
+    def _continues_once(self) -> bool:
+        """Tells whether a training begins from ``--continue-once``: it has no last checkpoint."""
+        return bool(self.args.continue_once) and not os.path.isfile(self._last())
+
+    def _last(self) -> str:
+        suffix = self.args.checkpoint_suffix
+        return os.path.join(self.args.save_dir, LAST_CHECKPOINT.replace(".pt", f"{suffix}.pt"))
 
     def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns batches, which go on in an epoch that another number of workers began.
@@ -254,8 +267,8 @@ class TableTask:
         checkpoint counts its own epochs.
         """
         words: WordHead = model.decoder.words
-        last = os.path.join(self.args.save_dir, LAST_CHECKPOINT)
-        tuned = self.args.finetune_from_model and not os.path.exists(last)
+        begins = not os.path.isfile(self._last()) and not self.args.continue_once
+        tuned = self.args.finetune_from_model and begins
         if tuned or self.args.reset_dataloader:
             words.round.fill_(0)
             words.epoch.fill_(0)
@@ -346,6 +359,12 @@ class TableTask:
         """Takes an optimisation step."""
         super().optimizer_step(optimizer, model=model, update_num=update_num)  # type: ignore[misc]
         self.validation_losses.updated(optimizer, update_num + 1)
+
+    def valid_step(self, sample: Any, model: Any, criterion: Any) -> Any:
+        """Computes the loss of a batch, which is empty where workers outnumber the batches."""
+        if not sample:
+            return 0.0, 0, {}
+        return super().valid_step(sample, model, criterion)  # type: ignore[misc]
 
     def begin_valid_epoch(self, epoch: int, model: Any) -> None:
         """Is called before each validation."""
