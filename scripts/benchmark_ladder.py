@@ -5,14 +5,14 @@
 FOLDER holds text as for ``benchmark_language_model.py``; OUTPUT receives binarised data, a folder
 for each run, ``results.json``, ``results.md`` and curves. Interrupted trainings go on from their
 last epoch. A rung is named by its kind and its parameters on Penn Treebank, or on WikiText-2
-(``lightrnn-`` and ``narrow-wikitext-2-1M`` and ``-3M``):
+(``lightrnn-wikitext-2-1M``, ``narrow-wikitext-2-1M``):
 
 * ``softmax``: two layers of an LSTM with an ordinary softmax, one set of vectors for input and
   output (``--arch lightrnn_lm --table-shape 1d --component-vectors shared``);
 * ``narrow``: the same with vectors narrower than the LSTM, whose outputs are projected to them;
 * ``lightrnn``: two layers and a feed-forward layer (``--arch lightrnn_lm_gated``), words moved
   after two epochs of the first third. Of its own a word has a bias and three further tables, from
-  2M parameters on 64 numbers in their place (of WikiText-2's words 32).
+  2M parameters on 64 numbers in their place.
 
 All are trained alike: 20 pieces of text with carried hidden state, blocks of 35 words, Adam, its
 learning rate rising for 300 updates and then falling to nothing on a line, gradients clipped at
@@ -64,7 +64,6 @@ NARROW = {
     "1M": Rung(156, 0.15, vectors=64),
     "2.6M": Rung(310, 0.3, vectors=128),
     "wikitext-2-1M": Rung(150, 0.05, vectors=20),
-    "wikitext-2-3M": Rung(324, 0.1, vectors=48),
 }
 LIGHTRNN = {
     "0.5M": Rung(112, 0.05, 384),
@@ -75,7 +74,6 @@ LIGHTRNN = {
     "5M": Rung(416, 0.4, 1280, 65),
     "10M": Rung(608, 0.5, 2048, 65),
     "wikitext-2-1M": Rung(148, 0.05, 592),
-    "wikitext-2-3M": Rung(252, 0.1, 1008, 33),
 }
 LEARNING_RATES = {"softmax": 0.002, "narrow": 0.008, "lightrnn": 0.003}
 RUNGS = {f"softmax-{size}": rung for size, rung in SOFTMAX.items()}
