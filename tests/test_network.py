@@ -213,6 +213,15 @@ def test_outputs_are_projected(training: bool) -> None:
     assert RegularisedLSTM(4, 8, output_size=8).project is None
 
 
+def test_projected_outputs_start_as_large_in_sum_as_the_outputs() -> None:
+    """So that a step of Adam moves the logit of a word of few numbers as far."""
+    lstm = RegularisedLSTM(4, 400, output_size=20)
+    assert lstm.project is not None
+    outputs = torch.randn(500, 400)
+    ratio = lstm.project(outputs).abs().sum(1).mean() / outputs.abs().sum(1).mean()
+    assert 0.9 < ratio < 1.1
+
+
 @pytest.mark.parametrize("output_size", [8, 3])
 def test_branching_takes_one_step_from_every_state(output_size: int) -> None:
     torch.manual_seed(1)

@@ -133,6 +133,10 @@ class RegularisedLSTM(nn.LSTM):
         self.project: nn.Linear | None = None
         if output_size is not None and output_size != hidden_size:
             self.project = nn.Linear(hidden_size, output_size)
+            # As large as a query (core/features.py) starts, and for its reason: Adam moves the few
+            # numbers of a word in small steps.
+            nn.init.normal_(self.project.weight, std=hidden_size**0.5 / output_size)
+            nn.init.zeros_(self.project.bias)
 
     def forward(  # type: ignore[override]
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
