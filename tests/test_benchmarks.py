@@ -71,7 +71,7 @@ def test_rungs(name: str) -> None:
     ours = name.startswith("lightrnn")
     assert args.reallocate_epochs == ("4,10" if ours else None)
     assert (getattr(args, "table_shape", None) == "1d") != ours
-    rate = {"softmax": 0.002, "narrow": 0.008, "lightrnn": 0.003}[name.partition("-")[0]]
+    rate = {"softmax": 0.002, "narrow": 0.004, "lightrnn": 0.003}[name.partition("-")[0]]
     assert args.num_layers == 2 and args.lr == [rate]
     assert (args.embed_dim < args.hidden_size) == name.startswith("narrow")
 
