@@ -167,7 +167,7 @@ class Text:
             going, words = going[left], words[left]
             for number, word in zip(going.tolist(), words.tolist(), strict=True):
                 yield number, self.model.vocabulary[word]
-            room = ~self.model.network.memory.full(self.position.select(going).state)
+            room = ~self.model.network.memory.full(self.position.state)[going]
             going, words = going[room], words[room]
             if not len(going):
                 return
