@@ -15,10 +15,10 @@ ROOT = Path(fairseq_lightrnn.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
 CORE = sorted(f"{PACKAGE}.core.{path.stem}" for path in (ROOT / "core").glob("[!_]*.py"))
 # What each part of the package may import besides itself.
-BESIDE = {"damage", "errors", "files", "signature", "version", "workers"}
+BESIDE = {"damage", "errors", "files", "perplexity", "signature", "version", "workers"}
 BELOW = {
-    "core": {"files"},
-    "runtime": {"files"},
+    "core": {"files", "perplexity"},
+    "runtime": {"files", "perplexity"},
     "allocation": {"core", "workers"},
     "data": {"core", *BESIDE},
     "optim": {"core", *BESIDE},
