@@ -170,8 +170,11 @@ def test_a_place_in_the_lanes_is_found_or_refused() -> None:
         assert known["place"] not in other.bounds
         with pytest.raises(UsageError, match="where no block of this training begins: resume with"):
             LaneIterator(other).load_state_dict(known)
-    plain = dataset(400, 2, 10)
-    iterator = LaneIterator(plain)
+    with pytest.raises(UsageError, match="where no block of this training begins: resume with"):
+        LaneIterator(dataset(400, 2, 10)).load_state_dict(state(first, first.blocks - 1))
+    iterator = LaneIterator(dataset(400, 2, 10))
+    with pytest.raises(UsageError, match="stands after 200 words of each lane, where no block of"):
+        iterator.load_state_dict({**known, "iterations_in_epoch": 40, "place": 200})
     iterator.load_state_dict({**known, "place": 50})
     assert next(iterator.next_epoch_itr())["net_input"]["carried"]["block"] == 5
     with pytest.raises(UsageError, match="an epoch without it, in which text was read in another"):

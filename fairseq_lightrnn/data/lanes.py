@@ -213,7 +213,8 @@ class LaneIterator(iterators.EpochBatchIterator):
         Raises:
             UsageError: if the text was laid out in another way.
         """
-        lanes, length, read = self._lanes, self.dataset.length, state_dict["iterations_in_epoch"]
+        lanes, length = self._lanes, self.dataset.length
+        read = state_dict.get("iterations_in_epoch", 0)
         if read and "batches" in state_dict:
             raise UsageError(
                 "--carry-hidden-state: the checkpoint is from the middle of an epoch without it, "
@@ -228,15 +229,17 @@ class LaneIterator(iterators.EpochBatchIterator):
                 "resume with as many (workers times --batch-size, and --tokens-per-sample), from "
                 "the end of an epoch, or with --reset-dataloader"
             )
-        place = state_dict.get("place", self.dataset.bounds[read])
-        block = int(np.searchsorted(self.dataset.bounds, place))
-        if self.dataset.bounds[block] != place:
-            raise UsageError(
-                f"the checkpoint stands after {place} words of each lane, where no block of this "
-                "training begins: resume with the same --random-block-lengths and --seed, from the "
-                "end of an epoch, or with --reset-dataloader"
-            )
-        super().load_state_dict({**state_dict, "iterations_in_epoch": block})
+        if "place" in state_dict:
+            (blocks,) = np.nonzero(self.dataset.bounds[:-1] == state_dict["place"])
+            if not len(blocks):
+                raise UsageError(
+                    f"the checkpoint stands after {state_dict['place']} words of each lane, where "
+                    "no block of this training begins: resume with the same "
+                    "--random-block-lengths and --seed, from the end of an epoch, or with "
+                    "--reset-dataloader"
+                )
+            read = int(blocks[0])
+        super().load_state_dict({**state_dict, "iterations_in_epoch": read})
 
     @property
     def _lanes(self) -> int:
