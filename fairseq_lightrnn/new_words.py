@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -287,6 +288,10 @@ class _Search:
         query = cast(Tensor, context.queries[self.further_place])
         return F.linear(query, self.further_vectors)
 
+    @cached_property
+    def _further_of_positions(self) -> Tensor:
+        return self._further_scores(self.positions)
+
     def _of_further(self, scores: Tensor, cells: Sequence[int]) -> Tensor:
         """Returns what a word's cells in further tables add to its logit: (N,)."""
         total = torch.zeros(len(scores))
@@ -302,7 +307,7 @@ class _Search:
     ) -> tuple[int, float]:
         """Returns the empty cell of least loss for a word, and its bias there."""
         ours = self._of_further(self._further_scores(context), further)
-        theirs = self._of_further(self._further_scores(self.positions), further)
+        theirs = self._of_further(self._further_of_positions, further)
         best: tuple[float, tuple[int, ...], int, float] | None = None
         weight = count / len(context.output)
         empty = free.reshape(-1, self.shape[-1])
@@ -352,7 +357,7 @@ class _Search:
                 index = torch.tensor([column])
                 further = next(cells for at, _, cells in self.seated[prefix] if at == column)
                 ours = self._of_further(self._further_scores(contexts[place]), further)
-                theirs = self._of_further(self._further_scores(self.positions), further)
+                theirs = self._of_further(self._further_of_positions, further)
                 odds.append(self._odds(here, index) + ours)
                 count = counts[words[place]] / len(here.hidden)
                 weights.append(torch.full((1, len(here.hidden)), count))

@@ -134,8 +134,7 @@ def _score(model: ExportedModel, args: argparse.Namespace) -> None:
         unknown += int(strange.sum())
         total += score.log_prob
         if level == "sentence":
-            found = len(score.ids), int(strange.sum())
-            _line(sentences, *found, score.log_prob, score.perplexity)
+            _line(sentences, len(score.ids), int(strange.sum()), score.log_prob, score.perplexity)
         if level == "word":
             values = zip(score.tokens, score.log_probs.tolist(), strange.tolist(), strict=True)
             for number, (token, log_prob, missing) in enumerate(values, 1):

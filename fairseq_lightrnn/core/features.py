@@ -56,7 +56,7 @@ def look_up(weight: Tensor, index: Tensor, dropout: float = 0.0) -> Tensor:
     return vectors * F.embedding(index, kept)
 
 
-def query_layer(dim: int, size: int) -> nn.Linear:
+def query_layer(dim: int, size: int, bias: bool = False) -> nn.Linear:
     """Returns the projection of outputs to the query that e numbers of words are multiplied with.
 
     The numbers start at zero, and Adam moves every number by about as much in a step. So what the e
@@ -68,9 +68,12 @@ def query_layer(dim: int, size: int) -> nn.Linear:
     Args:
         dim: d, the width of outputs.
         size: e.
+        bias: add one, which starts at zero.
     """
-    query = nn.Linear(dim, size, bias=False)
+    query = nn.Linear(dim, size, bias=bias)
     nn.init.normal_(query.weight, std=dim**0.5 / size)
+    if bias:
+        nn.init.zeros_(query.bias)
     return query
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor, nn
 
+from fairseq_lightrnn.core.features import query_layer
 from fairseq_lightrnn.core.softmax import at_least_float32
 
 __all__ = [
@@ -132,11 +133,8 @@ class RegularisedLSTM(nn.LSTM):
         self.dropout_in = LockedDropout(dropout_in) if locked else Dropout(dropout_in)
         self.project: nn.Linear | None = None
         if output_size is not None and output_size != hidden_size:
-            self.project = nn.Linear(hidden_size, output_size)
-            # As large as a query (core/features.py) starts, and for its reason: Adam moves the few
-            # numbers of a word in small steps.
-            nn.init.normal_(self.project.weight, std=hidden_size**0.5 / output_size)
-            nn.init.zeros_(self.project.bias)
+            # What the numbers of shared vectors are multiplied with is a query too.
+            self.project = query_layer(hidden_size, output_size, bias=True)
 
     def forward(  # type: ignore[override]
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None

@@ -50,10 +50,28 @@ def check_folder(folder: str | Path) -> None:
 def _files_of(folder: Path) -> list[str] | None:
     """Returns the files of the exported model in a folder, but for the first; None if none is."""
     try:
-        description = json.loads(read_text(folder / DESCRIPTION))
-        return list(description["files"]) if description["format"] == _FORMAT else None
-    except (ValueError, TypeError, LookupError):
+        return list(_read_description(folder / DESCRIPTION)[1])
+    except ValueError:
         return None
+
+
+def _read_description(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Reads the JSON file of an exported model, of whatever version.
+
+    Returns:
+        What it says, and the SHA-256 of the others.
+
+    Raises:
+        ValueError: if it is not of an exported model.
+    """
+    try:
+        description = json.loads(read_text(path))
+        if description["format"] != _FORMAT or "version" not in description:
+            raise ValueError
+        files = dict(description["files"]).items()
+        return description, {name: str(entry["sha256"]) for name, entry in files}
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise ValueError(f"{path}: is damaged, or not of an exported model") from None
 
 
 def write_folder(
@@ -114,15 +132,9 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         raise ValueError(f"{folder}: no such folder of an exported model")
     if not path.is_file():
         raise ValueError(f"{folder}: holds no exported model ({DESCRIPTION} is missing)")
-    try:
-        description = json.loads(read_text(path))
-        if description["format"] != _FORMAT:
-            raise ValueError
-        version, files = description["version"], dict(description["files"])
-        hashes = {name: str(entry["sha256"]) for name, entry in files.items()}
-    except (ValueError, TypeError, LookupError, AttributeError):
-        raise ValueError(f"{path}: is damaged, or not of an exported model") from None
-    if version not in _READABLE:
+    description, hashes = _read_description(path)
+    if description["version"] not in _READABLE:
+        version = description["version"]
         raise ValueError(f"{path}: was written by another version ({version}); export it again")
     contents = {}
     for name, digest in hashes.items():

@@ -148,8 +148,8 @@ class TableTask:
         restored, begun = self._restored(), self.args.finetune_from_model or ""
         if self.args.restore_file != LAST_CHECKPOINT:
             _require(restored, "--restore-file")
-        elif self._continues_once():
-            restored, begun = str(self.args.continue_once), ""
+        elif restored != self._last():
+            begun = ""
             _require(restored, "--continue-once")
         elif begun and not os.path.isfile(restored):
             _require(begun, "--finetune-from-model")
@@ -160,7 +160,7 @@ class TableTask:
         if rank() == 0 and not self.args.no_save:
             lock_folder(self.args.save_dir)
             if self.args.restore_file == LAST_CHECKPOINT:
-                put_back_last_checkpoint(self._restored())
+                put_back_last_checkpoint(self._last())
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
             self._check_shared_folder()
@@ -177,18 +177,16 @@ class TableTask:
 
     def _restored(self) -> str:
         """Returns the checkpoint that a training goes on from, if there is one."""
-        file = str(self.args.restore_file)
-        if file == LAST_CHECKPOINT:
-            return self._last()
-        return file.replace(".pt", f"{self.args.checkpoint_suffix}.pt")
-
-    def _continues_once(self) -> bool:
-        """Tells whether a training begins from ``--continue-once``: it has no last checkpoint."""
-        return bool(self.args.continue_once) and not os.path.isfile(self._last())
+        if self.args.restore_file != LAST_CHECKPOINT:
+            return self._with_suffix(str(self.args.restore_file))
+        last, once = self._last(), self.args.continue_once
+        return str(once) if once and not os.path.isfile(last) else last
 
     def _last(self) -> str:
-        suffix = self.args.checkpoint_suffix
-        return os.path.join(self.args.save_dir, LAST_CHECKPOINT.replace(".pt", f"{suffix}.pt"))
+        return os.path.join(self.args.save_dir, self._with_suffix(LAST_CHECKPOINT))
+
+    def _with_suffix(self, file: str) -> str:
+        return file.replace(".pt", f"{self.args.checkpoint_suffix}.pt")
 
     def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns batches, which go on in an epoch that another number of workers began.
@@ -267,8 +265,8 @@ class TableTask:
         checkpoint counts its own epochs.
         """
         words: WordHead = model.decoder.words
-        begins = not os.path.isfile(self._last()) and not self.args.continue_once
-        tuned = self.args.finetune_from_model and begins
+        goes_on = self.args.continue_once or os.path.isfile(self._last())
+        tuned = self.args.finetune_from_model and not goes_on
         if tuned or self.args.reset_dataloader:
             words.round.fill_(0)
             words.epoch.fill_(0)
