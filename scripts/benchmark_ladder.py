@@ -73,7 +73,7 @@ LIGHTRNN = {
     "1M": Rung(214, 0.15, word_dim=33, vectors=64, shape="32x313"),
     "1.3M": Rung(200, 0.2, 800),
     "2M": Rung(210, 0.25, 800, 65),
-    "2.6M": Rung(272, 0.3, 1000, 65),
+    "2.6M": Rung(370, 0.3, word_dim=65, vectors=128, shape="32x313"),
     "5M": Rung(416, 0.4, 1280, 65),
     "10M": Rung(608, 0.5, 2048, 65),
     "wikitext-2-1M": Rung(148, 0.05, 592),
