@@ -78,7 +78,7 @@ LIGHTRNN = {
     "10M": Rung(608, 0.5, 2048, 65),
     "wikitext-2-1M": Rung(148, 0.05, 592),
 }
-LEARNING_RATES = {"softmax": 0.002, "narrow": 0.004, "lightrnn": 0.006}
+LEARNING_RATES = {"softmax": 0.002, "narrow": 0.004, "lightrnn": 0.004}
 RUNGS = {f"softmax-{size}": rung for size, rung in SOFTMAX.items()}
 RUNGS |= {f"narrow-{size}": rung for size, rung in NARROW.items()}
 RUNGS |= {f"lightrnn-{size}": rung for size, rung in LIGHTRNN.items()}
