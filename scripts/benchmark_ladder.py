@@ -69,16 +69,17 @@ NARROW = {
     "wikitext-2-1M": Rung(150, 0.05, vectors=20),
 }
 LIGHTRNN = {
-    "0.5M": Rung(112, 0.05, 384),
-    "1M": Rung(214, 0.15, word_dim=33, vectors=64, shape="32x313"),
+    "0.5M": Rung(148, 0.1, word_dim=17, vectors=48, shape="32x313"),
+    "1M": Rung(214, 0.2, word_dim=33, vectors=64, shape="32x313"),
     "1.3M": Rung(200, 0.2, 800),
     "2M": Rung(210, 0.25, 800, 65),
-    "2.6M": Rung(370, 0.3, word_dim=65, vectors=128, shape="32x313"),
+    "2.6M": Rung(272, 0.3, 1000, 65),
     "5M": Rung(416, 0.4, 1280, 65),
     "10M": Rung(608, 0.5, 2048, 65),
     "wikitext-2-1M": Rung(148, 0.05, 592),
 }
-LEARNING_RATES = {"softmax": 0.002, "narrow": 0.004, "lightrnn": 0.004}
+LEARNING_RATES = {"softmax": 0.002, "lightrnn": 0.003}
+NARROW_RATE = 0.004
 RUNGS = {f"softmax-{size}": rung for size, rung in SOFTMAX.items()}
 RUNGS |= {f"narrow-{size}": rung for size, rung in NARROW.items()}
 RUNGS |= {f"lightrnn-{size}": rung for size, rung in LIGHTRNN.items()}
@@ -103,7 +104,7 @@ def model_flags(name: str, epochs: int) -> list[Any]:
     awd = f"awd,weight={rung.dropout},component=0.05,activation=0,change=0"
     flags = [
         "--embed-dim", rung.vectors or rung.width, "--hidden-size", rung.width, "--num-layers", 2,
-        "--dropout", rung.dropout, "--regularise", awd, "--lr", LEARNING_RATES[kind],
+        "--dropout", rung.dropout, "--regularise", awd, "--lr", NARROW_RATE if rung.vectors else LEARNING_RATES[kind],
     ]  # fmt: skip
     if kind != "lightrnn":
         own = ["--table-shape", "1d", "--component-vectors", "shared"]
