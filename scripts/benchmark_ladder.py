@@ -10,10 +10,9 @@ last epoch. A rung is named by its kind and its parameters on Penn Treebank, or 
 * ``softmax``: two layers of an LSTM with an ordinary softmax, one set of vectors for input and
   output (``--arch lightrnn_lm --table-shape 1d --component-vectors shared``);
 * ``narrow``: the same with vectors narrower than the LSTM, whose outputs are projected to them;
-* ``lightrnn``: the same on a table of few rows, with vectors of rows and columns that are narrower
-  than the LSTM, and a bias and a few numbers of each word's own (``--arch lightrnn_lm_gated``); or,
-  where a rung has no narrow vectors, a square table, a feed-forward layer, and words that are moved
-  after two epochs of the first third.
+* ``lightrnn``: two layers and a feed-forward layer (``--arch lightrnn_lm_gated``), words moved
+  after two epochs of the first third. Of its own a word has a bias and three further tables, from
+  2M parameters on 64 numbers in their place.
 
 All are trained alike: 20 pieces of text with carried hidden state, blocks of 35 words, Adam, its
 learning rate rising for 300 updates and then falling to nothing on a line, gradients clipped at
@@ -43,7 +42,6 @@ class Rung(NamedTuple):
         ffn: units of the feed-forward layer of ours.
         word_dim: numbers of each word's own in ours, a bias among them.
         vectors: width of narrower ones.
-        shape: of the table of ours.
     """
 
     width: int
@@ -51,7 +49,6 @@ class Rung(NamedTuple):
     ffn: int = 0
     word_dim: int = 1
     vectors: int = 0
-    shape: str = "2d"
 
 
 SOFTMAX = {
@@ -69,8 +66,8 @@ NARROW = {
     "wikitext-2-1M": Rung(150, 0.05, vectors=20),
 }
 LIGHTRNN = {
-    "0.5M": Rung(148, 0.1, word_dim=17, vectors=48, shape="32x313"),
-    "1M": Rung(214, 0.2, word_dim=33, vectors=64, shape="32x313"),
+    "0.5M": Rung(112, 0.05, 384),
+    "1M": Rung(170, 0.15, 680),
     "1.3M": Rung(200, 0.2, 800),
     "2M": Rung(210, 0.25, 800, 65),
     "2.6M": Rung(272, 0.3, 1000, 65),
@@ -78,8 +75,7 @@ LIGHTRNN = {
     "10M": Rung(608, 0.5, 2048, 65),
     "wikitext-2-1M": Rung(148, 0.05, 592),
 }
-LEARNING_RATES = {"softmax": 0.002, "lightrnn": 0.003}
-NARROW_RATE = 0.004
+LEARNING_RATES = {"softmax": 0.002, "narrow": 0.004, "lightrnn": 0.003}
 RUNGS = {f"softmax-{size}": rung for size, rung in SOFTMAX.items()}
 RUNGS |= {f"narrow-{size}": rung for size, rung in NARROW.items()}
 RUNGS |= {f"lightrnn-{size}": rung for size, rung in LIGHTRNN.items()}
@@ -104,15 +100,11 @@ def model_flags(name: str, epochs: int) -> list[Any]:
     awd = f"awd,weight={rung.dropout},component=0.05,activation=0,change=0"
     flags = [
         "--embed-dim", rung.vectors or rung.width, "--hidden-size", rung.width, "--num-layers", 2,
-        "--dropout", rung.dropout, "--regularise", awd, "--lr", NARROW_RATE if rung.vectors else LEARNING_RATES[kind],
+        "--dropout", rung.dropout, "--regularise", awd, "--lr", LEARNING_RATES[kind],
     ]  # fmt: skip
     if kind != "lightrnn":
         own = ["--table-shape", "1d", "--component-vectors", "shared"]
         return ["--arch", "lightrnn_lm", *flags, *own]
-    if rung.vectors:
-        own = ["--table-shape", rung.shape, "--component-vectors", "shared"]
-        own += ["--word-dim", rung.word_dim, "--output-ffn-dim", 0]
-        return ["--arch", "lightrnn_lm_gated", *flags, *own]
     moves = sorted({max(1, epochs // 8), max(1, epochs * 10 // 32)})
     own = ["--word-dim", rung.word_dim]
     if rung.word_dim == 1:
