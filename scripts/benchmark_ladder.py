@@ -5,20 +5,19 @@
 FOLDER holds text as for ``benchmark_language_model.py``; OUTPUT receives binarised data, a folder
 for each run, ``results.json``, ``results.md`` and curves. Interrupted trainings go on from their
 last epoch. A rung is named by its kind and its parameters on Penn Treebank, or on WikiText-2
-(``lightrnn-wikitext-2-1M``, ``lightrnn-wikitext-2-4.3M``, ``narrow-wikitext-2-1M``):
+(``lightrnn-wikitext-2-1M``, ``narrow-wikitext-2-1M``):
 
 * ``softmax``: two layers of an LSTM with an ordinary softmax, one set of vectors for input and
   output (``--arch lightrnn_lm --table-shape 1d --component-vectors shared``);
 * ``narrow``: the same with vectors narrower than the LSTM, whose outputs are projected to them;
 * ``lightrnn``: two layers and a feed-forward layer (``--arch lightrnn_lm_gated``), words moved
   after two epochs of the first third. Of its own a word has a bias and three further tables, from
-  2M parameters on 64 numbers in their place; in ``lightrnn-2.6M`` 128, as wide as vectors that
-  input and output share, and then no word moves.
+  2M parameters on 64 numbers in their place.
 
 All are trained alike: 20 pieces of text with carried hidden state, blocks of 35 words, Adam, its
 learning rate rising for 300 updates and then falling to nothing on a line, gradients clipped at
 0.5, weight decay 0.03, AWD-LSTM's dropouts, as many epochs. What differs is a learning rate for
-each kind, 0.004 for vectors narrower than the LSTM, and how strong the dropouts of a rung are.
+each kind, and how strong the dropouts of a rung are.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Rung(NamedTuple):
         dropout: of inputs, outputs, between layers, and of recurrent matrices.
         ffn: units of the feed-forward layer of ours.
         word_dim: numbers of each word's own in ours, a bias among them.
-        vectors: width of narrower ones, which input and output share.
+        vectors: width of narrower ones.
     """
 
     width: int
@@ -71,11 +70,10 @@ LIGHTRNN = {
     "1M": Rung(170, 0.15, 680),
     "1.3M": Rung(200, 0.2, 800),
     "2M": Rung(210, 0.25, 800, 65),
-    "2.6M": Rung(280, 0.3, 512, 129, vectors=128),
+    "2.6M": Rung(272, 0.3, 1000, 65),
     "5M": Rung(416, 0.4, 1280, 65),
     "10M": Rung(608, 0.5, 2048, 65),
     "wikitext-2-1M": Rung(148, 0.05, 592),
-    "wikitext-2-4.3M": Rung(272, 0.3, 1000, 65),
 }
 LEARNING_RATES = {"softmax": 0.002, "narrow": 0.004, "lightrnn": 0.003}
 RUNGS = {f"softmax-{size}": rung for size, rung in SOFTMAX.items()}
@@ -99,11 +97,10 @@ def parse() -> argparse.Namespace:
 def model_flags(name: str, epochs: int) -> list[Any]:
     """Returns the flags of a rung: its model, regularisers, learning rate and reallocations."""
     kind, rung = name.partition("-")[0], RUNGS[name]
-    rate = LEARNING_RATES["narrow" if rung.vectors else kind]
     awd = f"awd,weight={rung.dropout},component=0.05,activation=0,change=0"
     flags = [
         "--embed-dim", rung.vectors or rung.width, "--hidden-size", rung.width, "--num-layers", 2,
-        "--dropout", rung.dropout, "--regularise", awd, "--lr", rate,
+        "--dropout", rung.dropout, "--regularise", awd, "--lr", LEARNING_RATES[kind],
     ]  # fmt: skip
     if kind != "lightrnn":
         own = ["--table-shape", "1d", "--component-vectors", "shared"]
@@ -112,11 +109,10 @@ def model_flags(name: str, epochs: int) -> list[Any]:
     own = ["--word-dim", rung.word_dim]
     if rung.word_dim == 1:
         own += ["--further-tables", 3]
-    if rung.vectors:
-        own += ["--component-vectors", "shared"]
-    else:
-        own += ["--reallocate-epochs", ",".join(map(str, moves))]
-    return ["--arch", "lightrnn_lm_gated", *flags, *own, "--output-ffn-dim", rung.ffn]
+    return [
+        "--arch", "lightrnn_lm_gated", *flags, *own, "--output-ffn-dim", rung.ffn,
+        "--reallocate-epochs", ",".join(map(str, moves)),
+    ]  # fmt: skip
 
 
 def train(name: str, seed: int, data: Path, args: argparse.Namespace) -> Path:

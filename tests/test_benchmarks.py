@@ -69,13 +69,11 @@ def test_more_rows_than_columns() -> None:
 def test_rungs(name: str) -> None:
     args = parsed([DATA, *language_model_runs.OURS, *benchmark_ladder.model_flags(name, 32)])
     ours = name.startswith("lightrnn")
-    narrow = name.startswith("narrow") or name == "lightrnn-2.6M"
-    assert args.reallocate_epochs == ("4,10" if ours and not narrow else None)
+    assert args.reallocate_epochs == ("4,10" if ours else None)
     assert (getattr(args, "table_shape", None) == "1d") != ours
-    assert getattr(args, "component_vectors", None) == (None if ours and not narrow else "shared")
-    rate = 0.004 if narrow else 0.003 if ours else 0.002
+    rate = {"softmax": 0.002, "narrow": 0.004, "lightrnn": 0.003}[name.partition("-")[0]]
     assert args.num_layers == 2 and args.lr == [rate]
-    assert (args.embed_dim < args.hidden_size) == narrow
+    assert (args.embed_dim < args.hidden_size) == name.startswith("narrow")
 
 
 @pytest.mark.parametrize("system", benchmark_translation.SYSTEMS)
