@@ -5,7 +5,7 @@
 FOLDER holds text as for ``benchmark_language_model.py``; OUTPUT receives binarised data, a folder
 for each run, ``results.json``, ``results.md`` and curves. Interrupted trainings go on from their
 last epoch. A rung is named by its kind and its parameters on Penn Treebank, or on WikiText-2
-(``lightrnn-wikitext-2-1M``, ``narrow-wikitext-2-1M``):
+(``lightrnn-wikitext-2-3M``, ``narrow-wikitext-2-3M``):
 
 * ``softmax``: two layers of an LSTM with an ordinary softmax, one set of vectors for input and
   output (``--arch lightrnn_lm --table-shape 1d --component-vectors shared``);
@@ -42,6 +42,7 @@ class Rung(NamedTuple):
         ffn: units of the feed-forward layer of ours.
         word_dim: numbers of each word's own in ours, a bias among them.
         vectors: width of narrower ones.
+        lr: learning rate, where another than that of its kind was found to be better.
     """
 
     width: int
@@ -49,6 +50,7 @@ class Rung(NamedTuple):
     ffn: int = 0
     word_dim: int = 1
     vectors: int = 0
+    lr: float | None = None
 
 
 SOFTMAX = {
@@ -64,6 +66,7 @@ NARROW = {
     "1M": Rung(156, 0.15, vectors=64),
     "2.6M": Rung(310, 0.3, vectors=128),
     "wikitext-2-1M": Rung(150, 0.05, vectors=20),
+    "wikitext-2-3M": Rung(248, 0.1, vectors=64, lr=0.008),
 }
 LIGHTRNN = {
     "0.5M": Rung(112, 0.05, 384),
@@ -74,6 +77,7 @@ LIGHTRNN = {
     "5M": Rung(416, 0.4, 1280, 65),
     "10M": Rung(608, 0.5, 2048, 65),
     "wikitext-2-1M": Rung(148, 0.05, 592),
+    "wikitext-2-3M": Rung(158, 0.1, 632, 65),
 }
 LEARNING_RATES = {"softmax": 0.002, "narrow": 0.004, "lightrnn": 0.003}
 RUNGS = {f"softmax-{size}": rung for size, rung in SOFTMAX.items()}
@@ -100,7 +104,7 @@ def model_flags(name: str, epochs: int) -> list[Any]:
     awd = f"awd,weight={rung.dropout},component=0.05,activation=0,change=0"
     flags = [
         "--embed-dim", rung.vectors or rung.width, "--hidden-size", rung.width, "--num-layers", 2,
-        "--dropout", rung.dropout, "--regularise", awd, "--lr", LEARNING_RATES[kind],
+        "--dropout", rung.dropout, "--regularise", awd, "--lr", rung.lr or LEARNING_RATES[kind],
     ]  # fmt: skip
     if kind != "lightrnn":
         own = ["--table-shape", "1d", "--component-vectors", "shared"]
