@@ -65,7 +65,7 @@ NARROW = {
     "0.5M": Rung(110, 0.1, vectors=32),
     "1M": Rung(156, 0.15, vectors=64),
     "2.6M": Rung(310, 0.3, vectors=128),
-    "wikitext-2-1M": Rung(150, 0.05, vectors=20),
+    "wikitext-2-1M": Rung(150, 0.05, vectors=20, lr=0.008),
     "wikitext-2-3M": Rung(248, 0.1, vectors=64, lr=0.008),
 }
 LIGHTRNN = {
