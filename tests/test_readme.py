@@ -169,7 +169,12 @@ def test_flags_that_are_gone_are_named_nowhere() -> None:
 
 @pytest.mark.parametrize(
     ("figures", "num_words", "rungs"),
-    [("ladder", 10_008, 11), ("ladder-wikitext-2", 33_280, 1), ("ladder-wikitext-2-1M", 33_280, 2)],
+    [
+        ("ladder", 10_008, 11),
+        ("ladder-wikitext-2", 33_280, 1),
+        ("ladder-wikitext-2-1M", 33_280, 2),
+        ("ladder-wikitext-2-3M", 33_280, 2),
+    ],
 )
 def test_rungs_of_the_ladder_have_as_many_parameters_as_its_figures_say(
     figures: str, num_words: int, rungs: int, monkeypatch: pytest.MonkeyPatch
